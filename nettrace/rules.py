@@ -1,0 +1,351 @@
+"""Tape rules: what an operation's saved tensors and a cotangent say about per-sample gradients.
+
+A rule belongs to a kind of node on the autograd tape. Given K cotangents of the node's output and
+whose each row is, it returns the per-sample gradients with respect to the weight that enters at an
+input slot, for a range of samples, in the shape of that weight. It returns None where it does not
+know the case; then the node's own backward is run one sample at a time, which is always exact.
+
+To add a rule, write a function with the signature of `Rule` and register it under the node's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from nettrace.kernels import Dense, Factor, Outer
+from nettrace.ownership import Axis, Ownership
+from nettrace.tape import Use, metadata, pull
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What flows back into one use of a weight.
+
+    Args:
+        node: the node that uses the weight.
+        slot: the input at which the weight enters.
+        shape: the weight's shape.
+        cotangent: (K, ...) cotangents of the node's output number 0.
+        ownership: whose the output's elements are.
+        samples: the samples asked for.
+    """
+
+    node: Node
+    slot: int
+    shape: tuple[int, ...]
+    cotangent: Tensor
+    ownership: Ownership
+    samples: slice
+
+    def rows(self, dim: int, *tensors: tuple[Tensor, int]) -> list[Tensor] | None:
+        """Tensors whose axes run along axis `dim` of the output, split into (N, T, ...).
+
+        Args:
+            dim: the axis of the output along which every slice belongs to one sample.
+            tensors: tensors with the number of the axis that runs along `dim`.
+
+        Returns:
+            The tensors with (N, T) in front for the samples asked for; None if the output's
+            samples are not laid out along `dim`.
+        """
+        axis = self.ownership.axes.get(dim)
+        if axis is None:
+            return None
+        return [axis.by_sample(t, d, self.samples) for t, d in tensors]
+
+
+Rule = Callable[[Flow], Factor | None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for the autograd nodes `names`, given without the ending `Backward0`."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys([name + "Backward0" for name in names], function))
+        return function
+
+    return register
+
+
+def gradient(flow: Flow) -> Factor | None:
+    """The per-sample gradients at one use, by the rule for its node; None if no rule knows it."""
+    known = RULES.get(flow.node.name())
+    return known(flow) if known is not None else None
+
+
+def pullback(
+    use: Use,
+    cotangents: Sequence[Tensor | None],
+    ownerships: Sequence[Ownership | None],
+    samples: range,
+) -> Tensor:
+    """The per-sample gradients at one use, by the node's own backward, one sample at a time.
+
+    Args:
+        use: the use of a weight.
+        cotangents: for each output of the node, (K, ...) or None.
+        ownerships: for each output, whose its elements are.
+        samples: the samples asked for.
+
+    Returns:
+        (K, N, *weight shape) gradients, zero where nothing flows.
+    """
+    live = next(g for g in cotangents if g is not None)
+    meta = metadata(use.source.node)[use.source.output_nr]
+    rows = live.new_zeros((len(live), len(samples), *meta.shape), dtype=meta.dtype)
+    for k in range(len(live)):
+        for i, n in enumerate(samples):
+            masked = [
+                None if g is None or o is None else (g[k] * o.mask(n, g[k])).to(m.dtype)
+                for g, o, m in zip(cotangents, ownerships, metadata(use.node), strict=True)
+            ]
+            row = pull(use.node, masked, use.slot)
+            if row is not None:  # the engine would cast it and sum it to the weight's shape too
+                row = row.sum_to_size(*meta.shape)
+                rows[k, i] = row if meta.dtype.is_complex or not row.is_complex() else row.real
+    return rows
+
+
+def _outer(left: Tensor, right: Tensor, moves_left: bool) -> Outer:
+    """Factors from sides given as (N, T, D) for the still side and (N, T, K, D) for the moving."""
+
+    def spread(side: Tensor) -> Tensor:  # to (K or 1, N, G = 1, T, D)
+        side = side.unsqueeze(2) if side.dim() == 3 else side
+        return side.movedim(2, 0).unsqueeze(2)
+
+    return Outer(spread(left), spread(right), left.shape[-1], moves_left)
+
+
+def _scaled(operand: Tensor, scale: complex) -> Tensor:
+    return operand.conj() if scale == 1 else operand.conj() * scale
+
+
+@rule("Addmm", "Mm")
+def _matmul(flow: Flow) -> Factor | None:
+    node, g = flow.node, flow.cotangent
+    bias = node.name() == "AddmmBackward0"
+    if bias and flow.slot == 0:
+        return _broadcast(flow, g * node._saved_beta)
+    scale = node._saved_alpha if bias else 1
+    if flow.slot == (2 if bias else 1):  # out[t, r] = sum_l a[t, l] W[l, r]
+        a = node._saved_mat1 if bias else node._saved_self
+        sides = flow.rows(0, (_scaled(a, scale), 0), (g, 1))
+        return sides and _outer(sides[0], sides[1], moves_left=False)
+    b = node._saved_mat2  # out[l, t] = sum_r W[l, r] b[r, t]
+    sides = flow.rows(1, (g, 2), (_scaled(b, scale), 1))
+    return sides and _outer(sides[0], sides[1], moves_left=True)
+
+
+@rule("Mv")
+def _matvec(flow: Flow) -> Factor | None:
+    if flow.slot == 0:
+        return None
+    a = flow.node._saved_self  # out[t] = sum_l a[t, l] w[l]
+    sides = flow.rows(0, (a.conj(), 0), (flow.cotangent, 1))
+    return sides and _outer(sides[0], sides[1].unsqueeze(-1), moves_left=False)
+
+
+@rule("Bmm")
+def _batched_matmul(flow: Flow) -> Factor | None:
+    # Here the batch axis is a group of the weight, such as attention heads or experts; a weight
+    # that is copied for every sample has its use at the node that copies it.
+    node, g = flow.node, flow.cotangent
+    if flow.slot == 1:
+        sides = flow.rows(1, (node._saved_self.conj(), 1), (g, 2))  # (N,T,G,L), (N,T,K,G,R)
+        if sides is None:
+            return None
+        left, right = sides[0].unsqueeze(2), sides[1]
+    else:
+        sides = flow.rows(2, (g, 3), (node._saved_mat2.conj(), 2))  # (N,T,K,G,L), (N,T,G,R)
+        if sides is None:
+            return None
+        left, right = sides[0], sides[1].unsqueeze(2)
+    left, right = (side.permute(2, 0, 3, 1, 4) for side in (left, right))
+    return Outer(left, right, left.shape[-1], moves_left=flow.slot == 0)
+
+
+@rule("Convolution")
+def _convolution(flow: Flow) -> Factor | None:
+    node = flow.node
+    g = flow.cotangent
+    if flow.slot == 2:
+        return _broadcast(flow, g.flatten(3), channel=True)
+    a = node._saved_input
+    if flow.slot == 0 or a.is_complex():
+        return None
+    sides = flow.rows(0, (a, 0), (g, 1))
+    if sides is None:
+        return None
+    a, g = sides  # (N, S, C_in, ...), (N, S, K, C_out, ...): S images a sample
+    a, g = a.unsqueeze(0), g.movedim(2, 0)
+    geometry = (flow.shape[2:], node._saved_stride, node._saved_padding, node._saved_dilation)
+    if node._saved_transposed:  # input and output change places
+        left, right = a.flatten(4).unsqueeze(4), _patches(g, *geometry)
+    else:
+        left, right = g.flatten(4).unsqueeze(4), _patches(a, *geometry)
+
+    def spread(side: Tensor) -> Tensor:  # (K, N, S, C, size, places) to (K, N, G, T, D)
+        side = side.unflatten(3, (node._saved_groups, -1)).flatten(4, 5)
+        return side.permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
+
+    left, right = spread(left), spread(right)
+    return Outer(left, right, left.shape[-1], moves_left=not node._saved_transposed)
+
+
+def _patches(x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+             dilation: Sequence[int]) -> Tensor:
+    """(K, N, S, C, prod(size), T) what each element of a filter meets at each of T places."""
+    x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
+    for d in range(len(size)):
+        x = x.unfold(4 + d, dilation[d] * (size[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    return x.flatten(4, 3 + len(size)).flatten(5).mT
+
+
+@rule("Embedding")
+def _embedding(flow: Flow) -> Factor | None:
+    node = flow.node
+    if node._saved_scale_grad_by_freq:  # the count runs over the whole batch
+        return None
+    indices, g = node._saved_indices, flow.cotangent
+    if node._saved_padding_idx >= 0:
+        g = g * (indices != node._saved_padding_idx).unsqueeze(-1)
+    return _lookup(flow, indices, g)
+
+
+@rule("Index")
+def _index(flow: Flow) -> Factor | None:
+    indices = flow.node._saved_indices
+    if len(indices) != 1 or indices[0].dtype == torch.bool:
+        return None
+    return _lookup(flow, indices[0] % flow.shape[0], flow.cotangent)
+
+
+@rule("IndexSelect")
+def _index_select(flow: Flow) -> Factor | None:
+    if flow.node._saved_dim % len(flow.shape) != 0:
+        return None
+    return _lookup(flow, flow.node._saved_index, flow.cotangent)
+
+
+def _lookup(flow: Flow, indices: Tensor, g: Tensor) -> Factor | None:
+    g = g.reshape(*g.shape[: 1 + indices.dim()], -1)  # (K, *places, D)
+    for dim in range(indices.dim()):
+        sides = flow.rows(dim, (indices, dim), (g, dim + 1))
+        if sides is not None:
+            left = sides[0].flatten(1)  # (N, T)
+            right = sides[1].movedim(2, 0)  # (K, N, T, ..., D)
+            return Outer(left[None, :, None], right.flatten(2, -2).unsqueeze(2), flow.shape[0])
+    return None
+
+
+@rule("NativeLayerNorm")
+def _layer_norm(flow: Flow) -> Factor | None:
+    node, g = flow.node, flow.cotangent
+    if flow.slot == 1:
+        g = g * ((node._saved_input - node._saved_result1) * node._saved_result2)
+    return _broadcast(flow, g)
+
+
+@rule("NativeGroupNorm")
+def _group_norm(flow: Flow) -> Factor | None:
+    node, g = flow.node, flow.cotangent
+    if flow.slot == 1:
+        x = node._saved_input.reshape(len(node._saved_input), node._saved_group, -1)
+        mean, rstd = node._saved_result1.unsqueeze(-1), node._saved_result2.unsqueeze(-1)
+        g = g * ((x - mean) * rstd).reshape(node._saved_input.shape)
+    return _broadcast(flow, g.flatten(3) if g.dim() > 3 else g.unsqueeze(3), channel=True)
+
+
+@rule("NativeBatchNorm")
+def _batch_norm(flow: Flow) -> Factor | None:
+    node, g = flow.node, flow.cotangent
+    if flow.slot == 1:
+        x = node._saved_input
+        if node._saved_training:
+            mean, rstd = node._saved_result1, node._saved_result2
+        else:
+            mean = node._saved_running_mean
+            rstd = torch.rsqrt(node._saved_running_var + node._saved_eps)
+        shape = (-1,) + (1,) * (x.dim() - 2)
+        g = g * ((x - mean.view(shape)) * rstd.view(shape))
+    return _broadcast(flow, g.flatten(3) if g.dim() > 3 else g.unsqueeze(3), channel=True)
+
+
+@rule("Add", "Sub", "Rsub")
+def _add(flow: Flow) -> Factor | None:
+    name, alpha = flow.node.name(), flow.node._saved_alpha
+    scale = {"AddBackward0": (1, alpha), "SubBackward0": (1, -alpha), "RsubBackward0": (-alpha, 1)}
+    return _broadcast(flow, flow.cotangent * scale[name][flow.slot])
+
+
+@rule("Mul")
+def _multiply(flow: Flow) -> Factor | None:
+    other = flow.node._saved_other if flow.slot == 0 else flow.node._saved_self
+    return _broadcast(flow, flow.cotangent * other.conj())
+
+
+@rule("Div")
+def _divide(flow: Flow) -> Factor | None:
+    other = flow.node._saved_other
+    if flow.slot == 0:
+        return _broadcast(flow, flow.cotangent / other.conj())
+    quotient = flow.node._saved_self / (other * other)
+    return _broadcast(flow, -flow.cotangent * quotient.conj())
+
+
+@rule("Expand")
+def _expand(flow: Flow) -> Factor | None:
+    return _broadcast(flow, flow.cotangent)
+
+
+@rule("Repeat")
+def _repeat(flow: Flow) -> Factor | None:
+    repeats = flow.node._saved_repeats
+    shape = (1,) * (len(repeats) - len(flow.shape)) + flow.shape
+    for dim, axis in flow.ownership.axes.items():
+        values = _own_slices(flow.cotangent, axis, dim, flow.samples)  # (K, N, *axes)
+        for d in reversed(range(len(repeats))):
+            values = values.unflatten(2 + d, (repeats[d], shape[d])).sum(2 + d)
+        return Dense(values.flatten(2))
+    return None
+
+
+def _broadcast(flow: Flow, values: Tensor, channel: bool = False) -> Factor | None:
+    """Sums elementwise contributions over all places into which the weight was broadcast.
+
+    Args:
+        flow: the use.
+        values: (K, *output shape) the contribution of every element of the output.
+        channel: whether the weight runs along axis 1 of the output, and axes from 2 on are one.
+    """
+    shape = (1, *flow.shape, 1) if channel else flow.shape
+    ndim = values.dim() - 1
+    shape = (1,) * (ndim - len(shape)) + tuple(shape)
+    for dim, axis in flow.ownership.axes.items():
+        if channel and dim >= 2:
+            continue
+        if shape[dim] == 1:
+            split = axis.by_sample(values, dim + 1, flow.samples).movedim(2, 0)
+            rest = [n for d, n in enumerate(shape) if d != dim]  # split: (K, N, T, *other axes)
+            over = [2] + [3 + d for d, n in enumerate(rest) if n == 1]
+            return Dense(split.sum(over).reshape(*split.shape[:2], -1))
+        kept = _own_slices(values, axis, dim, flow.samples)  # (K, N, *axes): zero elsewhere
+        over = [2 + d for d, n in enumerate(shape) if n == 1]
+        return Dense((kept.sum(over) if over else kept).reshape(*kept.shape[:2], -1))
+    return None
+
+
+def _own_slices(values: Tensor, axis: Axis, dim: int, samples: slice) -> Tensor:
+    """(K, N, ...) copies of `values` in which only each sample's own slices are kept."""
+    numbers = torch.arange(axis.samples, device=values.device)[samples]
+    mask = (axis.owners == numbers[:, None]).to(values.dtype)  # (N, length)
+    shape = [1, len(numbers)] + [1] * (values.dim() - 1)
+    shape[dim + 2] = -1
+    return values.unsqueeze(1) * mask.view(shape)

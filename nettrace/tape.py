@@ -1,0 +1,268 @@
+"""Parameter uses on the autograd tape.
+
+The autograd graph of a forward pass records every operation that touched a parameter, whoever
+wrote the model. This module walks it from the outputs to the parameters and lists the *uses*: edges
+through which a weight enters an operation that also sees samples.
+
+A weight may be computed from parameters first (transposed, cast, normalised, a product of two
+factors). The nodes of such a computation are *absorbed*: they belong to the weight. A use is then an
+edge from a node that is not absorbed into the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+#: Nodes through which each element of a weight passes at most once and unscaled, so that inner
+#: products of gradients are the same on both sides.
+VIEWS = frozenset(
+    name + "Backward0"
+    for name in (
+        "Alias Clone Narrow Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T ToCopy "
+        "Transpose Unbind Unflatten Unsqueeze UnsafeSplit UnsafeView View"
+    ).split()
+) | {"SqueezeBackward1", "SqueezeBackward2"}
+
+#: Nodes that copy a weight's elements; a copy may belong to a sample.
+BROADCASTS = frozenset({"ExpandBackward0", "RepeatBackward0"})
+
+
+@dataclass(frozen=True)
+class Use:
+    """An edge from `node`, input number `slot`, into the weight that leaves `source`."""
+
+    node: Node
+    slot: int
+    source: GradientEdge
+
+
+class Tape:
+    """The part of an autograd graph that lies between `outputs` and `parameters`.
+
+    Args:
+        outputs: a tensor with a `grad_fn`; its axis 0 counts samples.
+        parameters: tensors that require a gradient, by name.
+        constants: tensors known to hold no samples, such as a module's buffers.
+    """
+
+    def __init__(
+        self, outputs: Tensor, parameters: Mapping[str, Tensor], constants: Iterable[Tensor]
+    ) -> None:
+        assert outputs.grad_fn is not None
+        self.root: Node = outputs.grad_fn
+        self.samples = outputs.shape[0]
+        self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
+        self._constants = [c for c in constants]
+        self._constants += [p.detach() for p in parameters.values()]
+        self._storages = {storage_of(c) for c in self._constants} - {0}
+        self.nodes = self._walk()
+        self._reaching = set(self.nodes)
+        self.weights: set[Node] = set()
+        self.absorb(())
+
+    def _walk(self) -> list[Node]:
+        """The nodes from which a parameter can be reached, inputs before their consumers."""
+        order: list[Node] = []
+        reaches: dict[Node, bool] = {}
+        stack: list[tuple[Node, bool]] = [(self.root, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                reaches[node] = any(
+                    self._is_leaf(child, nr) or reaches.get(child, False)
+                    for child, nr in edges(node)
+                )
+                if reaches[node]:
+                    order.append(node)
+            elif node not in reaches:
+                reaches[node] = False
+                stack.append((node, True))
+                stack += [
+                    (child, False) for child, nr in edges(node) if not self._is_leaf(child, nr)
+                ]
+        return order
+
+    def _is_leaf(self, node: Node, nr: int) -> bool:
+        return (node, nr) in self._edges
+
+    def leaf(self, edge: GradientEdge) -> str | None:
+        """The parameter that `edge` flows into, if it does so directly."""
+        return self._edges.get(edge_key(edge))
+
+    def absorb(self, nodes: Iterable[Node]) -> None:
+        """Count `nodes`, and whatever is then computed from weights alone, among the weights."""
+        self.weights.update(nodes)
+        for node in self.nodes:
+            if node is not self.root and node not in self.weights and self._is_derived(node):
+                self.weights.add(node)
+
+    def _is_derived(self, node: Node) -> bool:
+        if not all(self._is_weight(child, nr) for child, nr in edges(node)):
+            return False
+        if self._per_sample(shape_of(node)) and self._enlarges(node):
+            return False
+        return all(self._known(c) for c in self._fixed_operands(node))
+
+    def may_absorb(self, node: Node) -> bool:
+        """Whether a node whose rows are not the samples' own can be part of a weight.
+
+        It can where nothing differentiable but weights flows in, and none of its fixed operands
+        looks like data: a fixed operand is a parameter, a buffer or a copy of one, a number, a
+        count 0, 1, 2, ..., or has no axis whose length is a multiple of the number of samples. An
+        operand that the tape does not keep looks like data if it gives the result such an axis.
+        """
+        hidden = any(child is None for child, _ in node.next_functions)
+        return (
+            node is not self.root
+            and all(self._is_weight(child, nr) for child, nr in edges(node))
+            and not (hidden and not saved_tensors(node) and self._per_sample(shape_of(node))
+                     and self._enlarges(node))
+            and not any(
+                self._per_sample(c.shape) and not self._known(c) and not self._copied(c)
+                for c in self._fixed_operands(node)
+            )
+        )
+
+    def _enlarges(self, node: Node) -> bool:
+        """Whether the result has another shape than each weight it is made of."""
+        if node.name() not in BROADCASTS and all(c is not None for c, _ in node.next_functions):
+            return False
+        return all(shape_of(child, nr) != shape_of(node) for child, nr in edges(node))
+
+    def _is_weight(self, child: Node, nr: int) -> bool:
+        return self._is_leaf(child, nr) or child in self.weights or child not in self._reaching
+
+    def _per_sample(self, shape: Iterable[int]) -> bool:
+        return self.samples > 1 and any(n and n % self.samples == 0 for n in shape)
+
+    def _fixed_operands(self, node: Node) -> list[Tensor]:
+        """Saved tensors that can be constants: integers, and anything beside a missing edge."""
+        partial = any(
+            child is None or not (self._is_leaf(child, nr) or child in self._reaching)
+            for child, nr in node.next_functions
+        )
+        return [
+            t
+            for t in saved_tensors(node)
+            if partial or not (t.is_floating_point() or t.is_complex())
+        ]
+
+    def _known(self, constant: Tensor) -> bool:
+        return constant.numel() <= 1 or storage_of(constant) in self._storages
+
+    def _copied(self, constant: Tensor) -> bool:
+        if not constant.is_floating_point() and constant.numel() == max(constant.shape):
+            flat = constant.flatten()
+            if torch.equal(flat, torch.arange(len(flat), device=flat.device, dtype=flat.dtype)):
+                return True
+        return any(
+            c.shape == constant.shape and c.device == constant.device and torch.equal(c, constant)
+            for c in self._constants
+        )
+
+    def uses(self) -> list[Use]:
+        """Every edge through which a weight enters a node that is not absorbed."""
+        return [
+            Use(node, slot, GradientEdge(child, nr))
+            for node in self.nodes
+            if node not in self.weights
+            for slot, (child, nr) in enumerate(node.next_functions)
+            if child is not None and (self._is_leaf(child, nr) or child in self.weights)
+        ]
+
+    def view_of(self, source: GradientEdge) -> tuple[str, tuple[Node, ...]] | None:
+        """The parameter that a weight is a view of, and the view nodes, nearest the use first.
+
+        Returns:
+            None where the weight is computed, rather than viewed.
+        """
+        path: list[Node] = []
+        edge = source
+        while (name := self.leaf(edge)) is None:
+            if edge.node.name() not in VIEWS:
+                return None
+            path.append(edge.node)
+            (child, nr), *_ = edge.node.next_functions
+            edge = GradientEdge(child, nr)
+        return name, tuple(path)
+
+    def parameters_of(self, source: GradientEdge) -> list[str]:
+        """The names of the parameters that a weight is computed from."""
+        names: dict[str, None] = {}
+        seen: set[tuple[Node, int]] = set()
+        stack = [edge_key(source)]
+        while stack:
+            key = stack.pop()
+            if key in seen:
+                continue
+            seen.add(key)
+            if key in self._edges:
+                names[self._edges[key]] = None
+            else:
+                stack += edges(key[0])
+        return list(names)
+
+    def consumers(self, node: Node) -> list[Node]:
+        """The nodes on the tape that `node` flows into."""
+        return [n for n in self.nodes if any(child is node for child, _ in n.next_functions)]
+
+
+def edge_key(edge: GradientEdge) -> tuple[Node, int]:
+    """An edge as a dictionary key (its ownership token has no part in its identity)."""
+    return edge.node, edge.output_nr
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for layouts without one block of memory."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
+def edges(node: Node) -> list[tuple[Node, int]]:
+    """The edges of `node` that carry a gradient."""
+    return [(child, nr) for child, nr in node.next_functions if child is not None]
+
+
+def metadata(node: Node) -> Any:
+    """Shapes, dtypes and devices of the outputs of the operation that `node` differentiates."""
+    return node._input_metadata
+
+
+def shape_of(node: Node, nr: int = 0) -> tuple[int, ...]:
+    """The shape of output number `nr` of the operation that `node` differentiates."""
+    return tuple(metadata(node)[nr].shape)
+
+
+@lru_cache(maxsize=None)
+def _saved_names(kind: type) -> tuple[str, ...]:
+    return tuple(a for a in dir(kind) if a.startswith("_saved_") and "_sym_" not in a)
+
+
+def saved_tensors(node: Node) -> list[Tensor]:
+    """The tensors that `node` keeps for its backward pass."""
+    values = [getattr(node, name) for name in _saved_names(type(node))]
+    values += getattr(node, "saved_tensors", ())
+    found: list[Tensor] = []
+    for value in values:
+        found += [
+            t for t in (value if isinstance(value, tuple) else (value,)) if isinstance(t, Tensor)
+        ]
+    return found
+
+
+def pull(node: Node, gradients: list[Tensor | None], slot: int) -> Tensor | None:
+    """One node's own backward: the gradient for its input `slot`, without the rest of the graph."""
+    if hasattr(node, "apply"):  # a custom autograd.Function, which lists non-tensor inputs too
+        wanted = [i for i, needed in enumerate(node.needs_input_grad) if needed]
+        live = [i for i, (child, _) in enumerate(node.next_functions) if child is not None]
+        result = node.apply(*gradients)
+        result = result if isinstance(result, tuple) else (result,)
+        return result[wanted[live.index(slot)]]
+    result = node(*gradients)  # type: ignore[operator]
+    return result[slot] if isinstance(result, tuple) else result
