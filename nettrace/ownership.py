@@ -3,8 +3,9 @@
 Pull back one random cotangent of the outputs, then the same with sample `n` scaled by a weight
 `w_n`. Wherever the samples do not meet, the ratio of the two pulled-back gradients is exactly the
 `w_n` of one sample. Weights are powers of two, so that scaling commutes with rounding and the ratio
-is exact; several rounds spell the sample's number in digits. A row whose gradient is zero belongs to
-nobody: as the cotangent is random, nothing flows through it on this tape.
+is exact; several rounds spell the sample's number in digits, and the powers are spread as widely as
+they go, so that a weak link between samples shows. A row whose gradient is zero belongs to nobody:
+as the cotangent is random, nothing flows through it on this tape.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from nettrace.tape import Tape, metadata, shape_of
 
-_DIGIT_BITS = 5
-_BASE = 2**_DIGIT_BITS
+_EXPONENTS = 32  # the weights span this many powers of two, centred on one
 _NOBODY = -1
 
 Edge = tuple[Node, int]
@@ -140,35 +140,72 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
 def _ownerships(
     outputs: Tensor, nodes: Sequence[Node], memory: int
 ) -> Iterator[tuple[Edge, Ownership | None]]:
-    samples = outputs.shape[0]
-    digits = 0
-    while _BASE**digits < samples:
-        digits += 1
+    code = _Code.of(outputs)
     generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-    cotangent = cotangent.to(outputs)
-    number = torch.arange(samples, device=outputs.device)
-    for edges in _groups(nodes, memory // (digits + 2)):
+    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    scales = [torch.ones_like(cotangent)]
+    for digit in code.digits:
+        exponents = (digit * code.spacing - _EXPONENTS // 2).to(outputs.dtype)
+        scales.append(torch.exp2(exponents).view(-1, *(1,) * (outputs.dim() - 1)))
+    for edges in _groups(nodes, memory // (len(scales) + 1)):
         inputs = [GradientEdge(node, nr) for node, nr in edges]
-        pulled = []
-        for place in range(-1, digits):
-            scale = torch.ones_like(number, dtype=outputs.dtype)
-            if place >= 0:
-                scale = torch.exp2((number // _BASE**place % _BASE - _BASE // 2).to(outputs.dtype))
-            shape = (-1,) + (1,) * (outputs.dim() - 1)
-            pulled.append(
-                torch.autograd.grad(
-                    outputs,
-                    inputs,
-                    cotangent * scale.view(shape),
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+        pulled = [
+            torch.autograd.grad(
+                outputs, inputs, cotangent * scale, retain_graph=True, allow_unused=True
             )
+            for scale in scales
+        ]
         for i, edge in enumerate(edges):
-            reference = pulled[0][i]
+            reference, *scaled = (_as_reals(p[i]) for p in pulled)
             if reference is not None:
-                yield edge, _ownership(reference, [p[i] for p in pulled[1:]], samples)
+                yield edge, _ownership(code, reference, scaled)
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The samples' numbers, spelled in digits, each digit written as a power of two.
+
+    The samples are numbered at random, so that neighbours, whom a shift of the batch would link,
+    get distant weights.
+    """
+
+    order: Tensor
+    base: int
+    spacing: int
+    digits: list[Tensor]
+
+    @classmethod
+    def of(cls, outputs: Tensor) -> _Code:
+        samples = len(outputs)
+        places = 1
+        while _EXPONENTS**places < samples:
+            places += 1
+        base = 2
+        while base**places < samples:
+            base += 1
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(1))
+        order = order.to(outputs.device)
+        number = torch.argsort(order)
+        digits = [number // base**place % base for place in range(places)]
+        return cls(order, base, (_EXPONENTS - 1) // (base - 1), digits)
+
+    @property
+    def samples(self) -> int:
+        return len(self.order)
+
+    def read(self, ratios: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The sample that ratios to the reference spell, -1 if none, and the exact ratios."""
+        number = torch.zeros_like(ratios[0], dtype=torch.long)
+        valid = torch.ones_like(number, dtype=torch.bool)
+        exact = []
+        for place, ratio in enumerate(ratios):
+            exponent = torch.log2(ratio).nan_to_num(-_EXPONENTS, _EXPONENTS, -_EXPONENTS)
+            digit = ((exponent + _EXPONENTS // 2) / self.spacing).round().long()
+            valid &= (digit >= 0) & (digit < self.base)
+            number += digit * self.base**place
+            exact.append(torch.exp2((digit * self.spacing - _EXPONENTS // 2).to(ratio.dtype)))
+        valid &= number < self.samples
+        return torch.where(valid, self.order[number.clamp(0, self.samples - 1)], _NOBODY), exact
 
 
 def _groups(nodes: Sequence[Node], memory: int) -> Iterator[list[Edge]]:
@@ -189,37 +226,42 @@ def _groups(nodes: Sequence[Node], memory: int) -> Iterator[list[Edge]]:
         yield group
 
 
-def _ownership(reference: Tensor, scaled: Sequence[Tensor], samples: int) -> Ownership | None:
-    """The owner of each element of a gradient, or None where samples mix."""
-    is_complex = reference.is_complex()
-    if is_complex:
-        reference = torch.view_as_real(reference)
-        scaled = [torch.view_as_real(s) for s in scaled]
-    alive = reference.abs() > torch.finfo(reference.dtype).tiny * 2.0**40
-    owner = torch.zeros_like(reference, dtype=torch.int32)
-    for place, values in enumerate(scaled):
-        ratio = torch.where(alive, values / reference, 1.0)
-        power = torch.log2(ratio.abs()).round()
-        # A loose bound is enough: where samples meet, their weights differ by factors of two or more.
-        mixed = (ratio * torch.exp2(-power) - 1).abs() > 1e-3
-        digit = power.nan_to_num(_BASE).clamp(-_BASE, _BASE).to(torch.int32) + _BASE // 2
-        if bool((alive & (mixed | ~ratio.isfinite() | (digit < 0) | (digit >= _BASE))).any()):
-            return None
-        owner += digit * _BASE**place
-    owner = torch.where(alive, owner, _NOBODY)
-    if bool((owner >= samples).any()):
-        return None
-    lowest = torch.where(alive, owner, samples)
-    if is_complex:
-        owner, lowest = owner.amax(-1), lowest.amin(-1)
+def _as_reals(gradient: Tensor | None) -> Tensor | None:
+    if gradient is not None and gradient.is_complex():
+        return torch.view_as_real(gradient)
+    return gradient
+
+
+def _ownership(code: _Code, reference: Tensor, scaled: Sequence[Tensor]) -> Ownership | None:
+    """Whose a gradient is, or None where samples mix in it."""
+    info = torch.finfo(reference.dtype)
+    if reference.dim() == 0:
+        reference, scaled = reference[None], [s[None] for s in scaled]
     axes = {}
-    for dim in range(owner.dim()):
-        others = [d for d in range(owner.dim()) if d != dim]
-        top = owner.amax(others) if others else owner
-        bottom = lowest.amin(others) if others else lowest
-        if bool(((top == bottom) | (top == _NOBODY)).all()):
-            axes[dim] = Axis(dim, top.long(), samples)
-    return Ownership(axes, None if axes else owner)
+    for dim in range(reference.dim()):
+        rows = reference.movedim(dim, 0).flatten(1) if reference.dim() > 1 else reference[:, None]
+        peak, place = rows.abs().max(1, keepdim=True)
+        alive = peak > info.tiny * 2.0**40
+        unit = torch.where(alive, rows.gather(1, place), 1.0)
+        others = [s.movedim(dim, 0).reshape(rows.shape) for s in scaled]
+        owners, exact = code.read([(s.gather(1, place) / unit) for s in others])
+        good = owners != _NOBODY
+        for s, ratio in zip(others, exact, strict=True):
+            good &= ((s / ratio - rows) / unit).norm(dim=1, keepdim=True) <= info.eps**0.6 * (
+                rows / unit
+            ).norm(dim=1, keepdim=True)
+        if bool((good | ~alive).all()):
+            axes[dim] = Axis(dim, torch.where(alive, owners, _NOBODY)[:, 0], code.samples)
+    if axes:
+        return Ownership(axes, None)
+    alive = reference.abs() > info.tiny * 2.0**40
+    unit = torch.where(alive, reference, 1.0)
+    ratios = [s / unit for s in scaled]
+    owners, exact = code.read(ratios)
+    good = owners != _NOBODY
+    for ratio, power in zip(ratios, exact, strict=True):
+        good &= (ratio / power - 1).abs() <= info.eps**0.4
+    return Ownership({}, torch.where(alive, owners, _NOBODY)) if bool((good | ~alive).all()) else None
 
 
 def _is_training_norm(node: Node) -> bool:
