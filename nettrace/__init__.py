@@ -1,7 +1,28 @@
 """Measure the physics of learning while a network trains."""
 
+from nettrace.measures import measure
 from nettrace.operator import Jacobian, LossJacobian, jacobian, loss_jacobian
 from nettrace.ownership import CoupledSamplesError
+from nettrace.probe import Probe
+from nettrace.record import Record
+from nettrace.schedule import at, every, log_spaced
+from nettrace.store import open
+from nettrace.tracer import MissingMeasureWarning, Tracer
 
-__all__ = ["CoupledSamplesError", "Jacobian", "LossJacobian", "jacobian", "loss_jacobian"]
+__all__ = [
+    "CoupledSamplesError",
+    "Jacobian",
+    "LossJacobian",
+    "MissingMeasureWarning",
+    "Probe",
+    "Record",
+    "Tracer",
+    "at",
+    "every",
+    "jacobian",
+    "log_spaced",
+    "loss_jacobian",
+    "measure",
+    "open",
+]
 __version__ = "0.1.0"

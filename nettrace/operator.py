@@ -194,6 +194,28 @@ class Jacobian:
         self._afford(shape, per_layer)
         return self._collect(shape, self._blocks(), per_layer)
 
+    def gram_and_layer_blocks(self) -> tuple[Tensor, PerLayer]:
+        """`gram()` and `blocks(per_layer=True)` together, for the price of the first.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            MemoryError: if the results alone would exceed the memory budget.
+        """
+        n, c = self.samples, self.outputs
+        self._afford((n, c, n, c), per_layer=False)
+        self._afford((n, c, c), per_layer=True)
+        blocks = {name: self._zeros((n, c, c)) for name in self._gradients.parameters}
+
+        def diagonals() -> Iterator[_Piece]:
+            for name, (ns, ks, ms, js), piece in self._full_gram():
+                if ns == ms:
+                    blocks[name][ns, ks, js] += piece.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+                yield name, (ns, ks, ms, js), piece
+
+        gram = self._collect((n, c, n, c), diagonals(), per_layer=False)
+        assert isinstance(gram, Tensor)
+        return gram, blocks
+
     @overload
     def norms(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
     @overload
@@ -380,21 +402,20 @@ class Jacobian:
     def _collect(
         self, shape: tuple[int, ...], pieces: Iterator[_Piece], per_layer: bool
     ) -> Tensor | PerLayer:
-        def zeros() -> Tensor:
-            return torch.zeros(
-                shape, dtype=self._gradients.dtype, device=self._gradients.outputs.device
-            )
-
         with torch.no_grad():
             if per_layer:
-                shares = {name: zeros() for name in self._gradients.parameters}
+                shares = {name: self._zeros(shape) for name in self._gradients.parameters}
                 for name, where, piece in pieces:
                     shares[name][where] += piece
                 return shares
-            total = zeros()
+            total = self._zeros(shape)
             for _, where, piece in pieces:
                 total[where] += piece
             return total
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        outputs = self._gradients.outputs
+        return torch.zeros(shape, dtype=self._gradients.dtype, device=outputs.device)
 
     def _chunks(self, held: int = 1) -> Iterator[tuple[slice, Pulled]]:
         """Ranges of outputs with their pullbacks, of which the budget has room for `held`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from nettrace.tape import Tape, metadata, shape_of
+from nettrace.tape import Tape, Use, metadata, shape_of
 
 _EXPONENTS = 32  # the weights span this many powers of two, centred on one
 _NOBODY = -1
@@ -118,40 +118,106 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
         CoupledSamplesError: if some use's cotangent mixes samples and is no computed weight.
     """
     norms = [node for node in tape.nodes if _is_training_norm(node)]
+    entries: list[_Entry] = []
+    owned: dict[Edge, Ownership] = {}
     while True:
-        nodes = dict.fromkeys([use.node for use in tape.uses()] + norms)
+        nodes = list(dict.fromkeys([use.node for use in tape.uses()] + norms))
         coupled: set[Node] = set()
-        owned: dict[Edge, Ownership] = {}
-        for edge, ownership in _ownerships(outputs, list(nodes), memory):
+        found: dict[Edge, Ownership] = {}
+        for edge, ownership in _ownerships(outputs, nodes, entries, memory):
             if ownership is None:
                 coupled.add(edge[0])
             else:
-                owned[edge] = ownership
+                found[edge] = ownership
                 if edge[0] in norms and 1 not in ownership.axes and tape.samples > 1:
                     raise CoupledSamplesError(_batch_norm_message(edge[0]))
-        if not coupled:
-            return owned
         absorbable = [node for node in coupled if tape.may_absorb(node)]
-        if not absorbable:
-            raise CoupledSamplesError(_diagnose(tape, outputs, memory))
-        tape.absorb(absorbable)
+        if coupled and not absorbable:
+            raise CoupledSamplesError(_diagnose(tape, outputs, entries, memory))
+        if coupled:
+            tape.absorb(absorbable)
+            entries = []
+            continue
+        if not entries:
+            owned = found  # what lies behind shut gates is looked at, but carries no gradient
+        behind = _behind_shut_gates(tape, found)
+        if len(behind) == len(entries):
+            return owned
+        entries = behind
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A place where a cotangent enters the tape beside the outputs."""
+
+    edge: GradientEdge
+    axis: Axis
+
+    def cotangent(self, scale: Tensor) -> Tensor:
+        """A random cotangent whose slices are scaled as their samples are; `scale` is (N,)."""
+        meta = metadata(self.edge.node)[self.edge.output_nr]
+        generator = torch.Generator().manual_seed(2)
+        shape = [-1 if d == self.axis.dim else 1 for d in range(len(meta.shape))]
+        weights = torch.where(self.axis.owners < 0, 0, scale[self.axis.owners].to(meta.dtype))
+        noise = torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
+        return noise.to(weights) * weights.view(shape)
+
+
+def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]:
+    """Where cotangents would enter if weights that are zero throughout were not.
+
+    A branch multiplied by such a weight, as many are at initialisation, gets no cotangent, so that
+    a coupling in it would go unseen, although the derivative by that weight depends on it.
+    """
+    entries = []
+    for use in tape.uses():
+        ownership = owned.get((use.node, 0))
+        if ownership is None or not _multiplies(use) or not tape.is_zero(use.source):
+            continue
+        out = shape_of(use.node)
+        for slot, (child, nr) in enumerate(use.node.next_functions):
+            if slot == use.slot or child is None or not tape.carries_samples(child):
+                continue
+            shape = shape_of(child, nr)
+            for dim, axis in ownership.axes.items():
+                inner = dim - len(out) + len(shape)
+                if inner >= 0 and shape[inner] == out[dim]:
+                    entry = Axis(inner, axis.owners, axis.samples)
+                    entries.append(_Entry(GradientEdge(child, nr), entry))
+                    break
+    return entries
+
+
+def _multiplies(use: Use) -> bool:
+    """Whether a weight enters as a factor, rather than a summand."""
+    name = use.node.name().removesuffix("Backward0")
+    bias = {"Addmm": 0, "Convolution": 2, "NativeLayerNorm": 2, "NativeGroupNorm": 2,
+            "NativeBatchNorm": 2}
+    return name not in ("Add", "Sub", "Rsub") and bias.get(name) != use.slot
 
 
 def _ownerships(
-    outputs: Tensor, nodes: Sequence[Node], memory: int
+    outputs: Tensor, nodes: Sequence[Node], entries: Sequence[_Entry], memory: int
 ) -> Iterator[tuple[Edge, Ownership | None]]:
     code = _Code.of(outputs)
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    scales = [torch.ones_like(cotangent)]
-    for digit in code.digits:
-        exponents = (digit * code.spacing - _EXPONENTS // 2).to(outputs.dtype)
-        scales.append(torch.exp2(exponents).view(-1, *(1,) * (outputs.dim() - 1)))
+    scales = [torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)]
+    scales += [
+        torch.exp2((digit * code.spacing - _EXPONENTS // 2).to(outputs.dtype))
+        for digit in code.digits
+    ]
     for edges in _groups(nodes, memory // (len(scales) + 1)):
-        inputs = [GradientEdge(node, nr) for node, nr in edges]
         pulled = [
             torch.autograd.grad(
-                outputs, inputs, cotangent * scale, retain_graph=True, allow_unused=True
+                [outputs, *(entry.edge for entry in entries)],
+                [GradientEdge(node, nr) for node, nr in edges],
+                [
+                    cotangent * scale.view(-1, *(1,) * (outputs.dim() - 1)),
+                    *(entry.cotangent(scale) for entry in entries),
+                ],
+                retain_graph=True,
+                allow_unused=True,
             )
             for scale in scales
         ]
@@ -280,10 +346,10 @@ def _batch_norm_message(node: Node) -> str:
     )
 
 
-def _diagnose(tape: Tape, outputs: Tensor, memory: int) -> str:
+def _diagnose(tape: Tape, outputs: Tensor, entries: Sequence[_Entry], memory: int) -> str:
     """Names the operation in which samples meet, looking at every node of the tape."""
     nodes = [node for node in tape.nodes if node not in tape.weights]
-    verdicts = {edge: owned for edge, owned in _ownerships(outputs, nodes, memory)}
+    verdicts = {edge: owned for edge, owned in _ownerships(outputs, nodes, entries, memory)}
     coupled = {node for (node, _), owned in verdicts.items() if owned is None}
     first = next(
         node

@@ -58,6 +58,7 @@ class Tape:
         assert outputs.grad_fn is not None
         self.root: Node = outputs.grad_fn
         self.samples = outputs.shape[0]
+        self._parameters = dict(parameters)
         self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
         self._constants = [c for c in constants]
         self._constants += [p.detach() for p in parameters.values()]
@@ -208,6 +209,15 @@ class Tape:
             else:
                 stack += edges(key[0])
         return list(names)
+
+    def carries_samples(self, node: Node) -> bool:
+        """Whether a parameter can be reached from `node` and it is not itself part of a weight."""
+        return node in self._reaching and node not in self.weights
+
+    def is_zero(self, source: GradientEdge) -> bool:
+        """Whether a weight views a parameter that is zero throughout."""
+        viewed = self.view_of(source)
+        return viewed is not None and not bool(self._parameters[viewed[0]].any())
 
     def consumers(self, node: Node) -> list[Node]:
         """The nodes on the tape that `node` flows into."""

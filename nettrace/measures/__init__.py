@@ -1,0 +1,7 @@
+"""The measures: pure functions of statistics, one family a file."""
+
+from nettrace.measures import collective, fisher, loss, ntk
+from nettrace.measures.registry import Measure, Value, available, measure, resolve
+
+__all__ = ["Measure", "Value", "available", "collective", "fisher", "loss", "measure", "ntk",
+           "resolve"]

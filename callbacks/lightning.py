@@ -1,0 +1,31 @@
+"""Lightning's two namespaces, `lightning.pytorch` and `pytorch_lightning`, as one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    # Their classes are unrelated, and each trainer takes its own callbacks only: be both.
+    _bases = tuple(
+        import_module(name).Callback
+        for name in ("pytorch_lightning", "lightning.pytorch")
+        if find_spec(name.partition(".")[0]) is not None
+    )
+    if not _bases:
+        raise ImportError(
+            "nettrace.callbacks needs PyTorch Lightning: pip install 'nettrace[lightning]'"
+        )
+    Callback = type("Callback", _bases, {})
+
+
+def loggers_step(trainer: Any) -> int:
+    """The step under which Lightning's own loop logs; global_step counts every optimizer's."""
+    steps = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if steps is None else steps)
+
+
+__all__ = ["Callback", "loggers_step"]

@@ -1,0 +1,150 @@
+"""One fit of one trainer, as all of its callbacks of this package see it together."""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace.callbacks.loggers import log
+from nettrace.freeze import frozen
+from nettrace.store import TraceWriter
+
+if TYPE_CHECKING:
+    from nettrace.callbacks.trace import Trace
+
+
+class Session:
+    """Measures for several callbacks at once: one pass for all that share a probe.
+
+    Args:
+        trainer: the trainer.
+        module: the network that it trains.
+        callbacks: its callbacks of this package.
+    """
+
+    def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Trace]) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._last: int | None = None
+        self._unfired = list(callbacks)
+        self._warned: set[str] = set()
+        self._attempt = uuid.uuid4().hex
+        self._writers: dict[Path, TraceWriter] = {}
+        #: Callbacks that share a probe, with the tracer that measures for them.
+        self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
+        for callback in callbacks:
+            shared = callback.samples if callback.probe is None else id(callback.probe)
+            key = (callback.probe is None, shared, callback.on_error)
+            try:
+                if key not in self._groups:
+                    names = [measure.name for measure in callback.measures]
+                    tracer = Tracer(self._probe(callback), names, on_error=callback.on_error)
+                    self._groups[key] = (tracer, [])
+                self._groups[key][1].append(callback)
+            except Exception as error:
+                self._unfired.remove(callback)
+                self._report(callback, "cannot take a probe", error)
+
+    def measure(self, step: int, position: Mapping[str, float]) -> None:
+        """Measures for the callbacks that are due, once a step.
+
+        Args:
+            step: how many updates the weights have had.
+            position: what else to note of it, such as the epoch.
+        """
+        if step == self._last:  # with accumulated gradients, several batches make one step
+            return
+        self._last = step
+        for tracer, callbacks in self._groups.values():
+            due = [callback for callback in callbacks if callback.due(step)]
+            if due:
+                self._unfired = [callback for callback in self._unfired if callback not in due]
+                measures = {m.name: m for callback in due for m in callback.measures}
+                records = tracer.measure(self._module, step, list(measures.values()))
+                self._write(due, records, position)
+                self._log(due, records)
+
+    def close(self) -> None:
+        """Says which callbacks never measured."""
+        for callback in self._unfired:
+            warnings.warn(
+                f"{type(callback).__name__} never measured: its schedule did not fire in the "
+                f"{self._trainer.global_step} steps of this training; choose a smaller every=",
+                MissingMeasureWarning,
+                stacklevel=2,
+            )
+
+    def _write(
+        self, callbacks: Sequence[Trace], records: Sequence[Record], position: Mapping[str, float]
+    ) -> None:
+        if not self._trainer.is_global_zero:
+            return
+        folders: dict[Path, dict[str, Record]] = {}
+        for callback in callbacks:
+            if callback.to is not None:
+                kept = folders.setdefault(Path(callback.to).absolute(), {})
+                kept |= _of(callback, records)
+        for folder, named in folders.items():
+            try:
+                if folder not in self._writers:
+                    self._writers[folder] = TraceWriter(folder, self._attempt)
+                self._writers[folder].write(list(named.values()), position)
+            except OSError as error:
+                self._report(callbacks[0], f"cannot write the trace to {folder}", error)
+
+    def _log(self, callbacks: Sequence[Trace], records: Sequence[Record]) -> None:
+        prefixes: dict[str, dict[str, Record]] = {}
+        for callback in callbacks:
+            if callback.log:
+                kept = prefixes.setdefault(callback.prefix, {})
+                kept |= _of(callback, records)
+        for prefix, named in prefixes.items():
+            try:
+                log(self._trainer, list(named.values()), prefix)
+            except Exception as error:
+                self._report(callbacks[0], "cannot log", error)
+
+    def _report(self, callback: Trace, what: str, error: Exception) -> None:
+        """Raises or, once, warns."""
+        if callback.on_error == "raise":
+            raise error
+        text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, MissingMeasureWarning, stacklevel=2)
+
+    def _probe(self, callback: Trace) -> Probe:
+        """The callback's probe, or one of the trainer's data, where and as the module needs it."""
+        convert = self._trainer.precision_plugin.convert_input
+        if callback.probe is not None:
+            return callback.probe.to(self._module.device).map(convert)
+        loader = _first(self._trainer.val_dataloaders) or _first(self._trainer.train_dataloader)
+        dataset = getattr(loader, "dataset", None)
+        if dataset is None:
+            raise TypeError(
+                f"the trainer's {type(loader).__name__} has no data set to take samples from: pass "
+                "probe=nettrace.Probe(inputs, targets)"
+            )
+        with frozen(self._module):  # samples may be augmented at random
+            probe = Probe.from_dataset(dataset, callback.samples, collate=loader.collate_fn)
+            batch = (probe.inputs,) if probe.targets is None else (probe.inputs, probe.targets)
+            batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
+        return Probe.from_batch(batch)
+
+
+def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
+    """The records that a callback asked for, and the time that they took."""
+    names = {measure.name for measure in callback.measures} | {"nettrace/seconds"}
+    return {record.name: record for record in records if record.name in names}
+
+
+def _first(loaders: Any) -> Any:
+    """The first of one, a list or a mapping of loaders."""
+    while isinstance(loaders, (list, tuple, dict)):
+        values = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
+        loaders = values[0] if values else None
+    return loaders

@@ -1,0 +1,110 @@
+"""The Lightning callbacks: a tracer at the trainer's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nettrace import Probe
+from nettrace.callbacks.lightning import Callback
+from nettrace.callbacks.session import Session
+from nettrace.measures import resolve
+from nettrace.schedule import Every, schedule
+from nettrace.tracer import OnError
+
+
+class Trace(Callback):
+    """Measures the network while Lightning trains it, without touching the training.
+
+    A measurement at step k sees the weights after k optimizer steps. The first is at step 0, before
+    any update, and the last, if it is due, after the training. Several of these callbacks on one
+    trainer share one pass where they share a probe.
+
+    Args:
+        measures: names of measures or groups, such as ["ntk", "fisher/trace"].
+        every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
+            themselves, or a function from a step to yes or no.
+        probe: the samples to measure on. By default, evenly spaced samples of the first validation
+            data set, or else of the training data set; the trainer's loaders are never iterated.
+        to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
+        log: whether to send numbers to the trainer's loggers and `callback_metrics`, so that they
+            can be monitored; kernels and spectra too where a logger is W&B's.
+        prefix: put before every name in loggers.
+        samples: how many samples a default probe takes.
+        on_error: "record" notes why a measure is missing, warns once and lets the training go on;
+            "raise" raises.
+
+    Raises:
+        ValueError: if a measure is unknown, or the schedule never fires.
+    """
+
+    def __init__(
+        self,
+        measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
+        *,
+        every: Every = 100,
+        probe: Probe | None = None,
+        to: str | Path | None = None,
+        log: bool = True,
+        prefix: str = "",
+        samples: int = 64,
+        on_error: OnError = "record",
+    ) -> None:
+        super().__init__()
+        self.measures = resolve(measures)
+        self.due = schedule(every)
+        self.probe = probe
+        self.to = to
+        self.log = log
+        self.prefix = prefix
+        self.samples = samples
+        self.on_error = on_error
+        self._session: Session | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the probe, together with the trainer's other callbacks of this kind."""
+        peers = [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
+        # The first of them measures for all, so that they share one pass.
+        self._session = Session(trainer, pl_module, peers) if peers[0] is self else None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Measures the weights as they are before this batch."""
+        self._measure(trainer, batch_idx)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measures the final weights."""
+        if self._session is not None:
+            self._measure(trainer, trainer.fit_loop.batch_idx + 1)
+            self._session.close()
+            self._session = None
+
+    def _measure(self, trainer: Any, batch: int) -> None:
+        if self._session is not None:
+            position = {"epoch": trainer.current_epoch, "batch": batch}
+            self._session.measure(trainer.global_step, position)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets go of the run; what was measured is on disk."""
+        self._session = None
+
+
+class NTKTrace(Trace):
+    """`Trace` of the neural tangent kernel: its trace, spectrum, entropies and the kernel itself."""
+
+    def __init__(self, measures: str | Iterable[str] = "ntk", **options: Any) -> None:
+        super().__init__(measures, **options)
+
+
+class FisherTrace(Trace):
+    """`Trace` of the trace of the Fisher information, exact, estimated and empirical."""
+
+    def __init__(self, measures: str | Iterable[str] = "fisher", **options: Any) -> None:
+        super().__init__(measures, **options)
+
+
+class CollectiveVariables(Trace):
+    """`Trace` of collective variables: entropies of the kernel, and what makes up the gradient."""
+
+    def __init__(self, measures: str | Iterable[str] = "collective", **options: Any) -> None:
+        super().__init__(measures, **options)

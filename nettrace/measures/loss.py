@@ -1,0 +1,32 @@
+"""The loss on the probe, and the accuracy where the targets are classes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nettrace.likelihood import Categorical, Likelihood
+from nettrace.measures.registry import Value, measure
+from nettrace.statistics import Inapplicable
+
+
+@measure(
+    "loss/mean",
+    needs=["losses"],
+    convention="mean over samples; standard error over samples",
+)
+def mean(losses: Tensor) -> Value:
+    """The mean loss."""
+    return Value.mean(losses)
+
+
+@measure(
+    "loss/accuracy",
+    needs=["outputs", "targets", "likelihood"],
+    convention="fraction of targets that the largest output names; standard error over samples",
+)
+def accuracy(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Value:
+    """The fraction of classes told right."""
+    if not isinstance(likelihood, Categorical):
+        raise Inapplicable(f"accuracy is for classes, but the likelihood is {likelihood.name}")
+    right = (outputs.argmax(likelihood.axis) == targets).double()
+    return Value.mean(right.flatten(1).mean(1) if right.dim() > 1 else right)

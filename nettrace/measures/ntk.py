@@ -1,0 +1,142 @@
+"""The empirical neural tangent kernel: the Gram matrix of the Jacobian of the outputs.
+
+Jacot, Gabriel and Hongler, Neural tangent kernel (2018), arXiv:1806.07572. Its entropy as that of a
+density matrix: Tovey, Krippendorf, Nikolaou and Holm (2023), arXiv:2305.00995.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nettrace.measures.registry import Value, measure
+from nettrace.operator import PerLayer
+
+_NTK = "Jacot et al. 2018, arXiv:1806.07572"
+_ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
+
+
+@measure(
+    "ntk/trace",
+    needs=["blocks"],
+    convention="sum over samples and outputs",
+    source=_NTK,
+)
+def trace(blocks: Tensor) -> Tensor:
+    """The sum of squares of all entries of the Jacobian."""
+    return blocks.diagonal(dim1=1, dim2=2).double().sum()
+
+
+@measure(
+    "ntk/trace_per_layer",
+    needs=["layer_blocks"],
+    convention="sum over samples and outputs; the layers add up to ntk/trace",
+    dims=["layer"],
+    source=_NTK,
+)
+def trace_per_layer(layer_blocks: PerLayer) -> Value:
+    """The trace's share of each parameter."""
+    traces = [b.diagonal(dim1=1, dim2=2).double().sum() for b in layer_blocks.values()]
+    return Value(torch.stack(traces), coordinates={"layer": list(layer_blocks)})
+
+
+@measure(
+    "ntk/gram",
+    needs=["gram"],
+    convention="not summed or divided",
+    dims=["sample", "output", "sample_2", "output_2"],
+    source=_NTK,
+)
+def gram(gram: Tensor) -> Tensor:
+    """The kernel itself."""
+    return gram
+
+
+@measure(
+    "ntk/spectrum",
+    needs=["eigenvalues"],
+    convention="eigenvalues of the (N C, N C) kernel, not divided, largest first",
+    dims=["mode"],
+    source=_NTK,
+)
+def spectrum(eigenvalues: Tensor) -> Tensor:
+    """The kernel's eigenvalues."""
+    return eigenvalues
+
+
+@measure(
+    "ntk/entropy",
+    needs=["eigenvalues"],
+    convention="nats, of eigenvalues of the (N C, N C) kernel over their sum",
+    source=_ENTROPY,
+)
+def entropy(eigenvalues: Tensor) -> Tensor:
+    """The von Neumann entropy, -sum p ln p."""
+    return shannon(eigenvalues)
+
+
+@measure(
+    "ntk/entropy_normalised",
+    needs=["eigenvalues"],
+    convention="ntk/entropy over ln(N C), in [0, 1]",
+    source=_ENTROPY,
+)
+def entropy_normalised(eigenvalues: Tensor) -> Tensor:
+    """The von Neumann entropy in units of its maximum."""
+    return _normalised(eigenvalues)
+
+
+@measure(
+    "ntk/entropy_traced",
+    needs=["traced_eigenvalues"],
+    convention="nats, of eigenvalues of the (N, N) kernel summed over outputs, over their sum",
+    source=_ENTROPY,
+)
+def entropy_traced(traced_eigenvalues: Tensor) -> Tensor:
+    """The entropy of the traced kernel, which can change with another sign than that of the full."""
+    return shannon(traced_eigenvalues)
+
+
+@measure(
+    "ntk/entropy_traced_normalised",
+    needs=["traced_eigenvalues"],
+    convention="ntk/entropy_traced over ln N, in [0, 1]",
+    source=_ENTROPY,
+)
+def entropy_traced_normalised(traced_eigenvalues: Tensor) -> Tensor:
+    """The entropy of the traced kernel in units of its maximum."""
+    return _normalised(traced_eigenvalues)
+
+
+@measure(
+    "ntk/effective_rank",
+    needs=["eigenvalues"],
+    convention="exponential of ntk/entropy, between 1 and N C",
+    source="Roy and Vetterli 2007, The effective rank",
+)
+def effective_rank(eigenvalues: Tensor) -> Tensor:
+    """How many modes the kernel has, as the exponential of its entropy."""
+    return shannon(eigenvalues).exp()
+
+
+def shannon(weights: Tensor) -> Tensor:
+    """-sum p ln p in nats for p = weights over their sum; negative weights, rounding, count as 0.
+
+    Raises:
+        ValueError: if the weights are zero or not finite throughout.
+    """
+    weights = weights.double().clamp_min(0)
+    total = weights.sum()
+    if not bool(total > 0) or not bool(total.isfinite()):
+        raise ValueError(
+            f"the entropy of weights that sum to {float(total)} is not defined: the kernel is zero "
+            "or not finite"
+        )
+    p = weights / total
+    return -torch.xlogy(p, p).sum()
+
+
+def _normalised(eigenvalues: Tensor) -> Tensor:
+    return shannon(eigenvalues) / math.log(max(len(eigenvalues), 2))

@@ -1,0 +1,136 @@
+"""What a measure is, and which there are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from nettrace.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a measure found.
+
+    Args:
+        value: a number or an array.
+        standard_error: of an estimate, of the same shape.
+        coordinates: labels along named axes.
+        attributes: what else to keep with the value, such as the number of draws.
+    """
+
+    value: Tensor | float
+    standard_error: Tensor | float | None = None
+    coordinates: Mapping[str, list[str]] = field(default_factory=dict)
+    attributes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @classmethod
+    def mean(cls, values: Tensor) -> Value:
+        """The mean of independent values (N,), with the standard error of the mean."""
+        values = values.double()
+        error = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
+        return cls(values.mean(), error / len(values) ** 0.5)
+
+
+Function: TypeAlias = Callable[..., Value | Tensor | float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A named, pure function of statistics.
+
+    Args:
+        name: "group/quantity".
+        needs: the properties of `Statistics` that the function takes, in order.
+        function: from those to a value.
+        convention: what is summed or averaged over what, in words; kept with every value.
+        dims: names of the value's axes.
+        source: the paper and equation that define it.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    function: Function
+    convention: str
+    dims: tuple[str, ...]
+    source: str
+
+    def __call__(self, statistics: Statistics) -> Value:
+        """The measure of a network, from its statistics."""
+        found = self.function(*(getattr(statistics, need) for need in self.needs))
+        return found if isinstance(found, Value) else Value(found)
+
+
+_MEASURES: dict[str, Measure] = {}
+
+
+def measure(
+    name: str,
+    *,
+    needs: Iterable[str],
+    convention: str,
+    dims: Iterable[str] = (),
+    source: str = "",
+) -> Callable[[Function], Function]:
+    """Registers a function of statistics as a measure.
+
+    Args:
+        name: "group/quantity".
+        needs: the properties of `nettrace.statistics.Statistics` that the function takes, in order.
+        convention: what is summed or averaged over what, in words.
+        dims: names of the value's axes.
+        source: the paper and equation that define it.
+
+    Raises:
+        ValueError: if the name is not of that form or taken, or a need is no statistic.
+    """
+    needs = tuple(needs)
+    group, _, quantity = name.partition("/")
+    if not group or not quantity or "/" in quantity:
+        raise ValueError(f"expected a measure's name of the form 'group/quantity', got {name!r}")
+    if name in _MEASURES:
+        raise ValueError(f"a measure named {name!r} exists already")
+    for need in needs:
+        if need.startswith("_") or not hasattr(Statistics, need):
+            known = [n for n in vars(Statistics) if not n.startswith("_")]
+            raise ValueError(f"unknown statistic {need!r}{_nearest(need, known)}")
+
+    def register(function: Function) -> Function:
+        _MEASURES[name] = Measure(name, needs, function, convention, tuple(dims), source)
+        return function
+
+    return register
+
+
+def available() -> list[Measure]:
+    """All measures, by name."""
+    return [_MEASURES[name] for name in sorted(_MEASURES)]
+
+
+def resolve(names: str | Iterable[str]) -> list[Measure]:
+    """Measures by name; a group's name stands for all of it.
+
+    Raises:
+        ValueError: if there is no such measure, naming the nearest, or none is asked for.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError("expected at least one measure, got none")
+    found: dict[str, Measure] = {}
+    for name in names:
+        group = {n: m for n, m in _MEASURES.items() if n == name or n.startswith(name + "/")}
+        if not group:
+            groups = {n.partition("/")[0] for n in _MEASURES}
+            raise ValueError(f"unknown measure {name!r}{_nearest(name, [*_MEASURES, *groups])}")
+        found |= group
+    return list(found.values())
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, cutoff=0.4)
+    return f": did you mean {' or '.join(map(repr, near))}?" if near else f": {sorted(known)}"

@@ -1,0 +1,171 @@
+"""What measures share: each statistic of one look at a network is computed once, when first needed.
+
+A statistic is a property of `Statistics`; a measure names those that it needs. All are plain sums
+or raw arrays: measures divide, and say by what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from nettrace.likelihood import Likelihood
+from nettrace.operator import Jacobian, PerLayer, jacobian
+from nettrace.probe import Look, Probe
+
+
+class Unavailable(Exception):
+    """A statistic that this probe does not define; the message says what to add."""
+
+
+class Inapplicable(Exception):
+    """A measure that has no meaning for this kind of network; it is left out without a word."""
+
+
+class Statistics:
+    """Statistics of a network on a probe, at one instant.
+
+    Args:
+        model: the network, in the mode in which it is to be measured.
+        probe: the samples.
+        needs: the statistics that will be asked for, so that they can share work.
+        seed: for those that draw random numbers.
+        memory_budget: as in `nettrace.jacobian`.
+
+    Attributes:
+        samples: N.
+    """
+
+    #: How many targets are drawn for each sample in Monte Carlo estimates.
+    draws = 8
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        needs: Iterable[str] = (),
+        *,
+        seed: int = 0,
+        memory_budget: int | str = "2GiB",
+    ) -> None:
+        self._look: Look = probe.look(model)
+        self._model = model
+        self._needs = frozenset(needs)
+        self._seed = seed
+        self._memory = memory_budget
+        self.samples = len(self._look.outputs)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """(N, ...) the outputs."""
+        return self._look.outputs.detach()
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The probe's targets."""
+        if not isinstance(self._look.targets, Tensor):
+            raise Unavailable("the probe has no targets: pass Probe(inputs, targets)")
+        return self._look.targets
+
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        """The distribution that the outputs parametrise."""
+        if self._look.likelihood is None:
+            raise Unavailable(
+                "the output distribution is not known: pass Probe(..., likelihood='categorical') "
+                "or 'gaussian'"
+            )
+        return self._look.likelihood
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """(N,) the loss of each sample."""
+        return self._losses.detach()
+
+    @cached_property
+    def _losses(self) -> Tensor:
+        if self._look.losses is None:
+            raise Unavailable(
+                "the loss is not known: pass Probe(inputs, targets), and losses=... where neither "
+                "cross-entropy nor squared error is meant"
+            )
+        return self._look.losses
+
+    @cached_property
+    def jacobian(self) -> Jacobian:
+        """The Jacobian of the outputs."""
+        return jacobian(self._look.outputs, self._model, memory_budget=self._memory)
+
+    @cached_property
+    def _kernel(self) -> tuple[Tensor | None, PerLayer]:
+        if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
+            return self.jacobian.gram_and_layer_blocks()
+        return None, self.jacobian.blocks(per_layer=True)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(N, C, N, C) the Gram matrix of the Jacobian: the neural tangent kernel."""
+        found, _ = self._kernel
+        return self.jacobian.gram() if found is None else found
+
+    @cached_property
+    def layer_blocks(self) -> PerLayer:
+        """By parameter, its share of the per-sample diagonal blocks of the Gram matrix, (N, C, C)."""
+        return self._kernel[1]
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """(N, C, C) the per-sample diagonal blocks of the Gram matrix."""
+        return torch.stack(list(self.layer_blocks.values())).sum(0)
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
+        order = self.samples * self.blocks.shape[1]
+        return torch.linalg.eigvalsh(self.gram.reshape(order, order).double()).flip(0)
+
+    @cached_property
+    def traced_eigenvalues(self) -> Tensor:
+        """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
+        traced = self.gram.diagonal(dim1=1, dim2=3).sum(-1)
+        return torch.linalg.eigvalsh(traced.double()).flip(0)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(N, C) the gradient of each sample's loss by its outputs."""
+        (gradient,) = torch.autograd.grad(
+            self._losses.sum(), self._look.outputs, retain_graph=True
+        )
+        return gradient.detach().reshape(self.samples, -1)
+
+    @cached_property
+    def mean_gradient_sqnorm(self) -> Tensor:
+        """The squared norm of the gradient of the mean loss, by one backward pass."""
+        shares = self.jacobian.vjp(self.scores / self.samples)
+        return shares.double().square().sum()
+
+    @cached_property
+    def loss_gradient_sqnorms(self) -> Tensor:
+        """(N,) squared norms of the per-sample loss gradients."""
+        return self.jacobian.project(self.scores.unsqueeze(0)).norms().square()[:, 0]
+
+    @cached_property
+    def fisher_sqnorms(self) -> Tensor:
+        """(N,) expected squared norms of loss gradients, over targets drawn from the outputs."""
+        roots = self.likelihood.weighted_scores(self.outputs)
+        return self.jacobian.project(roots).norms().square().sum(1)
+
+    @cached_property
+    def fisher_metric(self) -> Tensor:
+        """(N, C, C) the information of the output distribution about the outputs."""
+        return self.likelihood.metric(self.outputs)
+
+    @cached_property
+    def drawn_sqnorms(self) -> Tensor:
+        """(N, draws) squared norms of loss gradients, for targets drawn from the outputs."""
+        generator = torch.Generator().manual_seed(self._seed)
+        drawn = self.likelihood.sampled_scores(self.outputs, self.draws, generator)
+        return self.jacobian.project(drawn).norms().square()
