@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nettrace import Record
@@ -45,7 +46,9 @@ def log(trainer: Any, records: Sequence[Record], prefix: str) -> None:
             logger.log_metrics({**scalars, STEP: found[0].step}, step=loggers_step(trainer))
 
 
-def _log_to_wandb(run: Any, records: Sequence[Record], scalars: dict[str, float], prefix: str) -> None:
+def _log_to_wandb(
+    run: Any, records: Sequence[Record], scalars: dict[str, float], prefix: str
+) -> None:
     """One row, placed by our own step: W&B drops rows whose `step=` runs behind."""
     import wandb
 
@@ -66,10 +69,11 @@ def _log_to_wandb(run: Any, records: Sequence[Record], scalars: dict[str, float]
     run.log({**row, STEP: records[0].step})
 
 
-def _picture(values: np.ndarray) -> np.ndarray:
+def _picture(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """A kernel as grey levels, (rows, columns) of bytes; the darkest is the largest magnitude."""
     side = math.prod(values.shape[: values.ndim // 2])
     magnitude = np.abs(values.reshape(side, -1))
     top = magnitude.max()
     levels = 255 * (1 - magnitude / top) if top > 0 else np.full_like(magnitude, 255)
-    return levels.astype(np.uint8)
+    picture: npt.NDArray[np.uint8] = levels.astype(np.uint8)
+    return picture

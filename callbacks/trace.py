@@ -68,7 +68,9 @@ class Trace(Callback):
         # The first of them measures for all, so that they share one pass.
         self._session = Session(trainer, pl_module, peers) if peers[0] is self else None
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Measures the weights as they are before this batch."""
         self._measure(trainer, batch_idx)
 
@@ -90,7 +92,7 @@ class Trace(Callback):
 
 
 class NTKTrace(Trace):
-    """`Trace` of the neural tangent kernel: its trace, spectrum, entropies and the kernel itself."""
+    """`Trace` of the neural tangent kernel: its trace, spectrum, entropies and the whole of it."""
 
     def __init__(self, measures: str | Iterable[str] = "ntk", **options: Any) -> None:
         super().__init__(measures, **options)

@@ -87,7 +87,7 @@ def dense(x: Factor) -> Tensor:
 
 
 def fold(x: Factor) -> Factor:
-    """The same gradients with the K cotangents counted among the weight's columns, so that K = 1."""
+    """The same gradients with the K cotangents among the weight's columns, so that K = 1."""
     if isinstance(x, Dense):
         return Dense(x.values.movedim(0, 1).flatten(1).unsqueeze(0))
     moving = x.moving.movedim(0, -2).flatten(-2).unsqueeze(0)  # (1, N, G, T, K D)

@@ -18,9 +18,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` in eval mode and with gradients, and undoes all traces of it.
 
     What comes back as it was: every module's mode, buffers and other attributes, parameters'
-    `.grad` and `requires_grad`, and the random states of Python, NumPy and torch on all devices that
-    the model lives on. Buffers and tensor attributes are swapped for copies rather than written
-    back, so that a training step's tape that refers to them stays valid.
+    `.grad` and `requires_grad`, and the random states of Python, NumPy and torch on all devices
+    that the model lives on. Buffers and tensor attributes are swapped for copies rather than
+    written back, so that a training step's tape that refers to them stays valid.
     """
     with ExitStack() as stack:
         # First: tensors made under inference mode cannot take part in autograd.

@@ -97,7 +97,9 @@ class PerSampleGradients:
     def bytes_per_cotangent(self) -> int:
         """The size of what `pull` returns for one cotangent."""
         if self._by_rows:
-            return len(self.outputs) * self.dtype.itemsize * sum(map(reals, self.parameters.values()))
+            return (
+                len(self.outputs) * self.dtype.itemsize * sum(map(reals, self.parameters.values()))
+            )
         meta = [metadata(node)[nr] for node, nr in self._owned]
         return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
 
@@ -132,7 +134,9 @@ class PerSampleGradients:
         for i, edge in enumerate(edges):
             like = next((p[i] for p in pulled if p[i] is not None), None)
             if like is not None:
-                stacked = torch.stack([torch.zeros_like(like) if p[i] is None else p[i] for p in pulled])
+                stacked = torch.stack(
+                    [torch.zeros_like(like) if p[i] is None else p[i] for p in pulled]
+                )
                 flows[edge] = stacked.to(torch.promote_types(stacked.dtype, self.dtype))
         return flows
 
@@ -255,12 +259,11 @@ class PerSampleGradients:
 
 def _joined(factors: Sequence[Outer], wanted: int) -> Outer | None:
     """One factor with the tokens of all, where their forms agree."""
-    first, *others = factors or [None]
-    if first is None or len(factors) < wanted:
+    if len(factors) < wanted:
         return None
+    first, *others = factors
     form = (first.moves_left, first.is_lookup, first.rows, first.shape[2], first.shape[5])
     for other in others:
-        assert other is not None
         if form != (other.moves_left, other.is_lookup, other.rows, other.shape[2], other.shape[5]):
             return None
     left = torch.cat([f.left for f in factors], 3)

@@ -18,8 +18,13 @@ from torch import Tensor
 class Likelihood(Protocol):
     """A distribution of targets whose parameters are the outputs (N, ...), C of them a sample."""
 
-    name: str
-    loss: str
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def loss(self) -> str:
+        """What the losses are, in words."""
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(N,) negative logarithms of the likelihood of the targets, up to a constant."""
@@ -68,7 +73,7 @@ class Categorical:
         return scores[:, :, self._order(outputs)]
 
     def sampled_scores(self, outputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """p - e_y for classes y drawn from p."""
+        """P - e_y for classes y drawn from p."""
         p = self._probabilities(outputs)
         n, q, v = p.shape
         # Drawn on the CPU in float64, so that the classes are the same on every device.

@@ -247,7 +247,9 @@ class Jacobian:
         return squares.sum()
 
     @overload
-    def jvp(self, u: Tensor | Mapping[str, Tensor], *, per_layer: Literal[False] = ...) -> Tensor: ...
+    def jvp(
+        self, u: Tensor | Mapping[str, Tensor], *, per_layer: Literal[False] = ...
+    ) -> Tensor: ...
     @overload
     def jvp(self, u: Tensor | Mapping[str, Tensor], *, per_layer: Literal[True]) -> PerLayer: ...
     def jvp(
@@ -345,7 +347,7 @@ class Jacobian:
         """
         return self._gradients.coverage()
 
-    # How it is summed: a chunk of cotangents is pulled back at a time, a tile of samples contracted.
+    # How it is summed: a chunk of cotangents is pulled back, a tile of samples contracted.
 
     def _sqnorms(self) -> Iterator[_Piece]:
         for ks, pulled in self._chunks():
@@ -438,9 +440,7 @@ class Jacobian:
         """Ranges of samples that the budget has room to contract, two at a time."""
         each = self._gradients.bytes_per_sample(name, pulled)
         step = max(1, self._memory // max(1, 6 * each))
-        return [
-            slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)
-        ]
+        return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
 
     def _basis(self, ks: slice) -> Tensor:
         """The cotangents whose pullbacks are the rows numbered `ks`, (K, *outputs.shape)."""

@@ -16,18 +16,22 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from nettrace.tape import Tape, Use, metadata, shape_of
 
 _EXPONENTS = 32  # the weights span this many powers of two, centred on one
 _NOBODY = -1
+#: Nodes each row of whose output depends on all of one row of their input.
+_BY_ROWS = frozenset(
+    name + "Backward0" for name in ("Addmm", "Mm", "Bmm", "Baddbmm", "Convolution", "Embedding")
+)
 
 Edge = tuple[Node, int]
 
 
 class CoupledSamplesError(ValueError):
-    """One sample's output depends on another sample, so that per-sample derivatives mean nothing."""
+    """One sample's output depends on another, so that per-sample derivatives mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ class Axis:
         """
         values = values.movedim(dim, 0)
         if self._index is None:
-            return values.unflatten(0, (self.samples, -1))[samples]
+            return values.reshape(self.samples, -1, *values.shape[1:])[samples]
         index = self._index[samples]
         missing = index == len(values)
         return values[index.masked_fill(missing, 0)].masked_fill(
             missing.view(*missing.shape, *(1,) * (values.dim() - 1)), 0
         )
+
 
 @dataclass(frozen=True)
 class Ownership:
@@ -160,7 +165,8 @@ class _Entry:
         shape = [-1 if d == self.axis.dim else 1 for d in range(len(meta.shape))]
         weights = torch.where(self.axis.owners < 0, 0, scale[self.axis.owners].to(meta.dtype))
         noise = torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
-        return noise.to(weights) * weights.view(shape)
+        cotangent: Tensor = noise.to(weights) * weights.view(shape)
+        return cotangent
 
 
 def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]:
@@ -191,8 +197,13 @@ def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]
 def _multiplies(use: Use) -> bool:
     """Whether a weight enters as a factor, rather than a summand."""
     name = use.node.name().removesuffix("Backward0")
-    bias = {"Addmm": 0, "Convolution": 2, "NativeLayerNorm": 2, "NativeGroupNorm": 2,
-            "NativeBatchNorm": 2}
+    bias = {
+        "Addmm": 0,
+        "Convolution": 2,
+        "NativeLayerNorm": 2,
+        "NativeGroupNorm": 2,
+        "NativeBatchNorm": 2,
+    }
     return name not in ("Add", "Sub", "Rsub") and bias.get(name) != use.slot
 
 
@@ -210,7 +221,7 @@ def _ownerships(
     for edges in _groups(nodes, memory // (len(scales) + 1)):
         pulled = [
             torch.autograd.grad(
-                [outputs, *(entry.edge for entry in entries)],
+                [get_gradient_edge(outputs), *(entry.edge for entry in entries)],
                 [GradientEdge(node, nr) for node, nr in edges],
                 [
                     cotangent * scale.view(-1, *(1,) * (outputs.dim() - 1)),
@@ -222,9 +233,12 @@ def _ownerships(
             for scale in scales
         ]
         for i, edge in enumerate(edges):
-            reference, *scaled = (_as_reals(p[i]) for p in pulled)
-            if reference is not None:
-                yield edge, _ownership(code, reference, scaled)
+            if pulled[0][i] is not None:
+                reference, *scaled = (_as_reals(p[i]) for p in pulled)
+                found = _ownership(code, reference, scaled)
+                if found is not None and not found.axes and edge[0].name() in _BY_ROWS:
+                    found = None  # one row of the input serves several samples
+                yield edge, found
 
 
 @dataclass(frozen=True)
@@ -292,10 +306,8 @@ def _groups(nodes: Sequence[Node], memory: int) -> Iterator[list[Edge]]:
         yield group
 
 
-def _as_reals(gradient: Tensor | None) -> Tensor | None:
-    if gradient is not None and gradient.is_complex():
-        return torch.view_as_real(gradient)
-    return gradient
+def _as_reals(gradient: Tensor) -> Tensor:
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient
 
 
 def _ownership(code: _Code, reference: Tensor, scaled: Sequence[Tensor]) -> Ownership | None:
@@ -327,7 +339,9 @@ def _ownership(code: _Code, reference: Tensor, scaled: Sequence[Tensor]) -> Owne
     good = owners != _NOBODY
     for ratio, power in zip(ratios, exact, strict=True):
         good &= (ratio / power - 1).abs() <= info.eps**0.4
-    return Ownership({}, torch.where(alive, owners, _NOBODY)) if bool((good | ~alive).all()) else None
+    return (
+        Ownership({}, torch.where(alive, owners, _NOBODY)) if bool((good | ~alive).all()) else None
+    )
 
 
 def _is_training_norm(node: Node) -> bool:

@@ -79,7 +79,7 @@ class Probe:
         if first is None or first.dim() == 0 or len(first) == 0:
             found = "no tensor" if first is None else f"shape {tuple(first.shape)}"
             raise ValueError(
-                f"the probe is empty: expected inputs with at least one sample on axis 0, got {found}"
+                f"the probe is empty: expected inputs with a sample or more on axis 0, got {found}"
             )
         for target in _tensors(targets):
             if forward is None and target.dim() > 0 and len(target) != len(first):
@@ -220,8 +220,8 @@ class Probe:
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"expected {type(model).__name__} to return a tensor of shape (N, ...), got "
-                f"{type(outputs).__name__}: pass Probe(..., forward=lambda model, inputs: ...) that "
-                "picks the outputs"
+                f"{type(outputs).__name__}: pass Probe(..., forward=lambda model, inputs: ...) to "
+                "pick the outputs"
             )
         return outputs
 

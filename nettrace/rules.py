@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from nettrace.kernels import Dense, Factor, Outer
 from nettrace.ownership import Axis, Ownership
@@ -36,7 +36,7 @@ class Flow:
         samples: the samples asked for.
     """
 
-    node: Node
+    node: Any
     slot: int
     shape: tuple[int, ...]
     cotangent: Tensor
@@ -137,10 +137,10 @@ def _matmul(flow: Flow) -> Factor | None:
     if flow.slot == (2 if bias else 1):  # out[t, r] = sum_l a[t, l] W[l, r]
         a = node._saved_mat1 if bias else node._saved_self
         sides = flow.rows(0, (_scaled(a, scale), 0), (g, 1))
-        return sides and _outer(sides[0], sides[1], moves_left=False)
+        return None if sides is None else _outer(sides[0], sides[1], moves_left=False)
     b = node._saved_mat2  # out[l, t] = sum_r W[l, r] b[r, t]
     sides = flow.rows(1, (g, 2), (_scaled(b, scale), 1))
-    return sides and _outer(sides[0], sides[1], moves_left=True)
+    return None if sides is None else _outer(sides[0], sides[1], moves_left=True)
 
 
 @rule("Mv")
@@ -149,7 +149,7 @@ def _matvec(flow: Flow) -> Factor | None:
         return None
     a = flow.node._saved_self  # out[t] = sum_l a[t, l] w[l]
     sides = flow.rows(0, (a.conj(), 0), (flow.cotangent, 1))
-    return sides and _outer(sides[0], sides[1].unsqueeze(-1), moves_left=False)
+    return None if sides is None else _outer(sides[0], sides[1].unsqueeze(-1), moves_left=False)
 
 
 @rule("Bmm")
@@ -199,8 +199,13 @@ def _convolution(flow: Flow) -> Factor | None:
     return Outer(left, right, left.shape[-1], moves_left=not node._saved_transposed)
 
 
-def _patches(x: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-             dilation: Sequence[int]) -> Tensor:
+def _patches(
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     """(K, N, S, C, prod(size), T) what each element of a filter meets at each of T places."""
     x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
     for d in range(len(size)):

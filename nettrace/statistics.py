@@ -113,7 +113,7 @@ class Statistics:
 
     @cached_property
     def layer_blocks(self) -> PerLayer:
-        """By parameter, its share of the per-sample diagonal blocks of the Gram matrix, (N, C, C)."""
+        """By parameter, its share of the per-sample diagonal blocks of the kernel, (N, C, C)."""
         return self._kernel[1]
 
     @cached_property
@@ -125,20 +125,20 @@ class Statistics:
     def eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
         order = self.samples * self.blocks.shape[1]
-        return torch.linalg.eigvalsh(self.gram.reshape(order, order).double()).flip(0)
+        values: Tensor = torch.linalg.eigvalsh(self.gram.reshape(order, order).double())
+        return values.flip(0)
 
     @cached_property
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
         traced = self.gram.diagonal(dim1=1, dim2=3).sum(-1)
-        return torch.linalg.eigvalsh(traced.double()).flip(0)
+        values: Tensor = torch.linalg.eigvalsh(traced.double())
+        return values.flip(0)
 
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of each sample's loss by its outputs."""
-        (gradient,) = torch.autograd.grad(
-            self._losses.sum(), self._look.outputs, retain_graph=True
-        )
+        (gradient,) = torch.autograd.grad(self._losses.sum(), self._look.outputs, retain_graph=True)
         return gradient.detach().reshape(self.samples, -1)
 
     @cached_property

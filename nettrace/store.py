@@ -19,9 +19,10 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nettrace.record import Record
@@ -34,6 +35,7 @@ _SUFFIX = ".ntl"
 _FRAME = struct.Struct("<II")  # length and CRC-32 of what follows
 _LENGTH = struct.Struct("<I")  # of the header
 _PROCESS = uuid.uuid4().hex
+Array: TypeAlias = npt.NDArray[Any]
 
 
 class TraceWriter:
@@ -142,14 +144,12 @@ def open(folder: str | Path) -> xr.Dataset:
         FileNotFoundError: if there is no trace.
         ValueError: if its format is newer than this version can read.
     """
-    import xarray as xr
-
     folder = Path(folder)
     parts = sorted(folder.glob("part-*" + _SUFFIX))
     if not parts:
         raise FileNotFoundError(
-            f"there is no trace in {folder}: expected files part-*{_SUFFIX}, as written by a tracer "
-            "or callback with to=..."
+            f"there is no trace in {folder}: expected files part-*{_SUFFIX}, as written by a "
+            "tracer or callback with to=..."
         )
     rows: dict[tuple[str, int], _Row] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -171,7 +171,7 @@ def open(folder: str | Path) -> xr.Dataset:
             row = rows.setdefault((attempt, header["step"]), _Row(header["step"]))
             row.add(header, arrays)
     by_step = {row.step: row for row in rows.values()}
-    return _dataset(xr, by_step, about, {**provenance, "folder": str(folder)})
+    return _dataset(by_step, about, {**provenance, "folder": str(folder)})
 
 
 class _Row:
@@ -179,17 +179,17 @@ class _Row:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        self.values: dict[str, np.ndarray] = {}
+        self.values: dict[str, Array] = {}
         self.coordinates: dict[str, float] = {}
         self.missing: dict[str, str] = {}
 
-    def add(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    def add(self, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         self.values.update({k: v for k, v in arrays.items() if k not in header["missing"]})
         self.coordinates.update(header["coordinates"])
         self.missing.update(header["missing"])
 
 
-def _frames(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+def _frames(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
     """The frames of a part, up to the first that is cut off or damaged."""
     with path.open("rb") as file:
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
@@ -209,8 +209,10 @@ def _frames(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def _dataset(
-    xr: Any, rows: Mapping[int, _Row], about: Mapping[str, Any], attributes: Mapping[str, Any]
+    rows: Mapping[int, _Row], about: Mapping[str, Any], attributes: Mapping[str, Any]
 ) -> xr.Dataset:
+    import xarray as xr
+
     steps = sorted(rows)
     names = sorted({n for row in rows.values() for n in [*row.values, *row.missing]})
     variables: dict[str, Any] = {}
@@ -241,7 +243,7 @@ def _dataset(
     return xr.Dataset(variables, coordinates, attributes)
 
 
-def _stacked(values: Sequence[np.ndarray | None], ndim: int) -> np.ndarray:
+def _stacked(values: Sequence[Array | None], ndim: int) -> Array:
     """Arrays along steps in one, padded with NaN to the largest."""
     found = [v for v in values if v is not None]
     shape = tuple(max((v.shape[d] for v in found), default=0) for d in range(ndim))
@@ -253,5 +255,5 @@ def _stacked(values: Sequence[np.ndarray | None], ndim: int) -> np.ndarray:
         out = np.empty((len(values), *shape), dtype)
     for row, value in enumerate(values):
         if value is not None:
-            out[(row, *(slice(n) for n in value.shape))] = value
+            out[row][tuple(map(slice, value.shape))] = value
     return out

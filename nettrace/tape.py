@@ -5,15 +5,15 @@ wrote the model. This module walks it from the outputs to the parameters and lis
 through which a weight enters an operation that also sees samples.
 
 A weight may be computed from parameters first (transposed, cast, normalised, a product of two
-factors). The nodes of such a computation are *absorbed*: they belong to the weight. A use is then an
-edge from a node that is not absorbed into the weight.
+factors). The nodes of such a computation are *absorbed*: they belong to the weight. A use is then
+an edge from a node that is not absorbed into the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 VIEWS = frozenset(
     name + "Backward0"
     for name in (
-        "Alias Clone Narrow Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T ToCopy "
-        "Transpose Unbind Unflatten Unsqueeze UnsafeSplit UnsafeView View"
+        "Alias Clone Narrow Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T "
+        "ToCopy Transpose Unbind Unflatten Unsqueeze UnsafeSplit UnsafeView View"
     ).split()
 ) | {"SqueezeBackward1", "SqueezeBackward2"}
 
@@ -123,8 +123,12 @@ class Tape:
         return (
             node is not self.root
             and all(self._is_weight(child, nr) for child, nr in edges(node))
-            and not (hidden and not saved_tensors(node) and self._per_sample(shape_of(node))
-                     and self._enlarges(node))
+            and not (
+                hidden
+                and not saved_tensors(node)
+                and self._per_sample(shape_of(node))
+                and self._enlarges(node)
+            )
             and not any(
                 self._per_sample(c.shape) and not self._known(c) and not self._copied(c)
                 for c in self._fixed_operands(node)
@@ -190,7 +194,7 @@ class Tape:
             if edge.node.name() not in VIEWS:
                 return None
             path.append(edge.node)
-            (child, nr), *_ = edge.node.next_functions
+            ((child, nr),) = edges(edge.node)
             edge = GradientEdge(child, nr)
         return name, tuple(path)
 
@@ -249,7 +253,7 @@ def shape_of(node: Node, nr: int = 0) -> tuple[int, ...]:
     return tuple(metadata(node)[nr].shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _saved_names(kind: type) -> tuple[str, ...]:
     return tuple(a for a in dir(kind) if a.startswith("_saved_") and "_sym_" not in a)
 
@@ -266,13 +270,13 @@ def saved_tensors(node: Node) -> list[Tensor]:
     return found
 
 
-def pull(node: Node, gradients: list[Tensor | None], slot: int) -> Tensor | None:
+def pull(node: Any, gradients: list[Tensor | None], slot: int) -> Tensor | None:
     """One node's own backward: the gradient for its input `slot`, without the rest of the graph."""
     if hasattr(node, "apply"):  # a custom autograd.Function, which lists non-tensor inputs too
         wanted = [i for i, needed in enumerate(node.needs_input_grad) if needed]
         live = [i for i, (child, _) in enumerate(node.next_functions) if child is not None]
-        result = node.apply(*gradients)
-        result = result if isinstance(result, tuple) else (result,)
-        return result[wanted[live.index(slot)]]
-    result = node(*gradients)  # type: ignore[operator]
-    return result[slot] if isinstance(result, tuple) else result
+        slot, result = wanted[live.index(slot)], node.apply(*gradients)
+    else:
+        result = node(*gradients)
+    found: Tensor | None = result[slot] if isinstance(result, tuple) else result
+    return found

@@ -347,7 +347,11 @@ def build(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Membe
     wide = {torch.float64: torch.complex128, torch.float32: torch.complex64}[dtype]
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(wide if t.is_complex() else dtype) if t.dtype.is_floating_point or t.is_complex() else t
+        return (
+            t.to(wide if t.is_complex() else dtype)
+            if t.dtype.is_floating_point or t.is_complex()
+            else t
+        )
 
     model = member.model._apply(cast).eval()
     batch = member.batch

@@ -3,5 +3,14 @@
 from nettrace.measures import collective, fisher, loss, ntk
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
-__all__ = ["Measure", "Value", "available", "collective", "fisher", "loss", "measure", "ntk",
-           "resolve"]
+__all__ = [
+    "Measure",
+    "Value",
+    "available",
+    "collective",
+    "fisher",
+    "loss",
+    "measure",
+    "ntk",
+    "resolve",
+]

@@ -31,7 +31,7 @@ def trace(blocks: Tensor) -> Tensor:
 @measure(
     "collective/entropy",
     needs=["eigenvalues"],
-    convention="papyrus: nats, eigenvalues of the (N C, N C) kernel clipped at 1e-14, over their sum",
+    convention="papyrus: nats, eigenvalues of the (N C, N C) kernel, clipped at 1e-14, over sum",
     source=_PAPYRUS,
 )
 def entropy(eigenvalues: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Kunstner, Balles and Hennig (2019), arXiv:1905.12558.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nettrace.measures.registry import Value, measure
@@ -59,4 +58,3 @@ def trace_mc(drawn_sqnorms: Tensor) -> Value:
 def trace_empirical(loss_gradient_sqnorms: Tensor) -> Value:
     """The trace of the empirical Fisher."""
     return Value.mean(loss_gradient_sqnorms)
-

@@ -95,7 +95,7 @@ def entropy_normalised(eigenvalues: Tensor) -> Tensor:
     source=_ENTROPY,
 )
 def entropy_traced(traced_eigenvalues: Tensor) -> Tensor:
-    """The entropy of the traced kernel, which can change with another sign than that of the full."""
+    """The entropy of the traced kernel; its change can differ in sign from the full one's."""
     return shannon(traced_eigenvalues)
 
 

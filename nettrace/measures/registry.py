@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Value:
 
 
 Function: TypeAlias = Callable[..., Value | Tensor | float]
+F = TypeVar("F", bound=Function)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def measure(
     convention: str,
     dims: Iterable[str] = (),
     source: str = "",
-) -> Callable[[Function], Function]:
+) -> Callable[[F], F]:
     """Registers a function of statistics as a measure.
 
     Args:
@@ -100,7 +101,7 @@ def measure(
             known = [n for n in vars(Statistics) if not n.startswith("_")]
             raise ValueError(f"unknown statistic {need!r}{_nearest(need, known)}")
 
-    def register(function: Function) -> Function:
+    def register(function: F) -> F:
         _MEASURES[name] = Measure(name, needs, function, convention, tuple(dims), source)
         return function
 

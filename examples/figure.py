@@ -1,0 +1,134 @@
+"""A figure of a trace: loss, kernel, entropy, Fisher information and collective variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5AA8", "#777777"
+
+
+def draw(data: xr.Dataset, path: Path) -> None:
+    """Draws a trace of ntk, fisher, collective and loss measures to a file."""
+    plt.rcParams.update(
+        {
+            "font.size": 9.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titleweight": "bold",
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+        }
+    )
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.6), layout="constrained")
+    step = data.step.values
+    learning(axes[0, 0], data, step)
+    layers(axes[0, 1], data, step)
+    entropy(axes[0, 2], data, step)
+    fisher(axes[1, 0], data, step)
+    spectrum(axes[1, 1], data, step)
+    alignment(axes[1, 2], data, step)
+    for axis, row in ((axes[0, 3], 0), (axes[1, 3], -1)):
+        kernel(axis, data, row)
+    for axis in axes[:, :3].flat:
+        axis.set_xscale("symlog", linthresh=1, linscale=0.4)
+        axis.set_xlim(0, step[-1])
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25, linewidth=0.6)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def band(axis: Axes, data: xr.Dataset, name: str, colour: str, label: str) -> None:
+    """A curve with its standard error."""
+    value = data[name].values
+    axis.plot(data.step, value, color=colour, label=label)
+    if name + "_standard_error" in data:
+        error = data[name + "_standard_error"].values
+        axis.fill_between(data.step, value - error, value + error, color=colour, alpha=0.2, lw=0)
+
+
+def learning(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """Loss and accuracy on the probe."""
+    axis.set_title("Learning")
+    band(axis, data, "loss_mean", BLUE, "loss (nats)")
+    band(axis, data, "loss_accuracy", ORANGE, "accuracy")
+    axis.set_ylim(0)
+    axis.legend()
+
+
+def layers(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """The kernel's trace, by layer."""
+    axis.set_title("Trace of the kernel, by parameter")
+    shares = data.ntk_trace_per_layer.values.T / np.prod(data.ntk_gram.shape[1:3])
+    colours = plt.get_cmap("viridis")(np.linspace(0.05, 0.95, len(shares)))
+    axis.stackplot(step, shares, colors=colours, labels=[str(n) for n in data.layer.values])
+    axis.set_ylabel("mean over samples and outputs")
+    axis.legend(fontsize=7.5, loc="upper left")
+
+
+def entropy(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """The kernel's entropies, as fractions of their maxima."""
+    axis.set_title("Entropy of the kernel")
+    axis.plot(step, data.ntk_entropy_normalised, color=BLUE, label="all outputs, $S/\\ln NC$")
+    axis.plot(step, data.ntk_entropy_traced_normalised, color=ORANGE, label="traced, $S/\\ln N$")
+    axis.set_ylabel("fraction of the maximum")
+    axis.legend()
+
+
+def fisher(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """The trace of the Fisher information, by routes that check each other."""
+    axis.set_title("Trace of the Fisher information")
+    band(axis, data, "fisher_trace", BLUE, "exact")
+    band(axis, data, "fisher_trace_mc", ORANGE, "Monte Carlo $\\pm$ s.e.")
+    band(axis, data, "fisher_trace_empirical", GREY, "empirical $\\pm$ s.e.")
+    axis.set_ylabel("mean over samples")
+    axis.set_ylim(0)
+    axis.legend(loc="upper left")
+
+
+def spectrum(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """The kernel's largest eigenvalues."""
+    axis.set_title("Spectrum of the kernel")
+    modes = data.ntk_spectrum.values / data.ntk_spectrum.sizes["mode"]
+    chosen = np.unique(np.geomspace(1, modes.shape[1] // 2, 24).astype(int)) - 1
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, len(chosen)))
+    for mode, colour in zip(chosen, colours, strict=True):
+        axis.plot(step, modes[:, mode], color=colour, lw=1)
+    axis.set_yscale("log")
+    axis.set_ylabel(f"eigenvalue / NC, modes 1 to {chosen[-1] + 1}")
+
+
+def alignment(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
+    """What makes up the squared gradient, relative to the start."""
+    axis.set_title(r"$|\nabla L|^2 = \chi_{loss}\,\chi_{net}\,\chi_{align}$")
+    for name, colour, label in (
+        ("collective_gradient_sqnorm", GREY, r"$|\nabla L|^2$"),
+        ("collective_chi_loss", BLUE, r"$\chi_{loss}$"),
+        ("collective_chi_net", ORANGE, r"$\chi_{net}$"),
+        ("collective_chi_align", GREEN, r"$\chi_{align}$"),
+    ):
+        axis.plot(step, data[name] / data[name][0], color=colour, label=label)
+    axis.set_yscale("log")
+    axis.set_ylabel("relative to step 0")
+    axis.legend(ncols=2)
+
+
+def kernel(axis: Axes, data: xr.Dataset, row: int) -> None:
+    """The kernel between samples, cosine-normalised, in the probe's order: here by class."""
+    full = data.ntk_gram[row].values
+    traced = np.einsum("ncmc->nm", full)
+    norm = np.sqrt(np.diag(traced))
+    image = axis.imshow(traced / np.outer(norm, norm), cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_title(f"Neural tangent kernel, step {int(data.step[row])}")
+    axis.set_xlabel("sample, in order of class")
+    axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
