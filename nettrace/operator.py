@@ -460,8 +460,8 @@ class Jacobian:
         if size > self._memory:
             raise MemoryError(
                 f"the result, of shape {shape}{' for each layer' if per_layer else ''}, takes "
-                f"{size / 2**30:.2f} GiB, above the memory budget of {self._memory / 2**30:.2f} "
-                "GiB: take fewer samples, raise memory_budget, or sum over outputs with "
+                f"{size / 1e9:.3g} GB, above the memory budget of {self._memory / 1e9:.3g} GB: take "
+                "fewer samples, raise memory_budget, or sum over outputs with "
                 "gram(trace_outputs=True)"
             )
 

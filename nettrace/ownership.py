@@ -187,7 +187,8 @@ def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]
             shape = shape_of(child, nr)
             for dim, axis in ownership.axes.items():
                 inner = dim - len(out) + len(shape)
-                if inner >= 0 and shape[inner] == out[dim]:
+                flows = bool((axis.owners != _NOBODY).any())
+                if flows and inner >= 0 and shape[inner] == out[dim]:
                     entry = Axis(inner, axis.owners, axis.samples)
                     entries.append(_Entry(GradientEdge(child, nr), entry))
                     break

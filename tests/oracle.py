@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-
-Forward = Callable[[nn.Module, object], Tensor]
-
-
-def take(batch: object, n: int) -> object:
-    """A batch with sample `n` alone."""
-    if isinstance(batch, Tensor):
-        return batch[n : n + 1]
-    return tuple(take(part, n) for part in batch)
+import zoo
+from torch import Tensor
 
 
-def one_sample_jacobian(
-    model: nn.Module, batch: object, forward: Forward, samples: int
-) -> dict[str, Tensor]:
+def one_sample_jacobian(member: zoo.Member) -> dict[str, Tensor]:
     """J by parameter, (N, C, P_layer): each sample's forward pass alone, one output at a time."""
-    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    parameters = {k: p for k, p in member.model.named_parameters() if p.requires_grad}
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for n in range(samples):
-        outputs = forward(model, take(batch, n)).flatten()
+    for n in range(zoo.N):
+        outputs = member.forward(member.model, member.take(n)).flatten()
         for output in outputs:
             gradients = torch.autograd.grad(
                 output, list(parameters.values()), retain_graph=True, allow_unused=True
@@ -33,7 +21,7 @@ def one_sample_jacobian(
                 g = torch.zeros_like(p) if g is None else g
                 g = torch.view_as_real(g) if g.is_complex() else g
                 rows[name].append(g.flatten())
-    return {name: torch.stack(r).unflatten(0, (samples, -1)) for name, r in rows.items()}
+    return {name: torch.stack(r).unflatten(0, (zoo.N, -1)) for name, r in rows.items()}
 
 
 def gram(j: Tensor) -> Tensor:

@@ -18,19 +18,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 
-#: What Lightning itself says about trainings as small as these, or on behalf of its own code.
+#: What Lightning says of trainings as small as these, or on account of its own code.
 HARMLESS = (
-    "ignore:.*does not have many workers:UserWarning",  # two workers cost more than these tests
-    "ignore:The number of training batches:UserWarning",  # fewer than its logging interval
+    "ignore:.*does not have many workers:UserWarning",  # workers would cost more than they bring
+    "ignore:You defined a `validation_step` but have no:UserWarning",  # most need none
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # Lightning 2.6 under torch 2.13
-    "ignore:.*GPU available but not used:UserWarning",  # the tests run on the CPU anywhere
+    "ignore:GPU available but not used:UserWarning",  # these run on the CPU wherever they run
 )
 
 
 class Samples(Dataset):
-    """Points and their classes, all random but the same each time."""
+    """Points and their classes, random but the same each time."""
 
-    def __init__(self, count: int = 16, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, count: int = 16) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(count, 4, generator=generator)
         self.targets = torch.randint(0, 3, (count,), generator=generator)
@@ -43,12 +43,11 @@ class Samples(Dataset):
 
 
 class Augmented(Samples):
-    """The same with noise from each of the random streams that augmentations draw from."""
+    """The same with noise from each of the streams that augmentations draw from."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = super().__getitem__(index)
-        noise = torch.randn(4) + float(np.random.randn()) + random.gauss(0, 1)
-        return x + 0.1 * noise, y
+        return x + 0.1 * (torch.randn(4) + np.random.randn() + random.gauss(0, 1)).float(), y
 
 
 class Stream(IterableDataset):
@@ -59,14 +58,13 @@ class Stream(IterableDataset):
 
 
 @cache
-def _classes(namespace: str) -> tuple[type[Any], type[Any]]:
-    module = import_module(namespace).LightningModule
+def network(namespace: str = NAMESPACES[0]) -> type[Any]:
+    """The class of a classifier of `Samples` that has nothing to it."""
 
-    class Plain(module):
-        """A classifier that has nothing to it."""
-
+    class Network(import_module(namespace).LightningModule):
         def __init__(self) -> None:
             super().__init__()
+            torch.manual_seed(0)
             self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +72,7 @@ def _classes(namespace: str) -> tuple[type[Any], type[Any]]:
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             loss = F.cross_entropy(self(batch[0]), batch[1])
-            self.log("loss", loss)
+            self.log("loss", loss, on_step=True, on_epoch=True)
             return loss
 
         def validation_step(self, batch: Any, index: int) -> None:
@@ -83,18 +81,26 @@ def _classes(namespace: str) -> tuple[type[Any], type[Any]]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    class Delicate(Plain):
-        """Has all that a careless measurement could disturb, and takes notes at each batch."""
+    return Network
 
-        def __init__(self, optimizer: str = "adamw") -> None:
+
+@cache
+def delicate(namespace: str = NAMESPACES[0]) -> type[Any]:
+    """The class of a classifier that has all that a measurement could disturb.
+
+    It takes notes of its own state at each batch.
+    """
+
+    class Delicate(network(namespace)):
+        def __init__(self, optimizer: str = "AdamW") -> None:
             super().__init__()
             self.net = nn.Sequential(
-                nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3),
-                nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3),
-            )  # fmt: skip
-            self.optimizer = optimizer
+                *(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3)),
+                *(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)),
+            )
             self.net[5].eval()  # as users do with norms that were trained elsewhere
             self.net[4].bias.requires_grad_(False)
+            self.optimizer = optimizer
             self.notes: list[dict[str, Any]] = []
 
         def training_step(self, batch: Any, index: int) -> Tensor:
@@ -102,47 +108,44 @@ def _classes(namespace: str) -> tuple[type[Any], type[Any]]:
             return super().training_step(batch, index)
 
         def configure_optimizers(self) -> Any:
-            if self.optimizer == "adamw":
-                return torch.optim.AdamW(self.parameters(), 1e-2)
-            return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, nesterov=True)
+            options = {"momentum": 0.9, "nesterov": True} if self.optimizer == "SGD" else {}
+            return getattr(torch.optim, self.optimizer)(self.parameters(), 0.01, **options)
 
-    return Plain, Delicate
-
-
-def plain(namespace: str = NAMESPACES[0]) -> Any:
-    """A classifier of `Samples`, the same each time."""
-    torch.manual_seed(0)
-    return _classes(namespace)[0]()
+    return Delicate
 
 
-def delicate(namespace: str = NAMESPACES[0], optimizer: str = "adamw") -> Any:
-    """A classifier with Dropout, a norm in eval mode, a frozen bias and an optimizer with state."""
-    torch.manual_seed(0)
-    return _classes(namespace)[1](optimizer)
+def loader(dataset: Any = None, **options: Any) -> DataLoader:
+    """A loader of the samples, four at a time and in their order."""
+    return DataLoader(Samples() if dataset is None else dataset, **{"batch_size": 4, **options})
 
 
-def loader(dataset: Any = None, *, batch_size: int = 4, **options: Any) -> DataLoader:
-    """A loader of the samples in their order."""
-    return DataLoader(Samples() if dataset is None else dataset, batch_size, **options)
+def fit(
+    callbacks: Any,
+    model: Any = None,
+    data: Any = None,
+    validation: Any = None,
+    *,
+    namespace: str = NAMESPACES[0],
+    ckpt_path: Any = None,
+    **options: Any,
+) -> Any:
+    """Trains for four steps, saying and writing nothing that is not asked for.
 
-
-def trainer(callbacks: Any, namespace: str = NAMESPACES[0], **options: Any) -> Any:
-    """A trainer for the CPU that keeps quiet and writes nothing that it is not asked to write."""
+    Returns:
+        The trainer.
+    """
     quiet = dict.fromkeys(
         ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False
     )
     settings = {"accelerator": "cpu", "max_steps": 4, "log_every_n_steps": 1, **quiet, **options}
-    return import_module(namespace).Trainer(callbacks=callbacks, **settings)
+    trainer = import_module(namespace).Trainer(callbacks=callbacks, **settings)
+    model = network(namespace)() if model is None else model
+    data = loader() if data is None else data
+    trainer.fit(model, data, validation, ckpt_path=ckpt_path)
+    return trainer
 
 
-def fit(callbacks: Any, model: Any = None, namespace: str = NAMESPACES[0], **options: Any) -> Any:
-    """Trains on the samples, and gives the trainer."""
-    made = trainer(callbacks, namespace, **options)
-    made.fit(plain(namespace) if model is None else model, loader())
-    return made
-
-
-def seed(number: int) -> None:
+def seed(number: int = 0) -> None:
     """Sets the three random streams."""
     random.seed(number)
     np.random.seed(number)
@@ -153,15 +156,15 @@ def state(model: nn.Module) -> dict[str, Any]:
     """All of a network and of the process that a measurement could disturb, by name."""
     found: dict[str, Any] = {
         "random torch": torch.get_rng_state(),
-        "random numpy": repr(np.random.get_state()),
+        "random numpy": repr(np.random.get_state(legacy=False)),
         "random python": random.getstate(),
         "flag default dtype": torch.get_default_dtype(),
         "flag grad": torch.is_grad_enabled(),
         "flag inference": torch.is_inference_mode_enabled(),
         "flag autocast": torch.is_autocast_enabled("cpu"),
         "flag deterministic": torch.are_deterministic_algorithms_enabled(),
-        "flag threads": torch.get_num_threads(),
         "flag anomaly": torch.is_anomaly_enabled(),
+        "flag threads": torch.get_num_threads(),
     }
     for name, parameter in model.named_parameters():
         found[f"weight {name}"] = parameter.detach().clone()
@@ -169,43 +172,42 @@ def state(model: nn.Module) -> dict[str, Any]:
         found[f"requires_grad {name}"] = parameter.requires_grad
         found[f"hooks {name}"] = _hooks(parameter)
     for name, buffer in model.named_buffers():
-        found[f"buffer {name}"] = buffer.clone()
+        found[f"buffer {name}"] = buffer.detach().clone()
     for name, module in model.named_modules():
         found[f"mode {name}"] = module.training
         found[f"hooks {name}"] = _hooks(module)
     return found
 
 
-def _hooks(owner: Any) -> int:
-    kinds = [getattr(owner, name, None) for name in ("_backward_hooks", *vars(owner))
-             if name.endswith("_hooks")]  # fmt: skip
-    return sum(len(kind) for kind in kinds if kind)
-
-
 def hooks(model: nn.Module) -> int:
     """How many hooks there are on a network's modules and parameters."""
-    return sum(value for name, value in state(model).items() if name.startswith("hooks"))
+    return sum(_hooks(owner) for owner in (*model.modules(), *model.parameters()))
+
+
+def _hooks(owner: Any) -> int:
+    names = {"_backward_hooks", "_post_accumulate_grad_hooks", *vars(owner)}
+    return sum(len(getattr(owner, n, None) or ()) for n in names if n.endswith("_hooks"))
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Where two nests of tensors and plain values differ, in so much as a bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
+    """Where two nests of tensors and plain values differ, be it in a bit."""
+    if type(one) is not type(other):
+        return [name]
+    if isinstance(one, Tensor):
         return [] if _bits(one) == _bits(other) else [name]
-    if isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+    if isinstance(one, Mapping):
+        if one.keys() != other.keys():
+            return [f"{name}: {sorted(map(str, one.keys() ^ other.keys()))}"]
         return [d for key in one for d in differences(one[key], other[key], f"{name}/{key}")]
-    if _is_sequence(one) and _is_sequence(other) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{name}/{i}")]
-    return [] if type(one) is type(other) and one == other else [name]
+    if isinstance(one, Sequence) and not isinstance(one, str) and len(one) == len(other):
+        pairs = zip(one, other, strict=True)
+        return [d for i, (a, b) in enumerate(pairs) for d in differences(a, b, f"{name}/{i}")]
+    return [] if one == other else [name]
 
 
 def _bits(tensor: Tensor) -> tuple[Any, ...]:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def column(folder: str | Path, name: str) -> dict[int, str]:

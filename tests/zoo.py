@@ -19,9 +19,18 @@ class Member:
     """A model, a batch of `N` samples, and how to get outputs (N, ...) from them."""
 
     model: nn.Module
-    batch: object
+    batch: Tensor | tuple[Tensor, ...]
     forward: Callable[[nn.Module, object], Tensor]
     routes: frozenset[str] = frozenset({"rule"})
+
+    def take(self, n: int) -> Tensor | tuple[Tensor, ...]:
+        """The batch with sample `n` alone."""
+        if isinstance(self.model, Graphs):
+            nodes, graph = self.batch
+            return nodes[graph == n], graph[graph == n] * 0
+        if isinstance(self.batch, Tensor):
+            return self.batch[n : n + 1]
+        return tuple(part[n : n + 1] for part in self.batch)
 
 
 def call(model: nn.Module, batch: object) -> Tensor:
@@ -119,7 +128,7 @@ class Convolutions(nn.Module):
         self.one = nn.Conv1d(2, 4, 3, dilation=2, padding=2)
         self.up = nn.ConvTranspose1d(4, 6, 4, stride=2, padding=1, groups=2, output_padding=1)
         self.depth = nn.Conv1d(6, 6, 3, groups=6, padding=1, padding_mode="circular")
-        self.two = nn.Conv2d(6, 3, (3, 2), padding="same", bias=False)
+        self.two = nn.Conv2d(6, 3, (3, 2), padding=(1, 1), bias=False)
         self.three = nn.Conv3d(3, 2, (2, 2, 1), stride=(1, 2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +160,7 @@ class TimeFirst(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 8)
-        self.convolution = nn.Conv2d(1, 2, 3)
+        self.convolution = nn.Conv2d(1, 2, 3, bias=False)
         self.norm = nn.InstanceNorm2d(2, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,6 +333,14 @@ ZOO: dict[str, Callable[[], Member]] = {
     "recurrent": lambda: Member(Recurrent(), torch.randn(N, 6, 3), call),
     "time-first": lambda: Member(TimeFirst(), torch.randn(N, 5, 3), call),
     "router": lambda: Member(Router(), torch.randn(N, 6, 4), call),
+    "graphs": lambda: Member(
+        Graphs(),
+        (
+            torch.randn(sum(Graphs.sizes), 3),
+            torch.arange(N).repeat_interleave(torch.tensor(Graphs.sizes)),
+        ),
+        call,
+    ),
     "low-rank": lambda: Member(LowRank(), torch.randn(N, 6), call),
     "shared": lambda: Member(Shared(), torch.randn(N, 5), call, frozenset({"rule", "unused"})),
     "attention": lambda: Member(Attention(), torch.randn(N, 8, 8), call),
@@ -334,7 +351,7 @@ ZOO: dict[str, Callable[[], Member]] = {
         frozenset({"rule", "node"}),
     ),
     "fourier": lambda: Member(Fourier(), torch.randn(N, 2, 8), call),
-    "forces": lambda: Member(Forces(), torch.randn(N, 3), call, frozenset({"rule", "unused"})),
+    "forces": lambda: Member(Forces(), torch.randn(N, 3), call),
 }
 
 HOUSE = ("mlp", "cnn", "gpt", "vit")

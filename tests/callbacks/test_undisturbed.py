@@ -1,0 +1,378 @@
+"""Training with callbacks is bitwise the training without, and what it takes for that."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training
+from torch import Tensor, nn
+
+import nettrace as nt
+from nettrace import freeze
+from nettrace.callbacks import CollectiveVariables, FisherTrace, NTKTrace, Trace
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
+
+
+# A whole training -------------------------------------------------------------------------------
+
+
+def outcome(
+    namespace: str, optimizer: str, callbacks: list[Any], folder: Any, *, validate: bool = True
+) -> dict[str, Any]:
+    """Trains under all that can be disturbed, and gives all that came of it."""
+    training.seed()
+    model = training.delicate(namespace)(optimizer)
+    logger = import_module(f"{namespace}.loggers").CSVLogger(folder, version=0)
+    trainer = training.fit(
+        callbacks,
+        model,
+        training.loader(training.Augmented(), shuffle=True),
+        training.loader(training.Augmented(seed=1)) if validate else None,
+        namespace=namespace,
+        max_steps=6,
+        accumulate_grad_batches=2,
+        logger=logger,
+    )
+    logged = ["loss_step", "loss_epoch", *(["val_loss"] if validate else [])]
+    return {
+        **training.state(model),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "logged": {name: training.column(logger.log_dir, name) for name in logged},
+        "course": model.notes,
+        "hooks": training.hooks(model),
+    }
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """The outcome of a training without callbacks, of each kind once."""
+
+    @cache
+    def trained(namespace: str, optimizer: str, validate: bool = True) -> dict[str, Any]:
+        return outcome(
+            namespace, optimizer, [], tmp_path_factory.mktemp("bare"), validate=validate
+        )
+
+    return trained
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+@pytest.mark.parametrize(
+    ("probe", "optimizer"), [("validation", "AdamW"), ("training", "SGD"), ("given", "AdamW")]
+)
+def test_training_is_bitwise_the_same_with_callbacks(
+    namespace: str, probe: str, optimizer: str, bare: Any, tmp_path: Any
+) -> None:
+    samples = training.Samples(seed=2)
+    given = nt.Probe(samples.inputs, samples.targets) if probe == "given" else None
+    options = {"every": 1, "to": tmp_path / "trace", "log": True, "probe": given}
+    callbacks = [kind(**options) for kind in (NTKTrace, FisherTrace, CollectiveVariables, Trace)]
+    validate = probe != "training"
+    found = outcome(namespace, optimizer, callbacks, tmp_path, validate=validate)
+    assert training.differences(bare(namespace, optimizer, validate), found) == []
+    assert found["hooks"] == 0
+    trace = nt.open(tmp_path / "trace")  # there is no law about callbacks that do not measure
+    assert trace.step.values.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert not any("missing" in variable.attrs for variable in trace.values())
+
+
+def test_a_training_is_bitwise_the_same_without_callbacks(bare: Any, tmp_path: Any) -> None:
+    again = outcome("pytorch_lightning", "AdamW", [], tmp_path)
+    assert training.differences(bare("pytorch_lightning", "AdamW"), again) == []
+
+
+def write_grad(model: nn.Module) -> None:
+    model.net[0].weight.grad = torch.ones_like(model.net[0].weight)
+
+
+def write_buffer(model: nn.Module) -> None:
+    model.net[1].running_mean.add_(1)
+
+
+def write_weight(model: nn.Module) -> None:
+    model.net[0].weight.data.add_(1e-7)
+
+
+CARELESS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "draws from torch": (lambda model: torch.rand(()), "random torch"),
+    "draws from numpy": (lambda model: np.random.rand(), "random numpy"),
+    "draws from python": (lambda model: random.random(), "random python"),
+    "calls train()": (lambda model: model.train(), "mode net.5"),
+    "calls eval()": (lambda model: model.eval(), "mode net.3"),
+    "writes a buffer": (write_buffer, "buffer net.1.running_mean"),
+    "writes .grad": (write_grad, "grad net.0.weight"),
+    "writes a weight": (write_weight, "weight net.0.weight"),
+    "freezes a weight": (
+        lambda model: model.net[0].weight.requires_grad_(False),
+        "requires_grad net.0.weight",
+    ),
+    "leaves a hook": (
+        lambda model: model.net[0].register_forward_hook(lambda *_: None),
+        "hooks net.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("deed", CARELESS)
+def test_one_careless_deed_in_one_measurement_is_found(
+    deed: str, bare: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturb, where = CARELESS[deed]
+    measure = nt.Tracer.measure
+
+    def careless(self: Any, model: Any, step: int, measures: Any) -> Any:
+        if step == 1:
+            disturb(model)
+        return measure(self, model, step, measures)
+
+    monkeypatch.setattr(nt.Tracer, "measure", careless)
+    found = outcome("pytorch_lightning", "AdamW", [NTKTrace(every=1)], tmp_path)
+    differences = training.differences(bare("pytorch_lightning", "AdamW"), found)
+    assert any(name.endswith(f"/{where}") for name in differences), differences
+
+
+# What frozen undoes ------------------------------------------------------------------------------
+
+
+class Wild(nn.Module):
+    """Disturbs in its forward whatever there is to disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("gain", torch.ones(3))
+        self.calls = 0
+        self.seen = torch.zeros(3)
+        self.history: list[int] = []
+        self.linear.weight.grad = torch.full((3, 4), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.norm(self.linear(x))) * self.gain
+        torch.rand(1), np.random.rand(), random.random()
+        self.calls += 1
+        self.added = 1
+        self.history.append(self.calls)
+        self.seen.add_(y.detach().sum(0))
+        self.gain.mul_(2)
+        self.norm.running_var.add_(1)
+        self.train(not self.training)
+        self.norm.train()
+        self.linear.weight.grad = torch.zeros(3, 4)
+        self.linear.bias.requires_grad_(False)
+        return y
+
+
+def all_of(model: Wild) -> dict[str, Any]:
+    return {
+        **training.state(model),
+        "attribute seen": model.seen.clone(),
+        "attribute calls": model.calls,
+        "attribute history": list(model.history),
+        "attribute names": sorted(vars(model)),
+    }
+
+
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_what_a_wild_forward_does_is_undone(ends: str) -> None:
+    model = Wild()
+    model.dropout.eval()
+    before, gradient, gain = all_of(model), model.linear.weight.grad, model.gain
+    raises: AbstractContextManager[Any] = nullcontext()
+    if ends == "in an error":
+        raises = pytest.raises(ZeroDivisionError)
+    with raises, freeze.frozen(model):
+        model(torch.randn(2, 4))
+        assert training.differences(before, all_of(model)) != []
+        if ends == "in an error":
+            1 / 0  # noqa: B018
+    assert training.differences(before, all_of(model)) == []
+    assert model.linear.weight.grad is gradient
+    assert model.gain is gain
+
+
+PARTS = {
+    "_random_states": {"random torch", "random numpy", "random python"},
+    "_gradients": {"grad linear.weight", "requires_grad linear.bias"},
+    "_attributes": {
+        *("buffer gain", "buffer norm.running_var", "attribute seen"),
+        *("attribute calls", "attribute history", "attribute names"),
+    },
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_frozen_is_needed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Wild()
+    before = all_of(model)
+    monkeypatch.setattr(freeze, part, lambda *_: nullcontext())
+    with freeze.frozen(model):
+        model(torch.randn(2, 4))
+    found = {name.removeprefix("/") for name in training.differences(before, all_of(model))}
+    assert found & PARTS[part]
+    assert not found & set().union(*PARTS.values()) - PARTS[part]
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_modules_are_evaluated_in_eval_mode(
+    guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3)))
+    if not guarded:
+        monkeypatch.setattr(freeze, "_modes", lambda *_: nullcontext())
+    with freeze.frozen(model):
+        assert {module.training for module in model.modules()} == {not guarded}
+    assert {module.training for module in model.modules()} == {True}
+
+
+class Notes(nn.Module):
+    """Keeps something, and changes it in place at each call."""
+
+    def __init__(self, name: str, kept: Any, change: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.name, self.change = name, change
+        setattr(self, name, kept)
+
+    def forward(self) -> None:
+        self.change(getattr(self, self.name))
+
+
+KEPT: dict[str, tuple[str, Callable[[], Any], Callable[[Any], Any]]] = {
+    "a list": ("kept", list, lambda kept: kept.append(1)),
+    "a set": ("kept", set, lambda kept: kept.add(1)),
+    "a dict": ("kept", dict, lambda kept: kept.update(a=1)),
+    "a tensor": ("kept", lambda: torch.zeros(2), lambda kept: kept.add_(1)),
+    "a private list": ("_kept", list, lambda kept: kept.append(1)),
+    "a private tensor": ("_kept", lambda: torch.zeros(2), lambda kept: kept.add_(1)),
+    "a deque": ("kept", deque, lambda kept: kept.append(1)),
+    "a list of tensors": ("kept", lambda: [torch.zeros(2)], lambda kept: kept[0].add_(1)),
+    "a dict of lists": ("kept", lambda: {"a": []}, lambda kept: kept["a"].append(1)),
+    "a generator": (
+        "kept",
+        lambda: torch.Generator().manual_seed(0),
+        lambda kept: torch.rand(1, generator=kept),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_what_a_module_keeps_is_left_alone(kind: str) -> None:
+    name, make, change = KEPT[kind]
+    model = Notes(name, make(), change)
+    with freeze.frozen(model):
+        model()
+    kept, fresh = getattr(model, name), make()
+    if isinstance(kept, torch.Generator):
+        kept, fresh = kept.get_state(), fresh.get_state()
+    assert training.differences(kept, fresh) == []
+
+
+def test_weights_that_a_forward_writes_to_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(3, 4, max_norm=0.5)  # scales the rows that it looks up, in place
+    before = training.state(model)
+    with freeze.frozen(model):
+        model(torch.tensor([0, 2]))
+    assert training.differences(before, training.state(model)) == []
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_gradients_flow_in_full_precision_whatever_is_around(
+    around: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    x = torch.randn(2, 4)
+    with around():
+        before = training.state(model)
+        with freeze.frozen(model):
+            outputs = model(x)
+            (gradient,) = torch.autograd.grad(outputs.sum(), model[0].weight)
+        assert training.differences(before, training.state(model)) == []
+    assert (outputs.dtype, gradient.dtype) == (torch.float32, torch.float32)
+
+
+class Copied(AbstractContextManager["Copied"]):
+    """Undoes what a forward did by writing values back: the way that does not do."""
+
+    def __init__(self, model: Wild) -> None:
+        self.model = model
+
+    def __enter__(self) -> Copied:
+        self.gain = self.model.gain.clone()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.model.gain.copy_(self.gain)
+
+
+@pytest.mark.parametrize("guard", [freeze.frozen, Copied])
+def test_a_graph_recorded_before_stays_valid(guard: Callable[..., Any]) -> None:
+    model = Wild().eval()
+    x = torch.randn(2, 4)
+    loss = (model.linear(x) * model.gain).square().sum()  # keeps the buffer for its backward
+    (expected,) = torch.autograd.grad(loss, model.linear.weight, retain_graph=True)
+    with guard(model):
+        model(x)
+    if guard is Copied:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        return
+    model.linear.weight.grad = None
+    loss.backward()
+    assert torch.equal(model.linear.weight.grad, expected)
+
+
+# What else a measurement touches -----------------------------------------------------------------
+
+
+class OwnStream(training.Samples):
+    """Samples with noise from a generator of the data set's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return x + torch.as_tensor(self.generator.normal(size=4)).float(), y
+
+
+def test_a_default_probe_leaves_the_data_sets_own_generator_alone() -> None:
+    trained = []
+    for callbacks in ([], [NTKTrace()]):
+        model = training.network()()
+        training.fit(callbacks, model, training.loader(OwnStream()))
+        trained.append(training.state(model))
+    assert training.differences(*trained) == []
+
+
+def test_what_a_forward_logs_is_left_alone(tmp_path: Any) -> None:
+    class Talkative(training.network()):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = self.net(x)
+            self.log("level", outputs.mean(), on_step=True, on_epoch=True)
+            return outputs
+
+    logged = []
+    for number, callbacks in enumerate(([], [NTKTrace(every=[2, 4], to=tmp_path / "trace")])):
+        logger = import_module("pytorch_lightning.loggers").CSVLogger(tmp_path, version=number)
+        training.fit(callbacks, Talkative(), logger=logger)
+        names = ("level_step", "level_epoch")
+        logged.append({name: training.column(logger.log_dir, name) for name in names})
+    assert training.differences(*logged) == []
+    assert np.isfinite(nt.open(tmp_path / "trace").ntk_trace.values).all()

@@ -1,0 +1,189 @@
+"""Networks in which samples depend on each other are refused; none gives a number."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nettrace as nt
+
+N = 6
+
+
+class Mixing(nn.Module):
+    """A network with an operation on the whole batch in its middle."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.last = nn.Linear(8, 3)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.mix = mix
+
+    def forward(self, x):
+        return self.last(self.mix(self, torch.tanh(self.first(x))))
+
+
+MIXES = {
+    "mean": lambda m, h: h - h.mean(0),
+    "spread": lambda m, h: h / h.std(),
+    "shift": lambda m, h: h + h.roll(1, 0),
+    "weak shift": lambda m, h: h + 1e-6 * h.roll(1, 0),
+    "reverse": lambda m, h: h * h.flip(0),
+    "softmax": lambda m, h: h.softmax(0),
+    "running sum": lambda m, h: h.cumsum(0),
+    "sort": lambda m, h: h.sort(0)[0],
+    "attention": lambda m, h: (h @ h.T).softmax(1) @ h,
+    "only mean": lambda m, h: h.mean(0, keepdim=True).expand(len(h), -1),
+    "shut gate, mean": lambda m, h: h + m.gate * h.mean(0),
+    "shut gate, shift": lambda m, h: h + m.gate * h.roll(1, 0),
+    "shut gate, attention": lambda m, h: h + m.gate * ((h @ h.T).softmax(1) @ h),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_mixing_operation_is_refused(name):
+    model, x = Mixing(MIXES[name]), torch.randn(N, 5)
+    found = nt.jacobian(model(x), model)
+    for quantity in (found.gram, found.trace, found.norms, found.blocks, found.coverage):
+        with pytest.raises(nt.CoupledSamplesError, match="coupled"):
+            quantity()
+    with torch.no_grad():
+        model.gate.fill_(0.01)
+    with pytest.raises(nt.CoupledSamplesError):
+        nt.jacobian(model(x), model).trace()
+
+
+def test_the_mixing_operation_is_named():
+    model, x = Mixing(MIXES["shift"]), torch.randn(N, 5)
+    with pytest.raises(nt.CoupledSamplesError, match=r"RollBackward0.*coupled='rows'"):
+        nt.jacobian(model(x), model).trace()
+
+
+class ZeroInitialisedBranch(nn.Module):
+    """The branch that mixes ends in a layer that is zero at initialisation, inside another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.zeros(5))
+        nn.init.zeros_(self.inner.weight)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(h + self.scale * self.inner(h - h.mean(0)))
+
+
+def test_a_coupling_behind_two_shut_gates_is_refused():
+    model = ZeroInitialisedBranch()
+    with pytest.raises(nt.CoupledSamplesError):
+        nt.jacobian(model(torch.randn(N, 5)), model).trace()
+
+
+def test_shut_gates_without_coupling_are_no_obstacle():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4))
+    nn.init.zeros_(model[2].weight), nn.init.zeros_(model[3].weight)
+    found = nt.jacobian(model(torch.randn(N, 5)), model)
+    rows = torch.stack([found.rows(n) for n in range(N)])
+    torch.testing.assert_close(found.norms(), rows.norm(dim=2))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)],
+        lambda: [nn.BatchNorm1d(5), nn.Linear(5, 3)],
+        lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3)],
+        lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 3)],
+        lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8, track_running_stats=False)],
+    ],
+    ids=["middle", "first", "no weight", "twice", "no statistics"],
+)
+def test_batch_normalisation_in_training_is_refused_with_the_remedy(layers):
+    model, x = nn.Sequential(*layers()), torch.randn(N, 5)
+    with pytest.raises(nt.CoupledSamplesError, match=r"batch normalisation.*model\.eval\(\)"):
+        nt.jacobian(model(x), model).trace()
+
+
+def test_a_contrastive_loss_is_refused():
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(N, 5)
+    z = F.normalize(model(x))
+    losses = F.cross_entropy(z @ z.T / 0.1, torch.arange(N), reduction="none")
+    with pytest.raises(nt.CoupledSamplesError):
+        nt.loss_jacobian(losses, model).norms()
+
+
+@pytest.mark.parametrize("mix", ["mean", "attention", "shut gate, shift"])
+def test_rows_of_coupled_outputs_can_be_asked_for(mix):
+    model, x = Mixing(MIXES[mix]).double(), torch.randn(N, 5).double()
+    outputs = model(x)
+    found = nt.jacobian(outputs, model, coupled="rows")
+    parameters = list(model.parameters())
+    rows = []
+    for f in outputs.flatten():
+        row = torch.autograd.grad(f, parameters, retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in row]))
+    j = torch.stack(rows).view(N, 3, -1)
+    torch.testing.assert_close(found.gram(), torch.einsum("ncp,mdp->ncmd", j, j))
+    torch.testing.assert_close(found.norms(), j.norm(dim=2))
+    u = torch.randn(found.parameters).double()
+    torch.testing.assert_close(found.jvp(u), j @ u)
+    assert set(found.coverage().values()) == {"rows"}
+
+
+def test_a_router_that_changes_its_mind_is_followed():
+    """Assignments change with the weights, while every shape on the tape stays as it is."""
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+            self.sign = 1.0
+
+        def forward(self, x):
+            score = self.sign * x.sum(1)
+            order = score.argsort()
+            halves = order[: N // 2], order[N // 2 :]
+            out = torch.cat([e(x[rows]) for e, rows in zip(self.experts, halves, strict=True)])
+            return torch.tanh(out[torch.cat(halves).argsort()])
+
+    model, x = Router().double(), torch.randn(N, 4).double()
+    grams = []
+    for sign in (1.0, -1.0):
+        model.sign = sign
+        found = nt.jacobian(model(x), model)
+        j = torch.stack([found.rows(n) for n in range(N)])
+        grams.append(found.gram())
+        torch.testing.assert_close(grams[-1], torch.einsum("ncp,mdp->ncmd", j, j))
+    assert not torch.allclose(*grams)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 31, 33, 1100])
+def test_any_number_of_samples_is_told_apart(samples):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(samples, 3)
+    found = nt.jacobian(model(x), model).norms()
+    per_sample = torch.func.vmap(
+        torch.func.jacrev(lambda p, x: torch.func.functional_call(model, p, (x,))), (None, 0)
+    )(dict(model.named_parameters()), x)
+    true = torch.stack([j.flatten(2).square().sum(2) for j in per_sample.values()]).sum(0).sqrt()
+    torch.testing.assert_close(found, true)
+
+
+def test_samples_without_gradient_have_none():
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    x = torch.randn(5, 3)
+    x[2] = 0
+    assert nt.jacobian(model(x), model).norms()[2].eq(0).all()
+    with torch.no_grad():
+        model[0].weight.abs_()
+    x[3] = -1  # every unit is dead for this sample: nothing flows back
+    found = nt.jacobian(model(x), model)
+    assert found.norms()[3].eq(0).all()
+    assert found.norms()[[0, 1, 4]].gt(0).any()
+
+
+def test_gradients_of_very_different_size_are_told_apart():
+    scale = torch.tensor([1e-12, 1.0, 1e12, 1e-6])[:, None]
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    plain = nt.jacobian(model(x), model).norms()
+    torch.testing.assert_close(nt.jacobian(model(x) * scale, model).norms(), plain * scale)
