@@ -101,7 +101,7 @@ def sqnorms(x: Factor) -> Tensor:
     if isinstance(x, Outer):
         k, _, _, t, rows, columns = x.shape
         if t * (_still_width(x) + k * x.moving.shape[-1]) < k * rows * columns:
-            return (_token_gram(x) @ x.moving).mul(x.moving).sum((2, 3, 4))
+            return (_token_gram(x, x) @ x.moving).mul(x.moving).sum((2, 3, 4))
     return dense(x).square().sum(-1)
 
 
@@ -112,7 +112,7 @@ def blocks(x: Factor, y: Factor) -> Tensor:
         j, width = y.shape[0], x.moving.shape[-1]
         tokens = t * t * (_still_width(x) + j * width) + k * j * t * width
         if tokens < (k + j) * t * rows * columns + k * j * rows * columns:
-            weighted = (_token_gram(x) @ y.moving).movedim(0, 1).flatten(2)
+            weighted = (_token_gram(x, y) @ y.moving).movedim(0, 1).flatten(2)
             return x.moving.movedim(0, 1).flatten(2) @ weighted.mT
     return dense(x).movedim(0, 1) @ dense(y).movedim(0, 1).mT
 
@@ -150,11 +150,11 @@ def _still_width(x: Outer) -> int:
     return 1 if x.is_lookup else x.still.shape[-1]
 
 
-def _token_gram(x: Outer) -> Tensor:
+def _token_gram(x: Outer, y: Outer) -> Tensor:
     """(1, N, G, T, T) inner products between the still sides of each sample's tokens."""
     if x.is_lookup:
-        return (x.still.unsqueeze(-1) == x.still.unsqueeze(-2)).to(x.moving.dtype)
-    return x.still @ x.still.mT
+        return (x.still.unsqueeze(-1) == y.still.unsqueeze(-2)).to(x.moving.dtype)
+    return x.still @ y.still.mT
 
 
 def _gram_of_single_tokens(x: Outer, y: Outer) -> Tensor:

@@ -1,7 +1,8 @@
 """Measure the physics of learning while a network trains."""
 
+from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.measures import measure
-from nettrace.operator import Jacobian, LossJacobian, jacobian, loss_jacobian
+from nettrace.operator import Jacobian, LossJacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.probe import Probe
 from nettrace.record import Record

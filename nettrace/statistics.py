@@ -12,8 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from nettrace.differentiate import jacobian
 from nettrace.likelihood import Likelihood
-from nettrace.operator import Jacobian, PerLayer, jacobian
+from nettrace.operator import Jacobian, PerLayer
 from nettrace.probe import Look, Probe
 
 

@@ -255,5 +255,6 @@ def _stacked(values: Sequence[Array | None], ndim: int) -> Array:
         out = np.empty((len(values), *shape), dtype)
     for row, value in enumerate(values):
         if value is not None:
-            out[row][tuple(map(slice, value.shape))] = value
+            where: Any = (row, *map(slice, value.shape))
+            out[where] = value
     return out

@@ -22,6 +22,7 @@ NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
 HARMLESS = (
     "ignore:.*does not have many workers:UserWarning",  # workers would cost more than they bring
     "ignore:You defined a `validation_step` but have no:UserWarning",  # most need none
+    "ignore:Found 1 module.* in eval mode:UserWarning",  # `delicate` has one on purpose
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # Lightning 2.6 under torch 2.13
     "ignore:GPU available but not used:UserWarning",  # these run on the CPU wherever they run
 )
@@ -157,7 +158,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {
         "random torch": torch.get_rng_state(),
         "random numpy": repr(np.random.get_state(legacy=False)),
-        "random python": random.getstate(),
+        "random python": repr(random.getstate()),
         "flag default dtype": torch.get_default_dtype(),
         "flag grad": torch.is_grad_enabled(),
         "flag inference": torch.is_inference_mode_enabled(),

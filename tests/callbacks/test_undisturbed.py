@@ -59,9 +59,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, An
 
     @cache
     def trained(namespace: str, optimizer: str, validate: bool = True) -> dict[str, Any]:
-        return outcome(
-            namespace, optimizer, [], tmp_path_factory.mktemp("bare"), validate=validate
-        )
+        return outcome(namespace, optimizer, [], tmp_path_factory.mktemp("bare"), validate=validate)
 
     return trained
 
@@ -139,6 +137,24 @@ def test_one_careless_deed_in_one_measurement_is_found(
     found = outcome("pytorch_lightning", "AdamW", [NTKTrace(every=1)], tmp_path)
     differences = training.differences(bare("pytorch_lightning", "AdamW"), found)
     assert any(name.endswith(f"/{where}") for name in differences), differences
+
+
+def test_deeds_within_a_measurement_are_undone(bare: Any, tmp_path: Any) -> None:
+    def careless(model: Any, x: Tensor) -> Tensor:
+        torch.rand(()), np.random.rand(), random.random()
+        model.net[1].num_batches_tracked.add_(1)
+        write_grad(model)
+        outputs = model(x)
+        model.net[3].train()
+        model.net[5].train()
+        return outputs
+
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets, forward=careless)
+    callback = NTKTrace(every=1, probe=probe, to=tmp_path / "trace")
+    found = outcome("pytorch_lightning", "AdamW", [callback], tmp_path)
+    assert training.differences(bare("pytorch_lightning", "AdamW"), found) == []
+    assert np.isfinite(nt.open(tmp_path / "trace").ntk_trace.values).all()
 
 
 # What frozen undoes ------------------------------------------------------------------------------
@@ -225,9 +241,7 @@ def test_each_part_of_frozen_is_needed(part: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-def test_modules_are_evaluated_in_eval_mode(
-    guarded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_are_evaluated_in_eval_mode(guarded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(3)))
     if not guarded:
         monkeypatch.setattr(freeze, "_modes", lambda *_: nullcontext())

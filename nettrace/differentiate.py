@@ -1,0 +1,182 @@
+"""From the outputs of a forward pass to the implicit Jacobian, with a check of what is given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from nettrace.gradients import PerSampleGradients
+from nettrace.operator import Jacobian, LossJacobian
+from nettrace.tape import Tape
+
+Parameters: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
+Coupled: TypeAlias = Literal["refuse", "rows"]
+
+
+def jacobian(
+    outputs: Tensor,
+    model_or_params: Parameters,
+    *,
+    memory_budget: int | str = "2GiB",
+    coupled: Coupled = "refuse",
+) -> Jacobian:
+    """The Jacobian of `outputs` with respect to parameters, read off the autograd tape.
+
+    Nothing is computed yet, and nothing is written to the network: no hooks, no `.grad`.
+
+    Args:
+        outputs: (N, ...) real outputs of a forward pass that recorded gradients. Axis 0 counts the
+            samples, the other axes, flattened, the C outputs.
+        model_or_params: a module, whose parameters that require a gradient are taken, or tensors,
+            by name or in order.
+        memory_budget: bytes, or a text such as "500MB" or "2GiB", that pulled-back gradients and
+            the temporary results of contractions may take beside the forward pass and the result.
+        coupled: what to do where one sample's output depends on another sample. "refuse" raises
+            `CoupledSamplesError` when a per-sample quantity is asked for; "rows" computes the
+            Jacobian of the coupled outputs by one backward pass a row.
+
+    Returns:
+        The implicit operator.
+
+    Raises:
+        ValueError: if the outputs need no gradient, hold NaN, or have no samples; if there are no
+            parameters, or none that the outputs depend on; or if the budget cannot be read.
+        TypeError: if the outputs are no tensor, or are complex.
+
+    Example:
+        >>> import torch, nettrace as nt
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> x = torch.randn(5, 3)
+        >>> J = nt.jacobian(model(x), model)
+        >>> kernel = J.gram(trace_outputs=True)  # for a linear model, C X X^T
+        >>> torch.allclose(kernel, 2 * x @ x.T, atol=1e-5)
+        True
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"expected outputs to be a tensor of shape (N, ...), got {type(outputs)}")
+    if outputs.is_complex():
+        raise TypeError("expected real outputs, got complex ones: take torch.view_as_real first")
+    if outputs.dim() == 0 or outputs.numel() == 0:
+        raise ValueError(
+            f"expected outputs of shape (N, ...) with N >= 1, got shape {tuple(outputs.shape)}"
+        )
+    if coupled not in ("refuse", "rows"):
+        raise ValueError(f"expected coupled to be 'refuse' or 'rows', got {coupled!r}")
+    parameters = _named(model_or_params)
+    if outputs.grad_fn is None:
+        raise ValueError(
+            "the outputs need no gradient, so there is no tape to read: run the forward pass "
+            "outside torch.no_grad() and torch.inference_mode(), and do not detach its result"
+        )
+    if bool(outputs.isnan().any()):
+        bad = outputs.isnan().flatten(1 if outputs.dim() > 1 else 0)
+        samples = (bad.any(1) if outputs.dim() > 1 else bad).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the outputs hold NaN in {len(samples)} of {len(outputs)} samples, first in sample "
+            f"{samples[0]}: check the input and the weights for NaN"
+        )
+    constants = (
+        [*model_or_params.buffers(), *model_or_params.parameters()]
+        if isinstance(model_or_params, nn.Module)
+        else []
+    )
+    tape = Tape(outputs, parameters, [c.detach() for c in constants])
+    if not tape.nodes:
+        raise ValueError(
+            f"the outputs do not depend on any of the {len(parameters)} parameters given "
+            f"({_some(parameters)}): pass the module whose forward pass made them"
+        )
+    memory = parse_bytes(memory_budget)
+    return Jacobian(
+        PerSampleGradients(outputs, parameters, tape, memory, by_rows=coupled == "rows"), memory
+    )
+
+
+def loss_jacobian(
+    losses: Tensor,
+    model_or_params: Parameters,
+    *,
+    memory_budget: int | str = "2GiB",
+    coupled: Coupled = "refuse",
+) -> LossJacobian:
+    """The Jacobian of per-sample losses: one gradient a sample.
+
+    Args:
+        losses: (N,) the loss of each sample, not reduced (`reduction="none"`).
+        model_or_params: as in `jacobian`.
+        memory_budget: as in `jacobian`.
+        coupled: as in `jacobian`.
+
+    Raises:
+        ValueError: if the losses are not of shape (N,), and as in `jacobian`.
+        TypeError: as in `jacobian`.
+    """
+    if isinstance(losses, Tensor) and losses.dim() != 1:
+        raise ValueError(
+            f"expected one loss a sample, of shape (N,), got shape {tuple(losses.shape)}: use "
+            "reduction='none' and average over any other axes"
+        )
+    return LossJacobian(
+        jacobian(losses, model_or_params, memory_budget=memory_budget, coupled=coupled)
+    )
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes from a number or a text such as "500MB" or "2GiB".
+
+    Raises:
+        ValueError: if the text cannot be read or the number is not positive.
+
+    Example:
+        >>> parse_bytes("2GiB")
+        2147483648
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", str(size))
+    try:
+        assert match is not None
+        number, prefix, binary = match.groups()
+        result = int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " ", 0))
+        assert result > 0
+    except (AssertionError, ValueError):
+        raise ValueError(
+            f"expected a positive number of bytes, such as 10**9, '500MB' or '2GiB', got {size!r}"
+        ) from None
+    return result
+
+
+def _named(model_or_params: Parameters) -> dict[str, Tensor]:
+    """The parameters that need a gradient, by name."""
+    given: dict[str, Tensor]
+    if isinstance(model_or_params, nn.Module):
+        given = dict(model_or_params.named_parameters())
+        what = f"the model, {type(model_or_params).__name__},"
+    elif isinstance(model_or_params, Mapping):
+        given = dict(model_or_params)
+        what = "the mapping of parameters"
+    else:
+        several = [model_or_params] if isinstance(model_or_params, Tensor) else model_or_params
+        given = {str(i): p for i, p in enumerate(several)}
+        what = "the list of parameters"
+    wrong = [name for name, p in given.items() if not isinstance(p, Tensor)]
+    if wrong:
+        raise TypeError(
+            "expected a module, a mapping from name to tensor, or tensors, got "
+            f"{type(given[wrong[0]]).__name__} for {wrong[0]!r}"
+        )
+    if not given:
+        raise ValueError(f"{what} has no parameters: there is nothing to differentiate by")
+    needed = {name: p for name, p in given.items() if p.requires_grad}
+    if not needed:
+        raise ValueError(
+            f"{what} has {len(given)} parameters ({_some(given)}), but none requires a gradient: "
+            "call requires_grad_() on those to differentiate by"
+        )
+    return needed
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

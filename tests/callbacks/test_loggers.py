@@ -1,0 +1,285 @@
+"""What reaches loggers is what stands in the trace, under the step at which it was measured."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training
+import xarray as xr
+
+import nettrace as nt
+from nettrace.callbacks import FisherTrace, NTKTrace
+from nettrace.callbacks.loggers import log
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
+
+SCALARS = ("trace", "entropy", "entropy_normalised", "effective_rank", "entropy_traced")
+
+
+def read_wandb(path: Path) -> Iterator[Any]:
+    """The records of an offline run: a header of 7 bytes, then a LevelDB log of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, body = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768  # of this block
+        if left < 7:  # too short for a chunk's head: padding
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        body += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(body)
+            body = b""
+            yield record
+
+
+def history(records: list[Any]) -> list[dict[str, Any]]:
+    """The logged rows."""
+    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row}
+        for row in rows
+    ]
+
+
+@dataclass
+class Run:
+    """What a training left in its loggers."""
+
+    trace: xr.Dataset
+    rows: list[dict[str, Any]]
+    axes: dict[str, str]
+    files: Path
+    csv: Path
+    events: Any
+
+    def column(self, name: str) -> dict[int, Any]:
+        """A W&B column, by our step."""
+        return {row["nettrace/step"]: row[name] for row in self.rows if name in row}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A training whose weights are no numbers while step 4 is measured."""
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Sick(training.network()):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.global_step == 4:
+                self.healthy = self.net[0].weight.detach().clone()
+                self.net[0].weight.data.fill_(torch.nan)
+
+        def on_train_batch_start(self, *_: Any) -> None:  # runs after those of callbacks
+            if self.global_step == 4:
+                self.net[0].weight.data.copy_(self.healthy)
+
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        loggers = [
+            WandbLogger(save_dir=folder, offline=True),
+            CSVLogger(folder, name="csv", version=0),
+            TensorBoardLogger(folder, name="tensorboard", version=0),
+        ]
+        callbacks = [
+            NTKTrace(every=2, to=folder / "trace"),
+            FisherTrace(every=3, to=folder / "trace", prefix="probe/"),
+        ]
+        with pytest.warns(nt.MissingMeasureWarning, match="NaN"):
+            training.fit(
+                callbacks, Sick(), logger=loggers, max_steps=6, log_every_n_steps=3
+            )
+        loggers[0].experiment.finish()
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = list(read_wandb(path))
+    metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
+    yield Run(
+        nt.open(folder / "trace"),
+        [row for row in history(records) if "nettrace/step" in row],
+        {m.name or m.glob_name: m.step_metric for m in metrics},
+        path.parent / "files",
+        folder / "csv" / "version_0",
+        EventAccumulator(str(folder / "tensorboard" / "version_0")).Reload(),
+    )
+
+
+def stored(run: Run, name: str) -> dict[int, float]:
+    """A scalar of the trace, by the steps at which it was found."""
+    values = run.trace[name.replace("/", "_")].dropna("step")
+    return dict(zip(values.step.values.tolist(), values.values.tolist(), strict=True))
+
+
+def test_the_trace_holds_what_the_others_are_compared_with(run: Run) -> None:
+    assert sorted(stored(run, "ntk/trace")) == [0, 2, 6]
+    assert sorted(stored(run, "fisher/trace")) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_wandb_has_the_values_of_the_trace_under_their_steps(run: Run, name: str) -> None:
+    assert run.column(f"ntk/{name}") == stored(run, f"ntk/{name}")
+
+
+def test_wandb_has_what_is_labelled_label_by_label(run: Run) -> None:
+    shares = run.trace.ntk_trace_per_layer.dropna("step")
+    for layer in shares.layer.values:
+        expected = dict(zip(shares.step.values, shares.sel(layer=layer).values, strict=True))
+        assert run.column(f"ntk/trace_per_layer/{layer}") == expected
+
+
+def test_wandb_gets_its_rows_in_the_order_of_steps(run: Run) -> None:
+    steps = [row["nettrace/step"] for row in run.rows if "ntk/trace" in row]
+    assert steps == [0, 2, 6]
+    everything = [row["nettrace/step"] for row in run.rows]
+    assert everything == sorted(everything)
+
+
+def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
+    bound = {name for name, axis in run.axes.items() if axis == "nettrace/step"}
+    ours = {key for row in run.rows for key in row if not key.startswith(("_", "trainer/"))}
+    media = {key.rpartition(".")[0] for key in ours if key.endswith("._type")}
+    plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
+    assert len(media) == 2
+    assert (plain | media) - {"nettrace/step"} == bound
+
+
+def test_wandb_rows_say_nothing_wrong_of_lightnings_own_step(run: Run) -> None:
+    found = {row["nettrace/step"]: row.get("trainer/global_step") for row in run.rows}
+    assert all(theirs in (None, ours) for ours, theirs in found.items()), found
+
+
+def test_wandb_gets_spectra_as_histograms(run: Run) -> None:
+    spectrum = run.trace.ntk_spectrum.dropna("step")
+    assert set(run.column("ntk/spectrum._type").values()) == {"histogram"}
+    for step, counts in run.column("ntk/spectrum.values").items():
+        bins = run.column("ntk/spectrum.bins")[step]
+        expected, _ = np.histogram(spectrum.sel(step=step).values, bins)
+        assert counts == expected.tolist()
+        assert sum(counts) == spectrum.sizes["mode"]
+
+
+def test_wandb_gets_kernels_as_pictures_that_are_darkest_where_they_are_largest(run: Run) -> None:
+    from PIL import Image
+
+    kernel = run.trace.ntk_gram.dropna("step")
+    assert sorted(run.column("ntk/gram._type")) == [0, 2, 6]
+    for step, path in run.column("ntk/gram.path").items():
+        found = np.abs(kernel.sel(step=step).values)
+        side = found.shape[0] * found.shape[1]
+        expected = 255 * (1 - found.reshape(side, side) / found.max())
+        levels = np.asarray(Image.open(run.files / path).convert("L"), dtype=float)
+        assert np.abs(levels - expected).max() <= 1  # levels are whole numbers
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_csv_has_the_values_of_the_trace_under_their_steps(run: Run, name: str) -> None:
+    found = training.column(run.csv, f"ntk/{name}")
+    assert {step: float(text) for step, text in found.items()} == stored(run, f"ntk/{name}")
+
+
+def test_csv_has_our_step_beside_lightnings(run: Run) -> None:
+    steps = {step: int(text) for step, text in training.column(run.csv, "nettrace/step").items()}
+    assert steps == {step: step for step in (0, 2, 3, 4, 6)}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_tensorboard_has_the_values_of_the_trace_under_their_steps(run: Run, name: str) -> None:
+    found = {event.step: event.value for event in run.events.Scalars(f"ntk/{name}")}
+    expected = stored(run, f"ntk/{name}")
+    assert found == {step: float(np.float32(value)) for step, value in expected.items()}
+
+
+def test_what_is_missing_is_in_no_logger(run: Run) -> None:
+    assert "4" in json.loads(run.trace.ntk_trace.attrs["missing"])
+    assert {key for row in run.rows if row["nettrace/step"] == 4 for key in row} <= {
+        *("nettrace/step", "nettrace/seconds", "trainer/global_step"),
+        *("_step", "_runtime", "_timestamp"),
+    }
+    assert 4 not in training.column(run.csv, "ntk/trace")
+    assert 4 not in [event.step for event in run.events.Scalars("ntk/trace")]
+
+
+def test_a_prefix_is_put_before_each_name_and_stays_out_of_the_trace(run: Run) -> None:
+    expected = stored(run, "fisher/trace")
+    assert run.column("probe/fisher/trace") == expected
+    assert run.column("fisher/trace") == {}
+    found = training.column(run.csv, "probe/fisher/trace")
+    assert {step: float(text) for step, text in found.items()} == expected
+    assert "probe/fisher/trace_empirical_standard_error" in run.events.Tags()["scalars"]
+    assert "fisher/trace" not in run.events.Tags()["scalars"]
+
+
+# A logger that is not as it should be --------------------------------------------------------------
+
+
+class FakeRun:
+    """Takes what a W&B run takes."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def define_metric(self, name: str, **options: Any) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def sent(*records: nt.Record) -> dict[str, Any]:
+    """The row that W&B gets of some records."""
+    run = FakeRun()
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=run)], callback_metrics={})
+    log(trainer, records, "")
+    (row,) = run.rows
+    return row
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=["a spectrum", "a kernel"])
+def test_arrays_that_cannot_be_drawn_do_not_keep_the_rest_away(
+    value: float, shape: tuple[int, ...]
+) -> None:
+    array = nt.Record("ntk/array", 3, np.full(shape, value), dims=("a", "b")[: len(shape)])
+    row = sent(array, nt.Record("ntk/trace", 3, np.asarray(1.5)))
+    assert row == {"ntk/trace": 1.5, "nettrace/step": 3}
+
+
+def test_a_kernel_of_zeros_is_white() -> None:
+    picture = sent(nt.Record("ntk/gram", 0, np.zeros((2, 3, 2, 3)), dims=("a", "b", "c", "d")))
+    levels = np.asarray(picture["ntk/gram"].image.convert("L"))
+    assert levels.shape == (6, 6)
+    assert (levels == 255).all()
+
+
+def test_numbers_arrive_where_pictures_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PIL", "PIL.Image"):  # `pip install wandb` does not bring it
+        monkeypatch.setitem(sys.modules, name, None)
+    kernel = nt.Record("ntk/gram", 3, np.eye(4).reshape(2, 2, 2, 2), dims=("a", "b", "c", "d"))
+    row = sent(kernel, nt.Record("ntk/trace", 3, np.asarray(4.0)))
+    assert row["ntk/trace"] == 4.0
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+def test_other_loggers_do_without_wandb_in_a_dry_run(
+    namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
+    trainer = training.fit(
+        NTKTrace(every=1), namespace=namespace, fast_dev_run=True, logger=True,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    assert "ntk/trace" in trainer.callback_metrics
