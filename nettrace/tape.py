@@ -34,6 +34,12 @@ VIEWS = frozenset(
 BROADCASTS = frozenset({"ExpandBackward0", "RepeatBackward0"})
 
 
+#: Nodes that combine their operands element by element.
+ELEMENTWISE = frozenset(
+    name + "Backward0" for name in ("Add", "Div", "Mul", "Rsub", "Sub", "Where")
+)
+
+
 @dataclass(frozen=True)
 class Use:
     """An edge from `node`, input number `slot`, into the weight that leaves `source`."""
@@ -107,38 +113,33 @@ class Tape:
     def _is_derived(self, node: Node) -> bool:
         if not all(self._is_weight(child, nr) for child, nr in edges(node)):
             return False
-        if self._per_sample(shape_of(node)) and self._enlarges(node):
+        spreads = node.name() in BROADCASTS or _has_fixed_operand(node)
+        if spreads and self._grows(node) and self._per_sample(shape_of(node)):
             return False
         return all(self._known(c) for c in self._fixed_operands(node))
 
     def may_absorb(self, node: Node) -> bool:
         """Whether a node whose rows are not the samples' own can be part of a weight.
 
-        It can where nothing differentiable but weights flows in, and none of its fixed operands
-        looks like data: a fixed operand is a parameter, a buffer or a copy of one, a number, a
-        count 0, 1, 2, ..., or has no axis whose length is a multiple of the number of samples. An
-        operand that the tape does not keep looks like data if it gives the result such an axis.
+        It can where nothing differentiable but weights flows in, and no fixed operand looks like
+        data. A fixed operand does not if it is combined element by element with a weight whose
+        shape the result keeps; or is a parameter, a buffer or a copy of one, a number, or a count
+        0, 1, 2, ...; or has no axis whose length is a multiple of the number of samples. One that
+        the tape does not keep looks like data if it gives the result such an axis.
         """
-        hidden = any(child is None for child, _ in node.next_functions)
-        return (
-            node is not self.root
-            and all(self._is_weight(child, nr) for child, nr in edges(node))
-            and not (
-                hidden
-                and not saved_tensors(node)
-                and self._per_sample(shape_of(node))
-                and self._enlarges(node)
-            )
-            and not any(
-                self._per_sample(c.shape) and not self._known(c) and not self._copied(c)
-                for c in self._fixed_operands(node)
-            )
+        if node is self.root or not all(self._is_weight(child, nr) for child, nr in edges(node)):
+            return False
+        if node.name() in ELEMENTWISE and not self._grows(node):
+            return True
+        if _has_fixed_operand(node) and not saved_tensors(node):
+            return not self._per_sample(shape_of(node))
+        return not any(
+            self._per_sample(c.shape) and not self._known(c) and not self._copied(c)
+            for c in self._fixed_operands(node)
         )
 
-    def _enlarges(self, node: Node) -> bool:
+    def _grows(self, node: Node) -> bool:
         """Whether the result has another shape than each weight it is made of."""
-        if node.name() not in BROADCASTS and all(c is not None for c, _ in node.next_functions):
-            return False
         return all(shape_of(child, nr) != shape_of(node) for child, nr in edges(node))
 
     def _is_weight(self, child: Node, nr: int) -> bool:
@@ -236,6 +237,10 @@ def edge_key(edge: GradientEdge) -> tuple[Node, int]:
 def storage_of(tensor: Tensor) -> int:
     """Where a tensor's memory begins; 0 for layouts without one block of memory."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _has_fixed_operand(node: Node) -> bool:
+    return any(child is None for child, _ in node.next_functions)
 
 
 def edges(node: Node) -> list[tuple[Node, int]]:

@@ -142,7 +142,12 @@ def fit(
     trainer = import_module(namespace).Trainer(callbacks=callbacks, **settings)
     model = network(namespace)() if model is None else model
     data = loader() if data is None else data
-    trainer.fit(model, data, validation, ckpt_path=ckpt_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
+    try:
+        trainer.fit(model, data, validation, ckpt_path=ckpt_path)
+    finally:
+        torch.set_num_threads(threads)
     return trainer
 
 

@@ -72,8 +72,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A training whose weights are no numbers while step 4 is measured."""
+    import wandb
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -101,14 +102,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             FisherTrace(every=3, to=folder / "trace", prefix="probe/"),
         ]
         with pytest.warns(nt.MissingMeasureWarning, match="NaN"):
-            training.fit(
-                callbacks, Sick(), logger=loggers, max_steps=6, log_every_n_steps=3
-            )
+            training.fit(callbacks, Sick(), logger=loggers, max_steps=6, log_every_n_steps=3)
         loggers[0].experiment.finish()
+        wandb.teardown()  # only then is all of it in the file
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     records = list(read_wandb(path))
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
-    yield Run(
+    return Run(
         nt.open(folder / "trace"),
         [row for row in history(records) if "nettrace/step" in row],
         {m.name or m.glob_name: m.step_metric for m in metrics},
@@ -223,7 +223,7 @@ def test_a_prefix_is_put_before_each_name_and_stays_out_of_the_trace(run: Run) -
     assert "fisher/trace" not in run.events.Tags()["scalars"]
 
 
-# A logger that is not as it should be --------------------------------------------------------------
+# A logger that is not as it should be ------------------------------------------------------------
 
 
 class FakeRun:

@@ -8,6 +8,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace.likelihood import Categorical, Gaussian
+from nettrace.measures import fisher
 
 N, D, C = 24, 5, 4
 
@@ -74,6 +75,14 @@ def test_drawn_fisher_is_unbiased_and_its_error_calibrated(kind):
     assert 0.55 < np.mean(np.abs(z) < 1) < 0.80
     # The variance of a variance of near-normal estimates: relative sd sqrt(2 / repeats) = 0.08.
     assert np.mean(errors**2) / found.var(ddof=1) == pytest.approx(1, abs=0.25)
+
+
+def test_error_of_drawn_fisher_by_hand():
+    # two samples of variances 2 and 8, two draws each: the mean's is (2/2 + 8/2) / 2^2
+    found = fisher.trace_mc(torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
+    assert float(found.value) == 3
+    assert float(found.standard_error) == pytest.approx(5**0.5 / 2, rel=1e-14)
+    assert found.attributes == {"draws": 2}
 
 
 def test_drawn_fisher_is_the_same_for_the_same_seed_and_step():

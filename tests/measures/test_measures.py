@@ -617,28 +617,31 @@ def own_loss(outputs, targets):
     return (outputs - targets[:, None]).square().mean(1)
 
 
-WITHOUT_TARGETS = lambda x: nt.Probe(x)  # noqa: E731
-WITH_OWN_LOSS = lambda x: nt.Probe(x, torch.arange(N) % C, losses=own_loss)  # noqa: E731
+PROBES = {
+    "no-targets": {},
+    "own-loss": {"targets": torch.arange(N) % C, "losses": own_loss},
+}
 
 
 @pytest.mark.parametrize(
     ("probe", "name", "advice"),
     [
-        (WITHOUT_TARGETS, "loss/mean", "pass Probe(inputs, targets)"),
-        (WITHOUT_TARGETS, "loss/accuracy", "pass Probe(inputs, targets)"),
-        (WITHOUT_TARGETS, "fisher/trace_empirical", "pass Probe(inputs, targets)"),
-        (WITHOUT_TARGETS, "collective/chi_loss", "losses=..."),
-        (WITHOUT_TARGETS, "collective/chi_align", "losses=..."),
-        (WITHOUT_TARGETS, "fisher/trace", "pass Probe(..., likelihood='categorical')"),
-        (WITH_OWN_LOSS, "fisher/trace", "pass Probe(..., likelihood='categorical')"),
-        (WITH_OWN_LOSS, "fisher/trace_ntk", "or 'gaussian'"),
-        (WITH_OWN_LOSS, "fisher/trace_mc", "pass Probe(..., likelihood='categorical')"),
-        (WITH_OWN_LOSS, "loss/accuracy", "pass Probe(..., likelihood='categorical')"),
+        ("no-targets", "loss/mean", "pass Probe(inputs, targets)"),
+        ("no-targets", "loss/accuracy", "pass Probe(inputs, targets)"),
+        ("no-targets", "fisher/trace_empirical", "pass Probe(inputs, targets)"),
+        ("no-targets", "collective/chi_loss", "losses=..."),
+        ("no-targets", "collective/chi_align", "losses=..."),
+        ("no-targets", "fisher/trace", "pass Probe(..., likelihood='categorical')"),
+        ("own-loss", "fisher/trace", "pass Probe(..., likelihood='categorical')"),
+        ("own-loss", "fisher/trace_ntk", "or 'gaussian'"),
+        ("own-loss", "fisher/trace_mc", "pass Probe(..., likelihood='categorical')"),
+        ("own-loss", "loss/accuracy", "pass Probe(..., likelihood='categorical')"),
     ],
 )
 def test_what_cannot_be_measured_says_what_to_pass(probe, name, advice):
     x, model = normal(N, 4), mlp()
-    tracer = nt.Tracer(probe(x), [name, "ntk/trace"])
+    probe = nt.Probe(x, **PROBES[probe])
+    tracer = nt.Tracer(probe, [name, "ntk/trace"])
     with pytest.warns(nt.MissingMeasureWarning, match=f"^{name} is missing at step 7: ") as caught:
         missing, trace, _ = tracer(model, step=7)
     assert len(caught) == 1
@@ -648,7 +651,7 @@ def test_what_cannot_be_measured_says_what_to_pass(probe, name, advice):
     assert trace.missing is None  # the others are measured
     assert trace.value == pytest.approx(float(jacobian_of(model, x).square().sum()), rel=1e-12)
     with pytest.raises(Exception, match="pass Probe"):
-        nt.Tracer(probe(x), name, on_error="raise")(model, step=7)
+        nt.Tracer(probe, name, on_error="raise")(model, step=7)
 
 
 def test_likelihood_beside_own_loss_defines_fisher():
