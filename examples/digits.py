@@ -84,7 +84,7 @@ def probe(loader: DataLoader, per_class: int = 6) -> nt.Probe:
 def main() -> None:
     """Trains, then reports what was recorded."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--epochs", type=int, default=25)
+    options.add_argument("--epochs", type=int, default=15)
     options.add_argument("--out", type=Path, default=Path("runs/digits"))
     args = options.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from nettrace.gradients import PerSampleGradients
+from nettrace.gradients import RowGradients, TapeGradients
 from nettrace.operator import Jacobian, LossJacobian
 from nettrace.tape import Tape
 
@@ -90,9 +90,9 @@ def jacobian(
             f"({_some(parameters)}): pass the module whose forward pass made them"
         )
     memory = parse_bytes(memory_budget)
-    return Jacobian(
-        PerSampleGradients(outputs, parameters, tape, memory, by_rows=coupled == "rows"), memory
-    )
+    if coupled == "rows":
+        return Jacobian(RowGradients(outputs, parameters), memory)
+    return Jacobian(TapeGradients(outputs, parameters, tape, memory), memory)
 
 
 def loss_jacobian(

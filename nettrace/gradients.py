@@ -8,10 +8,11 @@ written out and added at the parameter.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,62 +24,24 @@ from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
 from nettrace.tape import Tape, Use, edge_key, metadata, shape_of
 
-#: Pulled-back cotangents: (K, ...) by edge of the tape, or, where samples are coupled and rows were
-#: asked for, the written-out rows (K, N, P) by parameter.
-Pulled: TypeAlias = Mapping[Edge, Tensor] | Mapping[str, Tensor]
+#: Pulled-back cotangents (K, ...), by place; what a place is, is the gradients' own business.
+Pulled: TypeAlias = Mapping[Any, Tensor]
 #: How a use's weight shows a parameter: as it is, transposed, as another view, or computed from it.
 View: TypeAlias = Literal["same", "swapped", "view", "computed"]
 
 
-@dataclass(frozen=True)
-class _Term:
-    use: Use
-    view: View
-
-
-class PerSampleGradients:
+class Gradients(ABC):
     """Per-sample gradients of the outputs of one forward pass.
 
     Args:
         outputs: (N, ...) the outputs.
         parameters: the parameters, by name.
-        tape: the tape between them.
-        memory: bytes for pulled-back gradients.
-        by_rows: whether to use one backward pass a row, which is defined for coupled samples too.
     """
 
-    def __init__(
-        self,
-        outputs: Tensor,
-        parameters: Mapping[str, Tensor],
-        tape: Tape,
-        memory: int,
-        by_rows: bool,
-    ) -> None:
+    def __init__(self, outputs: Tensor, parameters: Mapping[str, Tensor]) -> None:
         self.outputs = outputs
         self.parameters = dict(parameters)
         self.dtype = torch.promote_types(outputs.dtype, torch.float32)
-        self._tape = tape
-        self._memory = memory
-        self._by_rows = by_rows
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters that the outputs depend on."""
-        return list(self.parameters if self._by_rows else self._terms)
-
-    def coverage(self) -> dict[str, str]:
-        """The route by which each parameter's gradients are found; see `Jacobian.coverage`."""
-        if self._by_rows:
-            return dict.fromkeys(self.parameters, "rows")
-        routes = dict.fromkeys(self.parameters, "unused")
-        pulled = self.pull(torch.ones_like(self.outputs).unsqueeze(0))
-        for name, terms in self._terms.items():
-            known = all(
-                rules.gradient(self._flow(t.use, pulled, slice(0, 1))) is not None for t in terms
-            )
-            routes[name] = "rule" if known else "node"
-        return routes
 
     def backward(self, cotangent: Tensor) -> dict[str, Tensor]:
         """The gradient of each parameter for one cotangent, summed over samples."""
@@ -94,31 +57,117 @@ class PerSampleGradients:
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
 
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """The parameters that the outputs depend on."""
+
+    @abstractmethod
+    def coverage(self) -> dict[str, str]:
+        """The route by which each parameter's gradients are found; see `Jacobian.coverage`."""
+
+    @abstractmethod
+    def pull(self, cotangents: Tensor) -> Pulled:
+        """Pulls cotangents (K, *outputs.shape) back."""
+
+    @abstractmethod
     def bytes_per_cotangent(self) -> int:
         """The size of what `pull` returns for one cotangent."""
-        if self._by_rows:
-            return (
-                len(self.outputs) * self.dtype.itemsize * sum(map(reals, self.parameters.values()))
-            )
-        meta = [metadata(node)[nr] for node, nr in self._owned]
-        return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
 
+    @abstractmethod
+    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
+        """One parameter's gradients for the cotangents pulled back and a range of samples.
+
+        Args:
+            name: the parameter.
+            pulled: what `pull` returned.
+            samples: the samples asked for.
+            oriented: whether the factor must be laid out as the parameter is. Without it, inner
+                products are right, but the parameter may be seen through a view.
+        """
+
+    @abstractmethod
     def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
         """Rough working memory to contract one sample's gradients of one parameter."""
-        count = len(next(iter(pulled.values())))
-        elements = count * reals(self.parameters[name])
-        for term in () if self._by_rows else self._terms[name]:
-            if (term.use.node, 0) in pulled:
-                g = pulled[term.use.node, 0]  # type: ignore[index]
-                patch = math.prod(shape_of(*edge_key(term.use.source))[2:])
-                is_convolution = term.use.node.name() == "ConvolutionBackward0"
-                elements += g.numel() // len(self.outputs) * (1 + patch * is_convolution)
-        return elements * self.dtype.itemsize
+
+
+class RowGradients(Gradients):
+    """Gradients by one backward pass a row, which is defined for coupled samples too."""
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters."""
+        return list(self.parameters)
+
+    def coverage(self) -> dict[str, str]:
+        """All "rows"."""
+        return dict.fromkeys(self.parameters, "rows")
 
     def pull(self, cotangents: Tensor) -> Pulled:
-        """Pulls cotangents (K, *outputs.shape) back to every use of a weight."""
-        if self._by_rows:
-            return self._rows(cotangents)
+        """The rows (K, N, P) of each parameter."""
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        for cotangent in cotangents:
+            for n in range(len(cotangent)):
+                one = torch.zeros_like(cotangent)
+                one[n] = cotangent[n]
+                for name, gradient in self.backward(one).items():
+                    rows[name].append(_written_out(gradient.flatten(), self.dtype))
+        count = len(cotangents)
+        return {name: torch.stack(r).unflatten(0, (count, -1)) for name, r in rows.items()}
+
+    def bytes_per_cotangent(self) -> int:
+        """N rows of P."""
+        entries = len(self.outputs) * sum(map(reals, self.parameters.values()))
+        return entries * self.dtype.itemsize
+
+    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
+        """The rows."""
+        return Dense(pulled[name][:, samples])
+
+    def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
+        """The rows of one sample."""
+        return len(pulled[name]) * reals(self.parameters[name]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Term:
+    use: Use
+    view: View
+
+
+class TapeGradients(Gradients):
+    """Gradients read off the tape, use by use.
+
+    Args:
+        outputs: (N, ...) the outputs.
+        parameters: the parameters, by name.
+        tape: the tape between them.
+        memory: bytes for pulled-back gradients.
+    """
+
+    def __init__(
+        self, outputs: Tensor, parameters: Mapping[str, Tensor], tape: Tape, memory: int
+    ) -> None:
+        super().__init__(outputs, parameters)
+        self._tape = tape
+        self._memory = memory
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters with a use."""
+        return list(self._terms)
+
+    def coverage(self) -> dict[str, str]:
+        """`rule` if each use has one, else `node`."""
+        routes = dict.fromkeys(self.parameters, "unused")
+        pulled = self.pull(torch.ones_like(self.outputs).unsqueeze(0))
+        for name, terms in self._terms.items():
+            known = all(self._by_rule(t.use, pulled, slice(0, 1)) is not None for t in terms)
+            routes[name] = "rule" if known else "node"
+        return routes
+
+    def pull(self, cotangents: Tensor) -> Pulled:
+        """Gradients at the outputs of the nodes that use a weight, by edge of the tape."""
         edges = list(self._owned)
         pulled = [
             torch.autograd.grad(
@@ -140,18 +189,25 @@ class PerSampleGradients:
                 flows[edge] = stacked.to(torch.promote_types(stacked.dtype, self.dtype))
         return flows
 
-    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
-        """One parameter's gradients for the cotangents pulled back and a range of samples.
+    def bytes_per_cotangent(self) -> int:
+        """Those gradients."""
+        meta = [metadata(node)[nr] for node, nr in self._owned]
+        return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
 
-        Args:
-            name: the parameter.
-            pulled: what `pull` returned.
-            samples: the samples asked for.
-            oriented: whether the factor must be laid out as the parameter is. Without it, inner
-                products are right, but the parameter may be seen through a view.
-        """
-        if self._by_rows:
-            return Dense(pulled[name][:, samples])  # type: ignore[index]
+    def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
+        """Factors, unfolded if need be, and gradients written out."""
+        count = len(next(iter(pulled.values())))
+        elements = count * reals(self.parameters[name])
+        for use in (term.use for term in self._terms[name]):
+            if (use.node, 0) in pulled:
+                patch = math.prod(shape_of(*edge_key(use.source))[2:])
+                is_convolution = use.node.name() == "ConvolutionBackward0"
+                each = pulled[use.node, 0].numel() // len(self.outputs)
+                elements += each * (1 + patch * is_convolution)
+        return elements * self.dtype.itemsize
+
+    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
+        """The contributions of all uses, joined."""
         terms = self._terms[name]
         found = [self._at_use(term.use, pulled, samples) for term in terms]
         if len(terms) == 1 and terms[0].view != "computed" and not oriented:
@@ -194,32 +250,26 @@ class PerSampleGradients:
             return {name: "swapped" if len(moves) % 2 else "same"}
         return {name: "view"}
 
-    def _flow(self, use: Use, pulled: Pulled, samples: slice) -> Flow:
+    def _by_rule(self, use: Use, pulled: Pulled, samples: slice) -> Factor | None:
         edge = (use.node, 0)
-        return Flow(
-            use.node,
-            use.slot,
-            shape_of(*edge_key(use.source)),
-            pulled[edge],  # type: ignore[index]
-            self._owned[edge],
-            samples,
-        )
+        if edge not in pulled:
+            return None
+        shape = shape_of(*edge_key(use.source))
+        flow = Flow(use.node, use.slot, shape, pulled[edge], self._owned[edge], samples)
+        return rules.gradient(flow)
 
     def _at_use(self, use: Use, pulled: Pulled, samples: slice) -> Factor:
         """The gradients with respect to the weight that enters at one use."""
-        factor: Factor | None = None
-        if (use.node, 0) in pulled:
-            factor = rules.gradient(self._flow(use, pulled, samples))
+        factor = self._by_rule(use, pulled, samples)
         if factor is None:
             edges = [(use.node, nr) for nr in range(len(metadata(use.node)))]
-            factor = Dense(
-                rules.pullback(
-                    use,
-                    [pulled.get(edge) for edge in edges],  # type: ignore[call-overload]
-                    [self._owned.get(edge) for edge in edges],
-                    range(len(self.outputs))[samples],
-                ).flatten(2)
+            written = rules.pullback(
+                use,
+                [pulled.get(edge) for edge in edges],
+                [self._owned.get(edge) for edge in edges],
+                range(len(self.outputs))[samples],
             )
+            factor = Dense(written.flatten(2))
         if isinstance(factor, Dense):
             return Dense(_written_out(factor.values, self.dtype))
         if factor.left.is_complex() or factor.right.is_complex():
@@ -244,17 +294,6 @@ class PerSampleGradients:
         through = _through(term.use.source, parameter, weight)
         through = _written_out(through.reshape(len(through), -1), self.dtype)
         return Dense(through.view(*values.shape[:2], -1))
-
-    def _rows(self, cotangents: Tensor) -> dict[str, Tensor]:
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
-        for cotangent in cotangents:
-            for n in range(len(cotangent)):
-                one = torch.zeros_like(cotangent)
-                one[n] = cotangent[n]
-                for name, gradient in self.backward(one).items():
-                    rows[name].append(_written_out(gradient.flatten(), self.dtype))
-        count = len(cotangents)
-        return {name: torch.stack(r).unflatten(0, (count, -1)) for name, r in rows.items()}
 
 
 def _joined(factors: Sequence[Outer], wanted: int) -> Outer | None:

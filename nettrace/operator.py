@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from nettrace.gradients import PerSampleGradients, Pulled, reals
+from nettrace.gradients import Gradients, Pulled, reals
 from nettrace.kernels import blocks, fold, gram, inner, sqnorms
 
 PerLayer: TypeAlias = dict[str, Tensor]
@@ -34,9 +34,7 @@ class Jacobian:
         parameters: P.
     """
 
-    def __init__(
-        self, gradients: PerSampleGradients, memory: int, cotangents: Tensor | None = None
-    ) -> None:
+    def __init__(self, gradients: Gradients, memory: int, cotangents: Tensor | None = None) -> None:
         shape = gradients.outputs.shape
         self.samples = shape[0]
         self.outputs = shape[1:].numel() if cotangents is None else len(cotangents)

@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+# The models are tiny: threads would only wait for each other, and where other processes have the
+# cores, that makes the tests several times slower.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -107,6 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         wandb.teardown()  # only then is all of it in the file
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     records = list(read_wandb(path))
+    assert any(r.WhichOneof("record_type") == "exit" for r in records)  # the file is whole
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     return Run(
         nt.open(folder / "trace"),
