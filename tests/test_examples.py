@@ -1,0 +1,87 @@
+"""What README and examples show, works as copied."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nettrace as nt
+
+ROOT = Path(__file__).parents[1]
+LIGHTNING = [
+    "ignore:.*does not have many workers",
+    "ignore:The number of training batches",
+    "ignore:.*LeafSpec.*is deprecated",
+    "ignore:Trying to infer the `batch_size`",
+    "ignore:Starting from v1.9.0, `tensorboardX`",
+]
+pytestmark = [pytest.mark.filterwarnings(f) for f in LIGHTNING]
+
+
+def test_readme(tmp_path, monkeypatch):
+    import pytorch_lightning as pl
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 5
+    x, y = torch.randn(24, 4), torch.arange(24) % 3
+    names = {"x": x, "y": y, "torch": torch, "F": F, "model": Model()}
+    names["loader"] = DataLoader(TensorDataset(x, y), batch_size=8)
+    for block in blocks:
+        exec(block, names)
+    assert {"ntk_entropy", "fisher_trace", "collective_chi_align"} <= set(names["data"])
+    assert names["data"].sizes["step"] > 5
+    assert nt.open("runs/loop").step.values.tolist() == [0]
+
+
+def test_digits_example(tmp_path):
+    """The main job, short: it prints what it recorded, and draws."""
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "digits.py", "--epochs", "1", "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"ntk_gram +60 x 10 x 60 x 10", run.stdout)
+    assert re.search(r"Measuring took [\d.]+ s of [\d.]+ s, \d+ % of the training", run.stdout)
+    assert (tmp_path / "out" / "digits.png").stat().st_size > 50_000
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    data = nt.open(tmp_path / "out" / "trace")
+    assert data.loss_accuracy[-1] > data.loss_accuracy[0]
+
+
+def test_benchmark_runs(monkeypatch, tmp_path):
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "run.py"))
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    calls = bench["quantities"](model, torch.randn(8, 3), torch.arange(8) % 2)
+    # Its peers compute the same thing that we do.
+    ours = calls["per-sample loss-gradient norms"]().square()
+    torch.testing.assert_close(ours, calls["the same, vmap(grad)"]())
+    torch.testing.assert_close(calls["NTK trace"](), calls["the same, vmap(jacrev)"]())
+    torch.testing.assert_close(
+        calls["NTK of N/8 samples"](), calls["the same, vmap(jacrev) and einsum"]()
+    )
