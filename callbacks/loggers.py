@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -11,48 +12,56 @@ import numpy.typing as npt
 import torch
 
 from nettrace import Record
-from nettrace.callbacks.lightning import loggers_step
 
 #: The axis of our curves in W&B: the number of updates that the weights have had.
 STEP = "nettrace/step"
 
 
-def log(trainer: Any, records: Sequence[Record], prefix: str) -> None:
-    """Sends records to the trainer's loggers, and numbers to `trainer.callback_metrics`.
+def monitor(trainer: Any, records: Sequence[Record], prefix: str) -> None:
+    """Puts numbers among the trainer's `callback_metrics`, for callbacks that monitor one.
 
     Args:
         trainer: a Lightning trainer.
-        records: of one step; missing ones are left out.
+        records: of one step, none missing.
         prefix: put before every name.
     """
-    found = [record for record in records if record.missing is None]
-    if not found:
-        return
-    scalars: dict[str, float] = {}
-    for record in found:
+    for name, value in _numbers(records, prefix).items():
+        trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float32)
+
+
+def send(logger: Any, records: Sequence[Record], prefix: str, step: int) -> None:
+    """Sends records to a Lightning logger: numbers to any, spectra and kernels to W&B's.
+
+    Args:
+        logger: the logger.
+        records: of one step, none missing.
+        prefix: put before every name.
+        step: the step under which Lightning itself logs at this moment.
+    """
+    numbers = _numbers(records, prefix) | {STEP: records[0].step}
+    if any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__):
+        _send_to_wandb(logger.experiment, records, numbers, prefix, step)
+    else:
+        logger.log_metrics(numbers, step=step)
+
+
+def _numbers(records: Sequence[Record], prefix: str) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for record in records:
         if record.is_scalar:
-            scalars[prefix + record.name] = float(record.value)
+            numbers[prefix + record.name] = float(record.value)
             if record.standard_error is not None:
-                scalars[f"{prefix}{record.name}_standard_error"] = float(record.standard_error)
-    # A metric that is monitored must be a tensor.
-    trainer.callback_metrics.update(
-        {k: torch.tensor(v, dtype=torch.float32) for k, v in scalars.items()}
-    )
-    for logger in trainer.loggers:
-        run = logger.experiment
-        if hasattr(run, "define_metric"):
-            _log_to_wandb(run, found, scalars, prefix)
-        else:
-            logger.log_metrics({**scalars, STEP: found[0].step}, step=loggers_step(trainer))
+                numbers[f"{prefix}{record.name}_standard_error"] = float(record.standard_error)
+    return numbers
 
 
-def _log_to_wandb(
-    run: Any, records: Sequence[Record], scalars: dict[str, float], prefix: str
+def _send_to_wandb(
+    run: Any, records: Sequence[Record], numbers: dict[str, float], prefix: str, step: int
 ) -> None:
     """One row, placed by our own step: W&B drops rows whose `step=` runs behind."""
     import wandb
 
-    row: dict[str, Any] = dict(scalars)
+    row: dict[str, Any] = {}
     for record in records:
         name = prefix + record.name
         values = np.asarray(record.value, dtype=float)
@@ -61,12 +70,14 @@ def _log_to_wandb(
             row |= {f"{name}/{k}": float(v) for k, v in zip(labels, values, strict=True)}
         elif values.ndim == 1 and np.isfinite(values).all():
             row[name] = wandb.Histogram(values.tolist(), num_bins=min(64, max(8, values.size)))
-        elif values.ndim > 1 and np.isfinite(values).all():
+        elif values.ndim > 1 and np.isfinite(values).all() and find_spec("PIL") is not None:
             row[name] = wandb.Image(_picture(values), caption=record.name)
     run.define_metric(STEP, hidden=True)
-    for name in row:
-        run.define_metric(name, step_metric=STEP)
-    run.log({**row, STEP: records[0].step})
+    for name in [*row, *numbers]:
+        if name != STEP:
+            run.define_metric(name, step_metric=STEP)
+    # Without Lightning's own step in the row, W&B would fill in the last one that it saw.
+    run.log({**numbers, **row, "trainer/global_step": step})
 
 
 def _picture(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:

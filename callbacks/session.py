@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
-from nettrace.callbacks.loggers import log
-from nettrace.freeze import frozen
+from nettrace.callbacks.lightning import loggers_step
+from nettrace.callbacks.loggers import monitor, send
+from nettrace.freeze import frozen, private_copy
 from nettrace.store import TraceWriter
 
 if TYPE_CHECKING:
@@ -49,24 +55,26 @@ class Session:
                 self._unfired.remove(callback)
                 self._report(callback, "cannot take a probe", error)
 
-    def measure(self, step: int, position: Mapping[str, float]) -> None:
+    def measure(self, step: int, batches: int) -> None:
         """Measures for the callbacks that are due, once a step.
 
         Args:
             step: how many updates the weights have had.
-            position: what else to note of it, such as the epoch.
+            batches: how many batches of this epoch have been seen.
         """
         if step == self._last:  # with accumulated gradients, several batches make one step
             return
         self._last = step
+        position = {"epoch": self._trainer.current_epoch, "batches": batches}
         for tracer, callbacks in self._groups.values():
             due = [callback for callback in callbacks if callback.due(step)]
             if due:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
                 measures = {m.name: m for callback in due for m in callback.measures}
-                records = tracer.measure(self._module, step, list(measures.values()))
+                with _silenced(self._module):
+                    records = tracer.measure(self._module, step, list(measures.values()))
                 self._write(due, records, position)
-                self._log(due, records)
+                self._log(due, records, loggers_step(self._trainer) + (batches > 0))
 
     def close(self) -> None:
         """Says which callbacks never measured."""
@@ -96,17 +104,21 @@ class Session:
             except OSError as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
 
-    def _log(self, callbacks: Sequence[Trace], records: Sequence[Record]) -> None:
+    def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
         prefixes: dict[str, dict[str, Record]] = {}
         for callback in callbacks:
             if callback.log:
                 kept = prefixes.setdefault(callback.prefix, {})
                 kept |= _of(callback, records)
         for prefix, named in prefixes.items():
-            try:
-                log(self._trainer, list(named.values()), prefix)
-            except Exception as error:
-                self._report(callbacks[0], "cannot log", error)
+            found = [record for record in named.values() if record.missing is None]
+            if found:
+                monitor(self._trainer, found, prefix)
+            for logger in self._trainer.loggers if found else ():
+                try:
+                    send(logger, found, prefix, step)
+                except Exception as error:
+                    self._report(callbacks[0], f"cannot log to {type(logger).__name__}", error)
 
     def _report(self, callback: Trace, what: str, error: Exception) -> None:
         """Raises or, once, warns."""
@@ -122,14 +134,16 @@ class Session:
         convert = self._trainer.precision_plugin.convert_input
         if callback.probe is not None:
             return callback.probe.to(self._module.device).map(convert)
-        loader = _first(self._trainer.val_dataloaders) or _first(self._trainer.train_dataloader)
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
+        candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
+        loader = next((c for c in candidates if _has_samples(getattr(c, "dataset", None))), None)
+        if loader is None:
+            kinds = ", ".join(dict.fromkeys(type(c).__name__ for c in candidates)) or "nothing"
             raise TypeError(
-                f"the trainer's {type(loader).__name__} has no data set to take samples from: pass "
-                "probe=nettrace.Probe(inputs, targets)"
+                f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
+                "number: pass probe=nettrace.Probe(inputs, targets)"
             )
         with frozen(self._module):  # samples may be augmented at random
+            dataset = _twin(loader.dataset)
             probe = Probe.from_dataset(dataset, callback.samples, collate=loader.collate_fn)
             batch = (probe.inputs,) if probe.targets is None else (probe.inputs, probe.targets)
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
@@ -142,9 +156,39 @@ def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
     return {record.name: record for record in records if record.name in names}
 
 
-def _first(loaders: Any) -> Any:
-    """The first of one, a list or a mapping of loaders."""
-    while isinstance(loaders, (list, tuple, dict)):
-        values = list(loaders.values()) if isinstance(loaders, dict) else list(loaders)
-        loaders = values[0] if values else None
-    return loaders
+def _flat(loaders: Any) -> list[Any]:
+    """The loaders in one, a list or a mapping of loaders."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return [one for several in loaders for one in _flat(several)]
+    return [] if loaders is None else [loaders]
+
+
+def _has_samples(dataset: Any) -> bool:
+    stream = dataset is None or isinstance(dataset, IterableDataset)
+    return not stream and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _twin(dataset: Any) -> Any:
+    """The same data set with random generators and containers of its own, but shared tensors."""
+    twin = copy.copy(dataset)
+    for name, value in vars(twin).items() if hasattr(twin, "__dict__") else ():
+        if isinstance(value, Dataset):
+            vars(twin)[name] = _twin(value)
+        elif not isinstance(value, Tensor):
+            vars(twin)[name] = private_copy(value)
+    return twin
+
+
+@contextmanager
+def _silenced(module: Any) -> Iterator[None]:
+    """Keeps a forward that logs from logging what it makes of the probe."""
+    talkers = [m for m in module.modules() if hasattr(m, "log_dict") and "log" not in vars(m)]
+    for m in talkers:
+        vars(m)["log"] = vars(m)["log_dict"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for m in talkers:
+            del vars(m)["log"], vars(m)["log_dict"]

@@ -17,9 +17,9 @@ from nettrace.tracer import OnError
 class Trace(Callback):
     """Measures the network while Lightning trains it, without touching the training.
 
-    A measurement at step k sees the weights after k optimizer steps. The first is at step 0, before
-    any update, and the last, if it is due, after the training. Several of these callbacks on one
-    trainer share one pass where they share a probe.
+    A measurement at step k sees the weights after k optimizer steps: before the training at step 0,
+    else right after the k-th step, so that a checkpoint of that step is judged by its own weights.
+    Several of these callbacks on one trainer share one pass where they share a probe.
 
     Args:
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
@@ -66,25 +66,22 @@ class Trace(Callback):
         """Takes the probe, together with the trainer's other callbacks of this kind."""
         peers = [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
         # The first of them measures for all, so that they share one pass.
-        self._session = Session(trainer, pl_module, peers) if peers[0] is self else None
+        if peers[0] is self:
+            self._session = Session(trainer, pl_module, peers)
+            self._session.measure(trainer.global_step, batches=0)
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measures the weights as they are before this batch."""
-        self._measure(trainer, batch_idx)
+        """Measures the weights as this batch left them."""
+        if self._session is not None:
+            self._session.measure(trainer.global_step, batches=batch_idx + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measures the final weights."""
+        """Says which callbacks never measured."""
         if self._session is not None:
-            self._measure(trainer, trainer.fit_loop.batch_idx + 1)
             self._session.close()
             self._session = None
-
-    def _measure(self, trainer: Any, batch: int) -> None:
-        if self._session is not None:
-            position = {"epoch": trainer.current_epoch, "batch": batch}
-            self._session.measure(trainer.global_step, position)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lets go of the run; what was measured is on disk."""

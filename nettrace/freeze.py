@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,31 +14,68 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_INTERNALS = frozenset(vars(nn.Module()))
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` in eval mode and with gradients, and undoes all traces of it.
 
-    What comes back as it was: every module's mode, buffers and other attributes, parameters'
-    `.grad` and `requires_grad`, and the random states of Python, NumPy and torch on all devices
-    that the model lives on. Buffers and tensor attributes are swapped for copies rather than
-    written back, so that a training step's tape that refers to them stays valid.
+    What comes back as it was: parameters' values, `.grad` and `requires_grad`; every module's mode,
+    buffers and other attributes, as far as they are tensors, containers or random generators; and
+    the random states of Python, NumPy and torch on all devices that the model lives on. Buffers and
+    attributes are swapped for copies rather than written back, so that a training step's tape that
+    refers to them stays valid.
     """
     with ExitStack() as stack:
         # First: tensors made under inference mode cannot take part in autograd.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device_type="cpu", enabled=False))
         devices = {p.device for p in [*model.parameters(), *model.buffers()]}
-        for kind in {d.type for d in devices} - {"cpu", "meta"}:
+        for kind in {"cpu"} | {d.type for d in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type=kind, enabled=False))
         stack.enter_context(_random_states(devices))
-        stack.enter_context(_gradients(model))
+        stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model))
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+def private_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A copy of a tensor, container or random generator, deep as far as it holds such.
+
+    Anything else, parameters included, is returned as it is.
+
+    Args:
+        value: what to copy.
+        memo: copies made already, by the identity of what they are copies of.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)]
+    kind, twin = type(value), value
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        twin = value.detach().clone().requires_grad_(value.requires_grad)
+    elif isinstance(value, torch.Generator):
+        twin = torch.Generator(value.device)
+        twin.set_state(value.get_state())
+    elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+        twin = copy.deepcopy(value)
+    elif kind in (list, deque):
+        twin = memo[id(value)] = copy.copy(value)
+        twin.clear()
+        twin.extend(private_copy(v, memo) for v in value)
+    elif kind in (dict, defaultdict):
+        twin = memo[id(value)] = copy.copy(value)
+        twin.update({k: private_copy(v, memo) for k, v in value.items()})
+    elif kind is tuple:
+        twin = tuple(private_copy(v, memo) for v in value)
+    elif kind is set:
+        twin = set(value)
+    memo[id(value)] = twin
+    return twin
 
 
 @contextmanager
@@ -52,17 +91,22 @@ def _random_states(devices: set[torch.device]) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients(model: nn.Module) -> Iterator[None]:
-    found = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    for p, _, _ in found:
+def _parameters(model: nn.Module) -> Iterator[None]:
+    # Some forwards write to weights, such as that of nn.Embedding with max_norm.
+    found = [
+        (p, p.grad, p.requires_grad, p._version, p.detach().clone()) for p in model.parameters()
+    ]
+    for p in model.parameters():
         p.grad = None
     try:
         yield
     finally:
-        for p, grad, requires_grad in found:
-            p.grad = grad
+        for p, grad, requires_grad, version, value in found:
+            if p._version != version:
+                p.data.copy_(value)
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
+            p.grad = grad
 
 
 @contextmanager
@@ -80,24 +124,16 @@ def _modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attributes(model: nn.Module) -> Iterator[None]:
-    copies: dict[int, Tensor] = {}
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            return copies.setdefault(id(value), value.detach().clone())
-        return value.copy() if type(value) in (list, dict, set) else value
-
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     holders: list[dict[str, Any]] = []
     for module in modules:
         holders += [vars(module), module._buffers, module._parameters, module._modules]
     found = [(holder, dict(holder)) for holder in holders]
+    memo: dict[int, Any] = {}
     for module in modules:
-        for name, value in vars(module).items():
-            if not name.startswith("_"):
-                vars(module)[name] = copy(value)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = copy(buffer)
+        for holder in (vars(module), module._buffers):
+            for name in holder.keys() - _INTERNALS:
+                holder[name] = private_copy(holder[name], memo)
     try:
         yield
     finally:

@@ -48,8 +48,18 @@ class Categorical:
     loss: str = "cross-entropy in nats, summed over positions"
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropies."""
+        """Cross-entropies.
+
+        Raises:
+            ValueError: if a target is no class, such as -100 for a position to ignore.
+        """
         scores = outputs.movedim(self.axis, 1)
+        wrong = targets[(targets < 0) | (targets >= scores.shape[1])]
+        if len(wrong):
+            raise ValueError(
+                f"expected classes from 0 to {scores.shape[1] - 1}, got {int(wrong[0])}: where "
+                "some targets are to be ignored, pass Probe(..., losses=...) that does so"
+            )
         losses = F.cross_entropy(scores, targets.long(), reduction="none")
         return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
 
@@ -73,7 +83,7 @@ class Categorical:
         return scores[:, :, self._order(outputs)]
 
     def sampled_scores(self, outputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """P - e_y for classes y drawn from p."""
+        """The differences p - e_y for classes y drawn from p."""
         p = self._probabilities(outputs)
         n, q, v = p.shape
         # Drawn on the CPU in float64, so that the classes are the same on every device.
@@ -125,7 +135,8 @@ class Gaussian:
 def infer(outputs: Tensor, targets: object, name: str | None) -> Likelihood | None:
     """The likelihood of the given name, or else the one that the targets' type and shape suggest.
 
-    Integer targets mean classes, floating targets of the outputs' shape a Gaussian.
+    Integer targets mean classes, along axis 1 if both that and the last would fit; floating targets
+    of the outputs' shape, but for axes of length one, a Gaussian.
 
     Raises:
         ValueError: if the named one does not fit the shapes.
@@ -145,9 +156,14 @@ def infer(outputs: Tensor, targets: object, name: str | None) -> Likelihood | No
     if not isinstance(targets, Tensor) or targets.dtype == torch.bool or targets.is_complex():
         return None
     if targets.is_floating_point():
-        fits = targets.numel() == outputs.numel() and len(targets) == len(outputs)
-        return Gaussian() if fits else None
+        same = _significant(targets.shape) == _significant(outputs.shape)
+        return Gaussian() if same else None
     return None if axis is None else Categorical(axis)
+
+
+def _significant(shape: torch.Size) -> list[int]:
+    """A shape without its axes of length one, of which the first, that of samples, is kept."""
+    return [n for d, n in enumerate(shape) if d == 0 or n != 1]
 
 
 def _class_axis(outputs: Tensor, targets: tuple[int, ...] | None) -> int | None:

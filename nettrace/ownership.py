@@ -20,7 +20,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from nettrace.tape import Tape, Use, metadata, shape_of
 
-_EXPONENTS = 32  # the weights span this many powers of two, centred on one
+#: The weights are powers of two between these; half precision has no room for more.
+_EXPONENTS = {False: (-16, 15), True: (0, 7)}
 _NOBODY = -1
 #: Nodes each row of whose output depends on all of one row of their input.
 _BY_ROWS = frozenset(
@@ -211,13 +212,13 @@ def _multiplies(use: Use) -> bool:
 def _ownerships(
     outputs: Tensor, nodes: Sequence[Node], entries: Sequence[_Entry], memory: int
 ) -> Iterator[tuple[Edge, Ownership | None]]:
-    code = _Code.of(outputs)
+    half = any(m.dtype == torch.float16 for node in nodes for m in metadata(node))
+    code = _Code.of(outputs, *_EXPONENTS[half or outputs.dtype == torch.float16])
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
     scales = [torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)]
     scales += [
-        torch.exp2((digit * code.spacing - _EXPONENTS // 2).to(outputs.dtype))
-        for digit in code.digits
+        torch.exp2((digit * code.spacing + code.lowest).to(outputs.dtype)) for digit in code.digits
     ]
     for edges in _groups(nodes, memory // (len(scales) + 1)):
         pulled = [
@@ -252,14 +253,15 @@ class _Code:
 
     order: Tensor
     base: int
+    lowest: int
     spacing: int
     digits: list[Tensor]
 
     @classmethod
-    def of(cls, outputs: Tensor) -> _Code:
+    def of(cls, outputs: Tensor, lowest: int, highest: int) -> _Code:
         samples = len(outputs)
         places = 1
-        while _EXPONENTS**places < samples:
+        while (highest - lowest + 1) ** places < samples:
             places += 1
         base = 2
         while base**places < samples:
@@ -268,7 +270,7 @@ class _Code:
         order = order.to(outputs.device)
         number = torch.argsort(order)
         digits = [number // base**place % base for place in range(places)]
-        return cls(order, base, (_EXPONENTS - 1) // (base - 1), digits)
+        return cls(order, base, lowest, (highest - lowest) // (base - 1), digits)
 
     @property
     def samples(self) -> int:
@@ -280,11 +282,12 @@ class _Code:
         valid = torch.ones_like(number, dtype=torch.bool)
         exact = []
         for place, ratio in enumerate(ratios):
-            exponent = torch.log2(ratio).nan_to_num(-_EXPONENTS, _EXPONENTS, -_EXPONENTS)
-            digit = ((exponent + _EXPONENTS // 2) / self.spacing).round().long()
+            exponent = torch.log2(ratio.double()).nan_to_num(-1e3, 1e3, -1e3)
+            digit = ((exponent - self.lowest) / self.spacing).round().long()
             valid &= (digit >= 0) & (digit < self.base)
             number += digit * self.base**place
-            exact.append(torch.exp2((digit * self.spacing - _EXPONENTS // 2).to(ratio.dtype)))
+            power = (digit * self.spacing + self.lowest).clamp(-100, 100)
+            exact.append(torch.exp2(power.double()).to(ratio.dtype))
         valid &= number < self.samples
         return torch.where(valid, self.order[number.clamp(0, self.samples - 1)], _NOBODY), exact
 
@@ -314,26 +317,28 @@ def _as_reals(gradient: Tensor) -> Tensor:
 def _ownership(code: _Code, reference: Tensor, scaled: Sequence[Tensor]) -> Ownership | None:
     """Whose a gradient is, or None where samples mix in it."""
     info = torch.finfo(reference.dtype)
+    least = 2.0**-18 if reference.dtype == torch.float16 else info.tiny * 2.0**40
+    wide = torch.promote_types(reference.dtype, torch.float32)
+    reference, scaled = reference.to(wide), [s.to(wide) for s in scaled]
     if reference.dim() == 0:
         reference, scaled = reference[None], [s[None] for s in scaled]
     axes = {}
     for dim in range(reference.dim()):
         rows = reference.movedim(dim, 0).flatten(1) if reference.dim() > 1 else reference[:, None]
         peak, place = rows.abs().max(1, keepdim=True)
-        alive = peak > info.tiny * 2.0**40
+        alive = peak > least
         unit = torch.where(alive, rows.gather(1, place), 1.0)
         others = [s.movedim(dim, 0).reshape(rows.shape) for s in scaled]
         owners, exact = code.read([(s.gather(1, place) / unit) for s in others])
         good = owners != _NOBODY
         for s, ratio in zip(others, exact, strict=True):
-            good &= ((s / ratio - rows) / unit).norm(dim=1, keepdim=True) <= info.eps**0.6 * (
-                rows / unit
-            ).norm(dim=1, keepdim=True)
+            error = ((s / ratio - rows) / unit).norm(dim=1, keepdim=True)
+            good &= error <= info.eps**0.6 * (rows / unit).norm(dim=1, keepdim=True)
         if bool((good | ~alive).all()):
             axes[dim] = Axis(dim, torch.where(alive, owners, _NOBODY)[:, 0], code.samples)
     if axes:
         return Ownership(axes, None)
-    alive = reference.abs() > info.tiny * 2.0**40
+    alive = reference.abs() > least
     unit = torch.where(alive, reference, 1.0)
     ratios = [s / unit for s in scaled]
     owners, exact = code.read(ratios)

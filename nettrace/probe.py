@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, default_collate
 
 from nettrace.likelihood import Likelihood, infer
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Tensor]
 Losses: TypeAlias = Callable[[Tensor, Any], Tensor]
 LikelihoodName: TypeAlias = Literal["categorical", "gaussian"]
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a network made of a probe.
-
-    Args:
-        outputs: (N, ...) outputs with their tape.
-        losses: (N,) loss of each sample with its tape, if it is known.
-        targets: the probe's targets.
-        likelihood: the distribution that the outputs parametrise, if it is known.
-    """
-
-    outputs: Tensor
-    losses: Tensor | None
-    targets: Any
-    likelihood: Likelihood | None
 
 
 class Probe:
@@ -118,7 +101,7 @@ class Probe:
             TypeError: if the data set has no length.
             ValueError: if it is empty.
         """
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"cannot take samples by number from {type(dataset).__name__}, which is read as a "
                 "stream: pass probe=nettrace.Probe(inputs, targets) with samples of your own"
@@ -131,7 +114,7 @@ class Probe:
                 "asked for"
             )
         chosen = [dataset[i * total // count] for i in range(count)]
-        return cls.from_batch((collate or torch.utils.data.default_collate)(chosen), **options)
+        return cls.from_batch((collate or default_collate)(chosen), **options)
 
     @classmethod
     def from_batch(cls, batch: Any, **options: Any) -> Probe:
@@ -170,33 +153,21 @@ class Probe:
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def look(self, model: nn.Module) -> Look:
-        """Runs the network on the samples.
+    def look(self, model: nn.Module) -> Tensor:
+        """The network's outputs (N, ...) on the samples, with their tape.
 
         Raises:
             ValueError: if the probe and the model are on different devices, or shapes do not fit.
             TypeError: if the network returns something else than a tensor.
         """
         self._check_device(model)
-        outputs = self._outputs(model, self.inputs)
+        outputs = self._call(model, self.inputs)
         if outputs.dim() == 0 or (self.forward is None and len(outputs) != len(self)):
             raise ValueError(
                 f"expected outputs of shape ({len(self)}, ...), one row a sample, got shape "
                 f"{tuple(outputs.shape)}"
             )
-        if self.losses is None:
-            likelihood = infer(outputs, self.targets, self.likelihood)
-            known = likelihood is not None and isinstance(self.targets, Tensor)
-            losses = likelihood.losses(outputs, self.targets) if likelihood and known else None
-            return Look(outputs, losses, self.targets, likelihood)
-        losses = self.losses(outputs, self.targets)
-        if losses.shape != (len(outputs),):
-            raise ValueError(
-                f"expected losses of shape ({len(outputs)},), one a sample, got "
-                f"{tuple(losses.shape)}: use reduction='none' and sum over any other axes"
-            )
-        named = infer(outputs, self.targets, self.likelihood) if self.likelihood else None
-        return Look(outputs, losses, self.targets, named)
+        return outputs
 
     def alone(self, model: nn.Module, count: int) -> Tensor | None:
         """The outputs of the first `count` samples when the others are left out.
@@ -206,22 +177,54 @@ class Probe:
         """
         if any(t.dim() == 0 or len(t) != len(self) for t in _tensors(self.inputs)):
             return None
-        return self._outputs(model, _map(self.inputs, lambda t: t[:count]))
+        return self._call(model, _map(self.inputs, lambda t: t[:count]))
 
-    def _outputs(self, model: nn.Module, inputs: Any) -> Tensor:
-        if self.forward is not None:
-            outputs = self.forward(model, inputs)
-        elif isinstance(inputs, (tuple, list)):
-            outputs = model(*inputs)
-        elif isinstance(inputs, dict):
-            outputs = model(**inputs)
-        else:
-            outputs = model(inputs)
+    def distribution(self, outputs: Tensor) -> Likelihood | None:
+        """The distribution that the outputs parametrise, if it is known.
+
+        Raises:
+            ValueError: if the one that was named does not fit the outputs and targets.
+        """
+        if self.losses is not None and self.likelihood is None:
+            return None
+        return infer(outputs, self.targets, self.likelihood)
+
+    def per_sample_losses(self, outputs: Tensor) -> Tensor | None:
+        """The loss (N,) of each sample, with its tape, if it is known.
+
+        Raises:
+            ValueError: if the targets are out of range, or the losses not of shape (N,).
+        """
+        if self.losses is None:
+            likelihood = self.distribution(outputs)
+            if likelihood is None or not isinstance(self.targets, Tensor):
+                return None
+            return likelihood.losses(outputs, self.targets)
+        losses = self.losses(outputs, self.targets)
+        if losses.shape != (len(outputs),):
+            raise ValueError(
+                f"expected losses of shape ({len(outputs)},), one a sample, got "
+                f"{tuple(losses.shape)}: use reduction='none' and sum over any other axes"
+            )
+        return losses
+
+    def _call(self, model: nn.Module, inputs: Any) -> Tensor:
+        hint = "pass Probe(..., forward=lambda model, inputs: ...) to compute the outputs"
+        try:
+            if self.forward is not None:
+                outputs = self.forward(model, inputs)
+            elif isinstance(inputs, (tuple, list)):
+                outputs = model(*inputs)
+            elif isinstance(inputs, dict):
+                outputs = model(**inputs)
+            else:
+                outputs = model(inputs)
+        except NotImplementedError as error:
+            raise TypeError(f"{type(model).__name__} has no forward of its own: {hint}") from error
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"expected {type(model).__name__} to return a tensor of shape (N, ...), got "
-                f"{type(outputs).__name__}: pass Probe(..., forward=lambda model, inputs: ...) to "
-                "pick the outputs"
+                f"{type(outputs).__name__}: {hint}"
             )
         return outputs
 

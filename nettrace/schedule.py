@@ -5,11 +5,43 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 Schedule: TypeAlias = Callable[[int], bool]
 #: What `every=` takes: a period, "log", the steps themselves, or any schedule.
 Every: TypeAlias = int | str | Iterable[int] | Schedule
+
+
+# Classes rather than closures, so that a callback can be pickled to another process.
+
+
+@dataclass(frozen=True)
+class _Period:
+    period: int
+
+    def __call__(self, step: int) -> bool:
+        return step >= 0 and step % self.period == 0
+
+
+@dataclass(frozen=True)
+class _LogSpaced:
+    per_decade: int
+
+    def __call__(self, step: int) -> bool:
+        if step < 1:
+            return step == 0
+        nearest = round(self.per_decade * math.log10(step))
+        exponents = [k / self.per_decade for k in (nearest - 1, nearest, nearest + 1)]
+        return any(round(10**exponent) == step for exponent in exponents)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    steps: frozenset[int]
+
+    def __call__(self, step: int) -> bool:
+        return step in self.steps
 
 
 def every(period: int) -> Schedule:
@@ -24,7 +56,7 @@ def every(period: int) -> Schedule:
     """
     if isinstance(period, bool) or not isinstance(period, int) or period < 1:
         raise ValueError(f"expected a period of at least 1 step, got {period!r}")
-    return lambda step: step >= 0 and step % period == 0
+    return _Period(period)
 
 
 def log_spaced(per_decade: int = 10) -> Schedule:
@@ -43,15 +75,7 @@ def log_spaced(per_decade: int = 10) -> Schedule:
     if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
         raise ValueError(f"expected at least 1 step per decade, got {per_decade!r}")
 
-    def fires(step: int) -> bool:
-        if step < 1:
-            return step == 0
-        nearest = round(per_decade * math.log10(step))
-        return any(
-            round(10 ** (k / per_decade)) == step for k in (nearest - 1, nearest, nearest + 1)
-        )
-
-    return fires
+    return _LogSpaced(per_decade)
 
 
 def at(steps: Iterable[int]) -> Schedule:
@@ -67,7 +91,7 @@ def at(steps: Iterable[int]) -> Schedule:
         raise ValueError("a schedule without steps never fires: give one or more steps")
     if wrong:
         raise ValueError(f"expected steps of at least 0, got {wrong}: they never come")
-    return chosen.__contains__
+    return _Steps(chosen)
 
 
 def schedule(every_: Every) -> Schedule:

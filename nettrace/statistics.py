@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nettrace.differentiate import jacobian
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian, PerLayer
-from nettrace.probe import Look, Probe
+from nettrace.probe import Probe
 
 
 class Unavailable(Exception):
@@ -52,34 +52,46 @@ class Statistics:
         seed: int = 0,
         memory_budget: int | str = "2GiB",
     ) -> None:
-        self._look: Look = probe.look(model)
+        self._outputs = probe.look(model)
+        self._probe = probe
         self._model = model
         self._needs = frozenset(needs)
         self._seed = seed
         self._memory = memory_budget
-        self.samples = len(self._look.outputs)
+        self.samples = len(self._outputs)
 
     @cached_property
     def outputs(self) -> Tensor:
         """(N, ...) the outputs."""
-        return self._look.outputs.detach()
+        return self._outputs.detach()
 
     @cached_property
     def targets(self) -> Tensor:
         """The probe's targets."""
-        if not isinstance(self._look.targets, Tensor):
+        if not isinstance(self._probe.targets, Tensor):
             raise Unavailable("the probe has no targets: pass Probe(inputs, targets)")
-        return self._look.targets
+        return self._probe.targets
 
     @cached_property
     def likelihood(self) -> Likelihood:
         """The distribution that the outputs parametrise."""
-        if self._look.likelihood is None:
+        likelihood = self._probe.distribution(self._outputs)
+        if likelihood is None:
             raise Unavailable(
                 "the output distribution is not known: pass Probe(..., likelihood='categorical') "
-                "or 'gaussian'"
+                f"or 'gaussian'{self._shapes}"
             )
-        return self._look.likelihood
+        return likelihood
+
+    @property
+    def _shapes(self) -> str:
+        targets = self._probe.targets
+        if not isinstance(targets, Tensor):
+            return ""
+        return (
+            f"; outputs of shape {tuple(self._outputs.shape)} and {targets.dtype} targets of shape "
+            f"{tuple(targets.shape)} fit neither by themselves"
+        )
 
     @cached_property
     def losses(self) -> Tensor:
@@ -88,17 +100,18 @@ class Statistics:
 
     @cached_property
     def _losses(self) -> Tensor:
-        if self._look.losses is None:
+        losses = self._probe.per_sample_losses(self._outputs)
+        if losses is None:
             raise Unavailable(
                 "the loss is not known: pass Probe(inputs, targets), and losses=... where neither "
-                "cross-entropy nor squared error is meant"
+                f"cross-entropy nor squared error is meant{self._shapes}"
             )
-        return self._look.losses
+        return losses
 
     @cached_property
     def jacobian(self) -> Jacobian:
         """The Jacobian of the outputs."""
-        return jacobian(self._look.outputs, self._model, memory_budget=self._memory)
+        return jacobian(self._outputs, self._model, memory_budget=self._memory)
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
@@ -139,7 +152,7 @@ class Statistics:
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of each sample's loss by its outputs."""
-        (gradient,) = torch.autograd.grad(self._losses.sum(), self._look.outputs, retain_graph=True)
+        (gradient,) = torch.autograd.grad(self._losses.sum(), self._outputs, retain_graph=True)
         return gradient.detach().reshape(self.samples, -1)
 
     @cached_property

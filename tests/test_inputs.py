@@ -51,10 +51,19 @@ X, Y = torch.randn(6, 3), torch.arange(6) % 2
         (lambda m: nt.Probe(X.to("meta")).look(m), ValueError, r"meta.*call probe\.to\('cpu'\)"),
         (lambda m: nt.Probe((X, X)).look(m), TypeError, "positional argument"),
         (lambda m: nt.Probe(X, forward=lambda m, x: (m(x),)).look(m), TypeError, "forward=lambda"),
-        (lambda m: nt.Probe(X, losses=lambda f, y: f).look(m), ValueError, "reduction='none'"),
+        (
+            lambda m: nt.Probe(X, losses=lambda f, y: f).per_sample_losses(m(X)),
+            ValueError,
+            "reduction='none'",
+        ),
+        (
+            lambda m: nt.Probe(X, Y - 1).per_sample_losses(m(X)),
+            ValueError,
+            "classes from 0 to 1, got -1.*losses=",
+        ),
         (lambda m: nt.Probe(X, forward=lambda m, x: m(x).sum()).look(m), ValueError, "one row"),
         (
-            lambda m: nt.Probe(X, Y[:, None], likelihood="categorical").look(m),
+            lambda m: nt.Probe(X, Y[:, None], likelihood="categorical").distribution(m(X)),
             ValueError,
             r"outputs of shape \(6, 2\) and targets of shape \(6, 1\)",
         ),

@@ -7,9 +7,9 @@ the squared gradient is the product of what the loss, the network and their alig
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from nettrace.measures.ntk import shannon
 from nettrace.measures.registry import measure
 
 _PAPYRUS = "Tovey et al. 2024, arXiv:2410.07451; papyrus"
@@ -49,8 +49,7 @@ def entropy(eigenvalues: Tensor) -> Tensor:
 )
 def self_entropy(blocks: Tensor) -> Tensor:
     """The Shannon entropy of the magnitude distribution."""
-    q = magnitude_distribution(blocks)
-    return -torch.xlogy(q, q).sum()
+    return shannon(_magnitudes(blocks))
 
 
 @measure(
@@ -62,8 +61,12 @@ def self_entropy(blocks: Tensor) -> Tensor:
 )
 def magnitude_distribution(blocks: Tensor) -> Tensor:
     """How the gradients' norms are spread over samples and outputs; rows count n C + c."""
-    magnitudes = blocks.diagonal(dim1=1, dim2=2).double().clamp_min(0).sqrt().flatten()
+    magnitudes = _magnitudes(blocks)
     return magnitudes / magnitudes.sum()
+
+
+def _magnitudes(blocks: Tensor) -> Tensor:
+    return blocks.diagonal(dim1=1, dim2=2).double().clamp_min(0).sqrt().flatten()
 
 
 @measure(
@@ -96,7 +99,10 @@ def chi_net(blocks: Tensor) -> Tensor:
 )
 def chi_align(mean_gradient_sqnorm: Tensor, scores: Tensor, blocks: Tensor) -> Tensor:
     """How far the loss pulls along the kernel's leading modes."""
-    return mean_gradient_sqnorm / (chi_loss(scores) * chi_net(blocks))
+    factors = chi_loss(scores) * chi_net(blocks)
+    if not bool(factors > 0):
+        raise ValueError("the alignment is not defined: the loss or the network has no gradient")
+    return mean_gradient_sqnorm / factors
 
 
 @measure(

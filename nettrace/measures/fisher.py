@@ -38,7 +38,8 @@ def trace_ntk(fisher_metric: Tensor, blocks: Tensor) -> Tensor:
 @measure(
     "fisher/trace_mc",
     needs=["drawn_sqnorms"],
-    convention="mean over samples and over drawn targets; standard error over the draws",
+    convention="mean over samples and drawn targets; standard error over the draws, itself "
+    "uncertain where the network is confident of rare outcomes",
     source=_SOURCE,
 )
 def trace_mc(drawn_sqnorms: Tensor) -> Value:
