@@ -103,15 +103,15 @@ def test_a_step_of_several_batches_is_measured_once(tmp_path: Path, looks: list[
     training.fit(NTKTrace(every=1, to=tmp_path), accumulate_grad_batches=2)
     trace = nt.open(tmp_path)
     assert trace.step.values.tolist() == [0, 1, 2, 3, 4]
-    assert trace.batch.values.tolist()[:4] == [0, 2, 0, 2]
+    assert trace.batches.values.tolist()[:4] == [0, 2, 4, 2]
     assert len(looks) == 5
 
 
 def test_a_step_is_placed_in_its_epoch(tmp_path: Path) -> None:
     training.fit(Trace("loss", every=1, to=tmp_path), max_steps=6)
     trace = nt.open(tmp_path)
-    assert trace.batch.values.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert trace.epoch.values.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert trace.batches.values.tolist() == [0, 1, 2, 3, 4, 1, 2]
+    assert trace.epoch.values.tolist() == [0, 0, 0, 0, 0, 1, 1]
 
 
 def test_a_schedule_that_never_fires_says_so() -> None:
@@ -359,7 +359,7 @@ class Centred(training.network()):
 
 
 FAILURES = {
-    "NaN weights": (Sick, "NaN", ["2", "3", "4"]),
+    "NaN weights": (Sick, "NaN", ["3", "4"]),
     "coupled samples": (Coupled, "CoupledSamplesError", ["0", "1", "2", "3", "4"]),
     "coupled inputs": (Centred, "CoupledSamplesError", ["0", "1", "2", "3", "4"]),
 }
@@ -437,7 +437,7 @@ def test_what_goes_wrong_around_a_measure_raises_on_request(what: str, tmp_path:
     options = {"folder": {"to": tmp_path / "file"}}.get(what, {})
     logger = broken_logger()(tmp_path) if what == "logger" else False
     data = training.loader(training.Stream()) if what == "probe" else None
-    with pytest.raises((RuntimeError, OSError, TypeError), match=r"quota|file|Stream"):
+    with pytest.raises((RuntimeError, OSError, TypeError), match=r"quota|file|stream"):
         training.fit(NTKTrace(on_error="raise", **options), data=data, logger=logger)
 
 
@@ -450,7 +450,7 @@ def test_a_training_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
     callback = NTKTrace(every=1, to=tmp_path)
     with pytest.raises(RuntimeError, match="out of luck"):
         training.fit(callback, Failing())
-    assert steps(tmp_path) == [0, 1]
+    assert steps(tmp_path) == [0, 1, 2]
     training.fit(callback)
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
 

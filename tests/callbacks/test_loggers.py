@@ -19,7 +19,7 @@ import xarray as xr
 
 import nettrace as nt
 from nettrace.callbacks import FisherTrace, NTKTrace
-from nettrace.callbacks.loggers import log
+from nettrace.callbacks.loggers import send
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
@@ -75,16 +75,18 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A training whose weights are no numbers while step 4 is measured."""
     import wandb
+    from pytorch_lightning import Callback
     from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    class Sick(training.network()):
-        def on_train_batch_end(self, *_: Any) -> None:
-            if self.global_step == 4:
-                self.healthy = self.net[0].weight.detach().clone()
-                self.net[0].weight.data.fill_(torch.nan)
+    class Poison(Callback):  # comes before ours
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step == 4:
+                module.healthy = module.net[0].weight.detach().clone()
+                module.net[0].weight.data.fill_(torch.nan)
 
-        def on_train_batch_start(self, *_: Any) -> None:  # runs after those of callbacks
+    class Sick(training.network()):
+        def on_train_batch_end(self, *_: Any) -> None:  # runs after those of callbacks
             if self.global_step == 4:
                 self.net[0].weight.data.copy_(self.healthy)
 
@@ -98,6 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             TensorBoardLogger(folder, name="tensorboard", version=0),
         ]
         callbacks = [
+            Poison(),
             NTKTrace(every=2, to=folder / "trace"),
             FisherTrace(every=3, to=folder / "trace", prefix="probe/"),
         ]
@@ -242,10 +245,14 @@ class FakeRun:
 
 def sent(*records: nt.Record) -> dict[str, Any]:
     """The row that W&B gets of some records."""
+
+    class WandbLogger(SimpleNamespace):
+        """What tells a W&B logger from others is its name, in either namespace."""
+
     run = FakeRun()
-    trainer = SimpleNamespace(loggers=[SimpleNamespace(experiment=run)], callback_metrics={})
-    log(trainer, records, "")
+    send(WandbLogger(experiment=run), records, "", step=3)
     (row,) = run.rows
+    assert row.pop("trainer/global_step") == 3
     return row
 
 

@@ -220,7 +220,7 @@ def test_what_a_wild_forward_does_is_undone(ends: str) -> None:
 
 PARTS = {
     "_random_states": {"random torch", "random numpy", "random python"},
-    "_gradients": {"grad linear.weight", "requires_grad linear.bias"},
+    "_parameters": {"grad linear.weight", "requires_grad linear.bias"},
     "_attributes": {
         *("buffer gain", "buffer norm.running_var", "attribute seen"),
         *("attribute calls", "attribute history", "attribute names"),
