@@ -92,17 +92,22 @@ class TraceWriter:
             "about": about,
             "missing": {r.name: r.missing for r in records if r.missing is not None},
         }
-        self._append(self._file, header, arrays)
+        try:
+            self._append(self._file, header, arrays)
+        except OSError:
+            self._close()  # what may be half a frame ends this part; the next write begins another
+            raise
 
     def _begin(self, step: int) -> int:
-        attempt = 0
+        self._described = {}
+        number = 0
         while True:
             try:
-                path = self.folder / f"part-{attempt:05d}{_SUFFIX}"
+                path = self.folder / f"part-{number:05d}{_SUFFIX}"
                 file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
                 break
             except FileExistsError:
-                attempt += 1
+                number += 1
         header = {
             "format": FORMAT,
             "attempt": self._attempt,
@@ -123,11 +128,19 @@ class TraceWriter:
     def _append(file: int, header: Mapping[str, Any], arrays: Sequence[bytes]) -> None:
         text = json.dumps(header, separators=(",", ":")).encode()
         body = b"".join([_LENGTH.pack(len(text)), text, *arrays])
-        os.write(file, _FRAME.pack(len(body), zlib.crc32(body)) + body)
+        frame = _FRAME.pack(len(body), zlib.crc32(body)) + body
+        written = os.write(file, frame)
+        if written < len(frame):
+            raise OSError(f"only {written} of {len(frame)} bytes were written: is the disk full?")
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)  # type: ignore[arg-type]
+        if hasattr(self, "_file"):
+            self._close()
 
 
 def open(folder: str | Path) -> xr.Dataset:

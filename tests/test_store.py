@@ -1,6 +1,7 @@
 """The trace: what is written is read, labelled; damage costs what is damaged, and no more."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -142,6 +143,20 @@ def test_damage_leaves_a_correct_prefix(tmp_path, damage):
         for step in steps:
             assert (nt.open(tmp_path).a_b[step] == step).all()
     assert len(seen) > 2
+
+
+def test_a_write_that_is_cut_short_costs_one_record(tmp_path, monkeypatch):
+    writer = TraceWriter(tmp_path)
+    writer.write([record("a/b", 0, 0)], {})
+    whole = os.write
+    monkeypatch.setattr("os.write", lambda file, data: whole(file, data[:30]))
+    with pytest.raises(OSError, match="30 of .* bytes.*disk full"):
+        writer.write([record("a/b", 1, 1)], {})
+    monkeypatch.undo()
+    writer.write([record("a/b", 2, 2)], {})
+    data = nt.open(tmp_path)
+    assert data.step.values.tolist() == [0, 2]
+    assert data.a_b.values.tolist() == [0, 2]
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):

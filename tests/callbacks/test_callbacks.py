@@ -151,6 +151,14 @@ def test_a_resumed_run_supersedes_what_it_takes_again(tmp_path: Path) -> None:
     assert same == [True, True, True, True, True, False, False]
 
 
+def test_a_run_from_the_start_supersedes_all_before_it(tmp_path: Path) -> None:
+    training.fit(NTKTrace(every=1, to=tmp_path))
+    training.fit(FisherTrace(every=1, to=tmp_path), max_steps=2)
+    trace = nt.open(tmp_path)
+    assert trace.step.values.tolist() == [0, 1, 2]
+    assert "ntk_trace" not in trace
+
+
 # What they share, and with whom ------------------------------------------------------------------
 
 
@@ -171,6 +179,19 @@ def test_callbacks_that_share_a_look_keep_their_own_steps_and_folders(
     assert steps(tmp_path / "fisher") == [0, 3]
     assert len(looks) == 4
     assert "fisher_trace" not in nt.open(tmp_path / "ntk")
+
+
+def test_what_is_not_due_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: dict[int, set[str]] = {}
+    measure = nt.Tracer.measure
+
+    def noted(self: nt.Tracer, model: Any, step: int, measures: Any) -> Any:
+        measured[step] = {measure.name.partition("/")[0] for measure in measures}
+        return measure(self, model, step, measures)
+
+    monkeypatch.setattr(nt.Tracer, "measure", noted)
+    training.fit([NTKTrace(every=2), FisherTrace(every=3)])
+    assert measured == {0: {"ntk", "fisher"}, 2: {"ntk"}, 3: {"fisher"}, 4: {"ntk"}}
 
 
 @pytest.mark.parametrize(("same", "number"), [(True, 3), (False, 6)])

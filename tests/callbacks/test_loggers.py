@@ -18,7 +18,7 @@ import training
 import xarray as xr
 
 import nettrace as nt
-from nettrace.callbacks import FisherTrace, NTKTrace
+from nettrace.callbacks import NTKTrace, Trace
 from nettrace.callbacks.loggers import send
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
@@ -102,7 +102,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         callbacks = [
             Poison(),
             NTKTrace(every=2, to=folder / "trace"),
-            FisherTrace(every=3, to=folder / "trace", prefix="probe/"),
+            Trace(
+                ["fisher", "collective/magnitude_distribution"],
+                every=3,
+                to=folder / "trace",
+                prefix="probe/",
+            ),
         ]
         with pytest.warns(nt.MissingMeasureWarning, match="NaN"):
             training.fit(callbacks, Sick(), logger=loggers, max_steps=6, log_every_n_steps=3)
@@ -157,7 +162,7 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     ours = {key for row in run.rows for key in row if not key.startswith(("_", "trainer/"))}
     media = {key.rpartition(".")[0] for key in ours if key.endswith("._type")}
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
-    assert len(media) == 2
+    assert media == {"ntk/gram", "ntk/spectrum", "probe/collective/magnitude_distribution"}
     assert (plain | media) - {"nettrace/step"} == bound
 
 
@@ -217,14 +222,22 @@ def test_what_is_missing_is_in_no_logger(run: Run) -> None:
     assert 4 not in [event.step for event in run.events.Scalars("ntk/trace")]
 
 
-def test_a_prefix_is_put_before_each_name_and_stays_out_of_the_trace(run: Run) -> None:
-    expected = stored(run, "fisher/trace")
-    assert run.column("probe/fisher/trace") == expected
-    assert run.column("fisher/trace") == {}
-    found = training.column(run.csv, "probe/fisher/trace")
+@pytest.mark.parametrize("name", ["trace", "trace_mc", "trace_mc_standard_error"])
+def test_a_prefix_is_put_before_each_name_and_stays_out_of_the_trace(run: Run, name: str) -> None:
+    expected = stored(run, f"fisher/{name}")
+    assert sorted(expected) == [0, 3, 6]
+    assert run.column(f"probe/fisher/{name}") == expected
+    found = training.column(run.csv, f"probe/fisher/{name}")
     assert {step: float(text) for step, text in found.items()} == expected
-    assert "probe/fisher/trace_empirical_standard_error" in run.events.Tags()["scalars"]
-    assert "fisher/trace" not in run.events.Tags()["scalars"]
+    found = {event.step: event.value for event in run.events.Scalars(f"probe/fisher/{name}")}
+    assert found == {step: float(np.float32(value)) for step, value in expected.items()}
+
+
+def test_nothing_is_logged_without_its_prefix(run: Run) -> None:
+    names = {*run.events.Tags()["scalars"], *(key for row in run.rows for key in row)}
+    assert any(name.startswith("probe/fisher/") for name in names)
+    assert any(name.startswith("probe/collective/") for name in names)
+    assert not any(name.startswith(("fisher/", "collective/")) for name in names)
 
 
 # A logger that is not as it should be ------------------------------------------------------------

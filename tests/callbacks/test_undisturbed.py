@@ -185,12 +185,12 @@ class Wild(nn.Module):
         self.norm.running_var.add_(1)
         self.train(not self.training)
         self.norm.train()
-        self.linear.weight.grad = torch.zeros(3, 4)
+        self.linear(x).sum().backward()  # adds to the gradient that is there, in place
         self.linear.bias.requires_grad_(False)
         return y
 
 
-def all_of(model: Wild) -> dict[str, Any]:
+def everything(model: Wild) -> dict[str, Any]:
     return {
         **training.state(model),
         "attribute seen": model.seen.clone(),
@@ -204,16 +204,16 @@ def all_of(model: Wild) -> dict[str, Any]:
 def test_what_a_wild_forward_does_is_undone(ends: str) -> None:
     model = Wild()
     model.dropout.eval()
-    before, gradient, gain = all_of(model), model.linear.weight.grad, model.gain
+    before, gradient, gain = everything(model), model.linear.weight.grad, model.gain
     raises: AbstractContextManager[Any] = nullcontext()
     if ends == "in an error":
         raises = pytest.raises(ZeroDivisionError)
     with raises, freeze.frozen(model):
         model(torch.randn(2, 4))
-        assert training.differences(before, all_of(model)) != []
+        assert training.differences(before, everything(model)) != []
         if ends == "in an error":
             1 / 0  # noqa: B018
-    assert training.differences(before, all_of(model)) == []
+    assert training.differences(before, everything(model)) == []
     assert model.linear.weight.grad is gradient
     assert model.gain is gain
 
@@ -231,11 +231,11 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_each_part_of_frozen_is_needed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Wild()
-    before = all_of(model)
+    before = everything(model)
     monkeypatch.setattr(freeze, part, lambda *_: nullcontext())
     with freeze.frozen(model):
         model(torch.randn(2, 4))
-    found = {name.removeprefix("/") for name in training.differences(before, all_of(model))}
+    found = {name.removeprefix("/") for name in training.differences(before, everything(model))}
     assert found & PARTS[part]
     assert not found & set().union(*PARTS.values()) - PARTS[part]
 
