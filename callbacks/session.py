@@ -8,19 +8,25 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
-from nettrace.freeze import frozen, private_copy
+from nettrace.freeze import private_copy, random_states
 from nettrace.store import TraceWriter
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
+
+
+_FEW = 1000  # longer lists are data
 
 
 class Session:
@@ -39,7 +45,7 @@ class Session:
         self._unfired = list(callbacks)
         self._warned: set[str] = set()
         self._attempt = uuid.uuid4().hex
-        self._writers: dict[Path, TraceWriter] = {}
+        self._writers: dict[tuple[Path, str], TraceWriter] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
@@ -67,14 +73,21 @@ class Session:
         self._last = step
         position = {"epoch": self._trainer.current_epoch, "batches": batches}
         for tracer, callbacks in self._groups.values():
-            due = [callback for callback in callbacks if callback.due(step)]
+            due = [callback for callback in callbacks if self._is_due(callback, step)]
             if due:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
                 measures = {m.name: m for callback in due for m in callback.measures}
                 with _silenced(self._module):
                     records = tracer.measure(self._module, step, list(measures.values()))
-                self._write(due, records, position)
+                self._write(due, records, position, tracer.probe)
                 self._log(due, records, loggers_step(self._trainer) + (batches > 0))
+
+    def _is_due(self, callback: Trace, step: int) -> bool:
+        try:
+            return callback.due(step)
+        except Exception as error:
+            self._report(callback, "has a schedule that fails", error)
+            return False
 
     def close(self) -> None:
         """Says which callbacks never measured."""
@@ -87,7 +100,11 @@ class Session:
             )
 
     def _write(
-        self, callbacks: Sequence[Trace], records: Sequence[Record], position: Mapping[str, float]
+        self,
+        callbacks: Sequence[Trace],
+        records: Sequence[Record],
+        position: Mapping[str, float],
+        probe: Probe,
     ) -> None:
         if not self._trainer.is_global_zero:
             return
@@ -98,10 +115,11 @@ class Session:
                 kept |= _of(callback, records)
         for folder, named in folders.items():
             try:
-                if folder not in self._writers:
-                    self._writers[folder] = TraceWriter(folder, self._attempt)
-                self._writers[folder].write(list(named.values()), position)
-            except OSError as error:
+                key = (folder, probe.fingerprint())
+                if key not in self._writers:
+                    self._writers[key] = TraceWriter(folder, self._attempt, probe=key[1])
+                self._writers[key].write(list(named.values()), position)
+            except (OSError, ValueError) as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
 
     def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
@@ -124,9 +142,9 @@ class Session:
         """Raises or, once, warns."""
         if callback.on_error == "raise":
             raise error
-        text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
-        if text not in self._warned:
-            self._warned.add(text)
+        if what not in self._warned:
+            self._warned.add(what)
+            text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
             warnings.warn(text, MissingMeasureWarning, stacklevel=2)
 
     def _probe(self, callback: Trace) -> Probe:
@@ -142,7 +160,7 @@ class Session:
                 f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
                 "number: pass probe=nettrace.Probe(inputs, targets)"
             )
-        with frozen(self._module):  # samples may be augmented at random
+        with random_states({self._module.device}):  # samples may be augmented at random
             dataset = _twin(loader.dataset)
             probe = Probe.from_dataset(dataset, callback.samples, collate=loader.collate_fn)
             batch = (probe.inputs,) if probe.targets is None else (probe.inputs, probe.targets)
@@ -166,18 +184,32 @@ def _flat(loaders: Any) -> list[Any]:
 
 
 def _has_samples(dataset: Any) -> bool:
-    stream = dataset is None or isinstance(dataset, IterableDataset)
-    return not stream and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return False
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
 
 
-def _twin(dataset: Any) -> Any:
-    """The same data set with random generators and containers of its own, but shared tensors."""
-    twin = copy.copy(dataset)
-    for name, value in vars(twin).items() if hasattr(twin, "__dict__") else ():
-        if isinstance(value, Dataset):
-            vars(twin)[name] = _twin(value)
-        elif not isinstance(value, Tensor):
-            vars(twin)[name] = private_copy(value)
+def _twin(value: Any) -> Any:
+    """The same data set with random generators of its own, but the same data.
+
+    Looks for generators in the attributes of what it is made of, such as transforms, and in short
+    lists of those.
+    """
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
+        return private_copy(value)
+    if type(value) in (list, tuple) and len(value) <= _FEW:
+        return type(value)(_twin(v) for v in value)
+    if type(value) is dict and len(value) <= _FEW:
+        return {k: _twin(v) for k, v in value.items()}
+    if isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__"):
+        return value
+    if callable(value) and not isinstance(value, Dataset) and not vars(value):
+        return value
+    try:
+        twin = copy.copy(value)
+        vars(twin).update({name: _twin(v) for name, v in vars(value).items()})
+    except Exception:  # what cannot be copied is used as it is
+        return value
     return twin
 
 

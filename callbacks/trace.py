@@ -52,6 +52,17 @@ class Trace(Callback):
         on_error: OnError = "record",
     ) -> None:
         super().__init__()
+        if to is not None and not isinstance(to, (str, Path)):
+            raise TypeError(f"expected to= to be a folder's path, got {type(to).__name__}")
+        if not isinstance(prefix, str):
+            raise TypeError(f"expected prefix= to be a text, got {type(prefix).__name__}")
+        if probe is not None and not isinstance(probe, Probe):
+            raise TypeError(
+                f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as "
+                "Probe(inputs, targets)"
+            )
+        if on_error not in ("record", "raise"):
+            raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
         self.measures = resolve(measures)
         self.due = schedule(every)
         self.probe = probe

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from nettrace.gradients import RowGradients, TapeGradients
@@ -42,8 +43,9 @@ def jacobian(
         The implicit operator.
 
     Raises:
-        ValueError: if the outputs need no gradient, hold NaN, or have no samples; if there are no
-            parameters, or none that the outputs depend on; or if the budget cannot be read.
+        ValueError: if the outputs need no gradient, hold NaN or infinity, or have no samples; if
+            there are no parameters, or none that the outputs depend on; or if the budget cannot be
+            read.
         TypeError: if the outputs are no tensor, or are complex.
 
     Example:
@@ -71,6 +73,8 @@ def jacobian(
             "the outputs need no gradient, so there is no tape to read: run the forward pass "
             "outside torch.no_grad() and torch.inference_mode(), and do not detach its result"
         )
+    if bool((outputs == torch.inf).any()):
+        raise ValueError("the outputs hold infinity: check the input and the weights for overflow")
     if bool(outputs.isnan().any()):
         bad = outputs.isnan().flatten(1 if outputs.dim() > 1 else 0)
         samples = (bad.any(1) if outputs.dim() > 1 else bad).nonzero().flatten().tolist()
@@ -156,10 +160,18 @@ def _named(model_or_params: Parameters) -> dict[str, Tensor]:
     elif isinstance(model_or_params, Mapping):
         given = dict(model_or_params)
         what = "the mapping of parameters"
-    else:
-        several = [model_or_params] if isinstance(model_or_params, Tensor) else model_or_params
-        given = {str(i): p for i, p in enumerate(several)}
+    elif isinstance(model_or_params, Iterable):
+        several: list[Any] = (
+            [model_or_params] if isinstance(model_or_params, Tensor) else list(model_or_params)
+        )
+        pairs = all(isinstance(p, tuple) for p in several)  # as of named_parameters()
+        given = dict(several) if pairs else {str(i): p for i, p in enumerate(several)}
         what = "the list of parameters"
+    else:
+        raise TypeError(
+            "expected a module, a mapping from name to tensor, or tensors, got "
+            f"{type(model_or_params).__name__}"
+        )
     wrong = [name for name, p in given.items() if not isinstance(p, Tensor)]
     if wrong:
         raise TypeError(

@@ -34,7 +34,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         devices = {p.device for p in [*model.parameters(), *model.buffers()]}
         for kind in {"cpu"} | {d.type for d in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type=kind, enabled=False))
-        stack.enter_context(_random_states(devices))
+        stack.enter_context(random_states(devices))
         stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model))
@@ -79,7 +79,8 @@ def private_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
 
 
 @contextmanager
-def _random_states(devices: set[torch.device]) -> Iterator[None]:
+def random_states(devices: set[torch.device]) -> Iterator[None]:
+    """Puts back the random states of Python, NumPy and torch, on the CPU and some devices."""
     cuda = [d for d in devices if d.type == "cuda"]
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -93,17 +94,17 @@ def _random_states(devices: set[torch.device]) -> Iterator[None]:
 @contextmanager
 def _parameters(model: nn.Module) -> Iterator[None]:
     # Some forwards write to weights, such as that of nn.Embedding with max_norm.
-    found = [
-        (p, p.grad, p.requires_grad, p._version, p.detach().clone()) for p in model.parameters()
-    ]
+    found = [(p, p.grad, p.requires_grad, p.data, p.detach().clone()) for p in model.parameters()]
     for p in model.parameters():
         p.grad = None
     try:
         yield
     finally:
-        for p, grad, requires_grad, version, value in found:
-            if p._version != version:
-                p.data.copy_(value)
+        for p, grad, requires_grad, data, value in found:
+            if p.data_ptr() != data.data_ptr():
+                p.data = data
+            if not torch.equal(data, value):
+                data.copy_(value)
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
             p.grad = grad

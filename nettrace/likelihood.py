@@ -132,19 +132,46 @@ class Gaussian:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(outputs)
 
 
-def infer(outputs: Tensor, targets: object, name: str | None) -> Likelihood | None:
+def infer(
+    outputs: Tensor, targets: object, name: str | None, class_axis: int | None
+) -> Likelihood | None:
     """The likelihood of the given name, or else the one that the targets' type and shape suggest.
 
-    Integer targets mean classes, along axis 1 if both that and the last would fit; floating targets
-    of the outputs' shape, but for axes of length one, a Gaussian.
+    Integer targets mean classes, floating targets of the outputs' shape, but for axes of length
+    one, a Gaussian.
 
     Raises:
-        ValueError: if the named one does not fit the shapes.
+        ValueError: if the named one does not fit the shapes, or there are two to choose from.
     """
     shape = tuple(targets.shape) if isinstance(targets, Tensor) else None
-    axis = _class_axis(outputs, shape)
     if name == "gaussian":
+        if isinstance(targets, Tensor) and not _alike(targets, outputs):
+            raise ValueError(
+                f"expected targets of the outputs' shape {tuple(outputs.shape)} for the gaussian "
+                f"likelihood, got shape {shape}"
+            )
         return Gaussian()
+    if isinstance(targets, Tensor) and targets.is_floating_point():
+        if name == "categorical":
+            raise ValueError(
+                f"expected integer targets for the categorical likelihood, got {targets.dtype}: "
+                "for soft labels, pass Probe(..., losses=...)"
+            )
+        if not _alike(targets, outputs):
+            return None
+        if _looks_like_probabilities(targets):
+            raise ValueError(
+                "the targets are floating, but all 0 or 1, or shares that sum to one: they could "
+                "be labels; pass Probe(..., likelihood='gaussian') if squared errors are meant, "
+                "else losses=..."
+            )
+        return Gaussian()
+    whole = isinstance(targets, Tensor) and not (
+        targets.dtype == torch.bool or targets.is_complex()
+    )
+    if name is None and not whole:
+        return None
+    axis = _class_axis(outputs, shape, class_axis)
     if name == "categorical":
         if axis is None:
             raise ValueError(
@@ -153,25 +180,34 @@ def infer(outputs: Tensor, targets: object, name: str | None) -> Likelihood | No
                 f"{shape}"
             )
         return Categorical(axis)
-    if not isinstance(targets, Tensor) or targets.dtype == torch.bool or targets.is_complex():
-        return None
-    if targets.is_floating_point():
-        same = _significant(targets.shape) == _significant(outputs.shape)
-        return Gaussian() if same else None
     return None if axis is None else Categorical(axis)
 
 
-def _significant(shape: torch.Size) -> list[int]:
-    """A shape without its axes of length one, of which the first, that of samples, is kept."""
-    return [n for d, n in enumerate(shape) if d == 0 or n != 1]
+def _alike(targets: Tensor, outputs: Tensor) -> bool:
+    """Whether shapes agree but for axes of length one; the first, that of samples, must."""
+
+    def significant(shape: torch.Size) -> list[int]:
+        return [n for d, n in enumerate(shape) if d == 0 or n != 1]
+
+    return significant(targets.shape) == significant(outputs.shape)
 
 
-def _class_axis(outputs: Tensor, targets: tuple[int, ...] | None) -> int | None:
-    if targets is None:
-        return 1 if outputs.dim() == 2 and outputs.shape[1] > 1 else None
-    for axis in (1, outputs.dim() - 1):
-        if outputs.dim() > 1 and outputs.shape[axis] > 1:
-            rest = tuple(n for d, n in enumerate(outputs.shape) if d != axis)
-            if rest == targets:
-                return axis
-    return None
+def _looks_like_probabilities(targets: Tensor) -> bool:
+    binary = bool(((targets == 0) | (targets == 1)).all())
+    shares = targets.dim() > 1 and targets.shape[1] > 1 and bool((targets >= 0).all())
+    return binary or (shares and bool((targets.sum(1) - 1).abs().max() < 1e-4))
+
+
+def _class_axis(outputs: Tensor, targets: tuple[int, ...] | None, chosen: int | None) -> int | None:
+    axes = sorted({1, outputs.dim() - 1}) if chosen is None else [chosen % outputs.dim()]
+    fitting = []
+    for axis in axes:
+        rest = tuple(n for d, n in enumerate(outputs.shape) if d != axis)
+        if 0 < axis < outputs.dim() and outputs.shape[axis] > 1 and rest == (targets or rest):
+            fitting.append(axis)
+    if len(fitting) > 1:
+        raise ValueError(
+            f"the classes could run along axis {fitting[0]} or {fitting[1]} of outputs of shape "
+            f"{tuple(outputs.shape)}: pass Probe(..., class_axis={fitting[1]}) or another"
+        )
+    return fitting[0] if fitting else None

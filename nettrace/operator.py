@@ -43,6 +43,11 @@ class Jacobian:
         self._memory = memory
         self._cotangents = cotangents
 
+    def __repr__(self) -> str:
+        return (
+            f"Jacobian of {self.samples} x {self.outputs} outputs by {self.parameters} parameters"
+        )
+
     # What is asked for ----------------------------------------------------------------------------
 
     @overload
@@ -346,7 +351,7 @@ class Jacobian:
         if size > self._memory:
             raise MemoryError(
                 f"the result, of shape {shape}{' for each layer' if per_layer else ''}, takes "
-                f"{size / 1e9:.3g} GB, above the budget of {self._memory / 1e9:.3g} GB: take "
+                f"{size:.3g} bytes, above the memory budget of {self._memory:.3g} bytes: take "
                 "fewer samples, raise memory_budget, or sum over outputs with "
                 "gram(trace_outputs=True)"
             )
@@ -358,6 +363,8 @@ class Jacobian:
     def _split(self, u: Tensor | Mapping[str, Tensor]) -> PerLayer:
         parameters = self._gradients.parameters
         if isinstance(u, Mapping):
+            if extra := set(u) - set(parameters):
+                raise ValueError(f"u has entries for {sorted(extra)}, which are no parameters here")
             for name, p in parameters.items():
                 if name not in u or u[name].shape != p.shape:
                     got = tuple(u[name].shape) if name in u else "nothing"

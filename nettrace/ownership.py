@@ -152,6 +152,26 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
         entries = behind
 
 
+def check_rows(losses: Tensor, outputs: Tensor, memory: int) -> None:
+    """Checks that the gradient of each loss (N,) by the outputs (N, ...) is its own row's alone.
+
+    Raises:
+        CoupledSamplesError: if a loss depends on another sample's outputs.
+    """
+    edge = get_gradient_edge(outputs)
+    numbers = torch.arange(len(losses), device=losses.device)
+    for (_, nr), owned in _ownerships(losses, [edge.node], [], memory):
+        if nr != edge.output_nr:
+            continue
+        axis = None if owned is None else owned.axes.get(0)
+        if axis is None or bool(((axis.owners != numbers) & (axis.owners != _NOBODY)).any()):
+            raise CoupledSamplesError(
+                "the samples are coupled by the loss: the loss of one depends on the outputs of "
+                "another. Per-sample loss gradients are not defined for such a loss; pass "
+                "Probe(..., losses=...) with a loss that separates over samples"
+            )
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A place where a cotangent enters the tape beside the outputs."""

@@ -29,11 +29,12 @@ class Probe:
         losses: `losses(outputs, targets) -> losses`, of shape (N,). By default the negative log
             likelihood.
         likelihood: the distribution whose parameters the outputs are, which also defines the Fisher
-            information: "categorical" for logits of classes (cross-entropy in nats, classes along
-            axis 1, or along the last axis if only that fits the targets, summed over positions) or
-            "gaussian" for means at unit variance (half the squared error, summed over outputs). By
-            default, where `losses` is not given, integer targets mean the first and floating
-            targets of the outputs' shape the second.
+            information: "categorical" for logits of classes (cross-entropy in nats, summed over
+            positions) or "gaussian" for means at unit variance (half the squared error, summed over
+            outputs). By default, where `losses` is not given, integer targets mean the first and
+            floating targets of the outputs' shape the second.
+        class_axis: the axis of the outputs along which the classes run. By default 1 or the last,
+            whichever fits the targets.
 
     Raises:
         ValueError: if there are no samples, or not as many targets.
@@ -53,12 +54,19 @@ class Probe:
         forward: Forward | None = None,
         losses: Losses | None = None,
         likelihood: LikelihoodName | None = None,
+        class_axis: int | None = None,
     ) -> None:
         if likelihood not in (None, "categorical", "gaussian"):
             raise ValueError(
                 f"expected likelihood 'categorical', 'gaussian' or None, got {likelihood!r}"
             )
         first = next(_tensors(inputs), None)
+        if first is None and inputs is not None and inputs != {}:
+            raise TypeError(
+                f"expected inputs to be a tensor, or a tuple or dict of tensors, got "
+                f"{type(inputs).__name__}: convert arrays by torch.as_tensor, and take samples of "
+                "a data set by Probe.from_dataset"
+            )
         if first is None or first.dim() == 0 or len(first) == 0:
             found = "no tensor" if first is None else f"shape {tuple(first.shape)}"
             raise ValueError(
@@ -75,6 +83,13 @@ class Probe:
         self.forward = forward
         self.losses = losses
         self.likelihood = likelihood
+        self.class_axis = class_axis
+
+    def __repr__(self) -> str:
+        kinds = [
+            f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in _tensors(self.inputs)
+        ]
+        return f"Probe of {len(self)} samples: {', '.join(kinds)}"
 
     def __len__(self) -> int:
         return len(next(_tensors(self.inputs)))
@@ -138,6 +153,7 @@ class Probe:
             forward=self.forward,
             losses=self.losses,
             likelihood=self.likelihood,
+            class_axis=self.class_axis,
         )
 
     def to(self, device: torch.device | str) -> Probe:
@@ -169,15 +185,16 @@ class Probe:
             )
         return outputs
 
-    def alone(self, model: nn.Module, count: int) -> Tensor | None:
-        """The outputs of the first `count` samples when the others are left out.
+    def take(self, samples: Tensor) -> Probe | None:
+        """The probe of some of its samples, by number, in the order given.
 
         Returns:
-            None where the samples cannot be told apart in the inputs.
+            None where the samples cannot be told apart.
         """
-        if any(t.dim() == 0 or len(t) != len(self) for t in _tensors(self.inputs)):
+        tensors = [*_tensors(self.inputs), *_tensors(self.targets)]
+        if any(t.dim() == 0 or len(t) != len(self) for t in tensors):
             return None
-        return self._call(model, _map(self.inputs, lambda t: t[:count]))
+        return self.map(lambda t: t[samples.to(t.device)])
 
     def distribution(self, outputs: Tensor) -> Likelihood | None:
         """The distribution that the outputs parametrise, if it is known.
@@ -187,7 +204,7 @@ class Probe:
         """
         if self.losses is not None and self.likelihood is None:
             return None
-        return infer(outputs, self.targets, self.likelihood)
+        return infer(outputs, self.targets, self.likelihood, self.class_axis)
 
     def per_sample_losses(self, outputs: Tensor) -> Tensor | None:
         """The loss (N,) of each sample, with its tape, if it is known.
@@ -221,6 +238,13 @@ class Probe:
                 outputs = model(inputs)
         except NotImplementedError as error:
             raise TypeError(f"{type(model).__name__} has no forward of its own: {hint}") from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if self.forward is not None:
+                raise
+            raise TypeError(
+                f"{type(model).__name__} cannot be called with the probe's inputs, a "
+                f"{type(inputs).__name__} ({type(error).__name__}: {error}): {hint}"
+            ) from error
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"expected {type(model).__name__} to return a tensor of shape (N, ...), got "

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 Schedule: TypeAlias = Callable[[int], bool]
 #: What `every=` takes: a period, "log", the steps themselves, or any schedule.
@@ -105,8 +105,8 @@ def schedule(every_: Every) -> Schedule:
         if every_ != "log":
             raise ValueError(f"expected a period, 'log', steps or a schedule, got {every_!r}")
         return log_spaced()
-    if isinstance(every_, int):
-        return every(every_)
+    if isinstance(every_, SupportsIndex):
+        return every(operator.index(every_))
     if callable(every_):
         return every_
     if isinstance(every_, Iterable):

@@ -12,9 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from nettrace.differentiate import jacobian
+from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian, PerLayer
+from nettrace.ownership import check_rows
 from nettrace.probe import Probe
 
 
@@ -42,6 +43,11 @@ class Statistics:
 
     #: How many targets are drawn for each sample in Monte Carlo estimates.
     draws = 8
+    #: The statistics that depend on the distribution that the outputs parametrise.
+    of_likelihood = frozenset(
+        "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
+        "fisher_metric drawn_sqnorms".split()
+    )
 
     def __init__(
         self,
@@ -75,13 +81,18 @@ class Statistics:
     @cached_property
     def likelihood(self) -> Likelihood:
         """The distribution that the outputs parametrise."""
-        likelihood = self._probe.distribution(self._outputs)
+        likelihood = self.assumed_likelihood
         if likelihood is None:
             raise Unavailable(
                 "the output distribution is not known: pass Probe(..., likelihood='categorical') "
                 f"or 'gaussian'{self._shapes}"
             )
         return likelihood
+
+    @cached_property
+    def assumed_likelihood(self) -> Likelihood | None:
+        """The distribution that the outputs parametrise, None if it is not known."""
+        return self._probe.distribution(self._outputs)
 
     @property
     def _shapes(self) -> str:
@@ -138,20 +149,18 @@ class Statistics:
     @cached_property
     def eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
-        order = self.samples * self.blocks.shape[1]
-        values: Tensor = torch.linalg.eigvalsh(self.gram.reshape(order, order).double())
-        return values.flip(0)
+        order = self.samples * self.jacobian.outputs
+        return _eigenvalues(self.gram.reshape(order, order))
 
     @cached_property
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
-        traced = self.gram.diagonal(dim1=1, dim2=3).sum(-1)
-        values: Tensor = torch.linalg.eigvalsh(traced.double())
-        return values.flip(0)
+        return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
 
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of each sample's loss by its outputs."""
+        check_rows(self._losses, self._outputs, parse_bytes(self._memory))
         (gradient,) = torch.autograd.grad(self._losses.sum(), self._outputs, retain_graph=True)
         return gradient.detach().reshape(self.samples, -1)
 
@@ -183,3 +192,10 @@ class Statistics:
         generator = torch.Generator().manual_seed(self._seed)
         drawn = self.likelihood.sampled_scores(self.outputs, self.draws, generator)
         return self.jacobian.project(drawn).norms().square()
+
+
+def _eigenvalues(kernel: Tensor) -> Tensor:
+    if not bool(kernel.isfinite().all()):
+        raise ValueError("the kernel is not finite: the gradients overflow")
+    values: Tensor = torch.linalg.eigvalsh(kernel.double())
+    return values.flip(0)

@@ -16,6 +16,7 @@ import platform
 import struct
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ class TraceWriter:
 
     def _begin(self, step: int) -> int:
         self._described = {}
+        self._check_probe()
         number = 0
         while True:
             try:
@@ -123,6 +125,16 @@ class TraceWriter:
         }
         self._append(file, header, [])
         return file
+
+    def _check_probe(self) -> None:
+        for part in self.folder.glob("part-*" + _SUFFIX):
+            header = next((header for header, _ in _frames(part)), {})
+            theirs, ours = header.get("provenance", {}), self._provenance
+            if header.get("attempt") == self._attempt and theirs.get("probe") != ours.get("probe"):
+                raise ValueError(
+                    f"{self.folder} holds the trace of another probe: give each probe a folder of "
+                    "its own"
+                )
 
     @staticmethod
     def _append(file: int, header: Mapping[str, Any], arrays: Sequence[bytes]) -> None:
@@ -208,7 +220,13 @@ def _frames(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Array]]]:
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
             body = file.read(length)
-            if len(body) < length or zlib.crc32(body) != checksum:
+            if len(body) < length:  # cut off, or being written at this moment
+                return
+            if zlib.crc32(body) != checksum:
+                warnings.warn(
+                    f"{path} is damaged before byte {file.tell()}: what follows in it is left out",
+                    stacklevel=3,
+                )
                 return
             (size,) = _LENGTH.unpack_from(body)
             header = json.loads(body[_LENGTH.size : _LENGTH.size + size])

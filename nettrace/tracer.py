@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -79,7 +80,6 @@ class Tracer:
         self._seed = seed
         self._writer = None if to is None else TraceWriter(to, probe=probe.fingerprint())
         self._warned: set[str] = set()
-        self._examined = False
 
     def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
         """Measures the network if the schedule says so.
@@ -95,90 +95,143 @@ class Tracer:
         Raises:
             Exception: whatever went wrong, if `on_error="raise"`.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"expected a step of at least 0, got {step}")
         if not self.due(step):
             return []
         records = self.measure(model, step, self.measures)
         if self._writer is not None:
-            self._writer.write(records, coordinates)
+            try:
+                self._writer.write(records, coordinates)
+            except OSError as error:
+                if self.on_error == "raise":
+                    raise
+                self._warn(
+                    "cannot write", f"cannot write the trace to {self._writer.folder}: {error}"
+                )
         return records
 
     def measure(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
         start = time.perf_counter()
         records: list[Record] = []
-        with frozen(model):
-            statistics: Statistics | Exception
-            try:
-                statistics = Statistics(
-                    model,
-                    self.probe,
-                    {need for m in measures for need in m.needs},
-                    seed=self._seed * 1_000_003 + step,
-                    memory_budget=self._memory_budget,
-                )
-                self._examine(model, statistics)
-            except Exception as error:
-                statistics = error
-            for measure in measures:
+        found: Statistics | Exception
+        try:
+            with frozen(model):
                 try:
-                    if isinstance(statistics, Exception):
-                        raise statistics
-                    records.append(_record(measure, step, measure(statistics)))
-                except Inapplicable:
-                    continue
+                    found = Statistics(
+                        model,
+                        self.probe,
+                        {need for m in measures for need in m.needs},
+                        seed=self._seed * 1_000_003 + step,
+                        memory_budget=self._memory_budget,
+                    )
+                    self._examine(model, found)
                 except Exception as error:
-                    if self.on_error == "raise":
-                        raise
-                    records.append(self._missing(measure, step, error))
-            _synchronise(model)
+                    found = error
+                records = self._take(measures, step, found)
+                _synchronise(model)
+        except Exception as error:  # of freezing itself, as of a model that is not initialised
+            records = self._take(measures, step, error)
         seconds = np.asarray(time.perf_counter() - start)
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
         return [*records, Record("nettrace/seconds", step, seconds, attributes=convention)]
 
-    def _examine(self, model: nn.Module, statistics: Statistics) -> None:
-        """At the first look, checks that samples are evaluated independently of each other.
+    def _take(
+        self, measures: Sequence[Measure], step: int, found: Statistics | Exception
+    ) -> list[Record]:
+        records = []
+        for measure in measures:
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                records.append(_record(measure, step, measure(found), found))
+            except Inapplicable:
+                continue
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                records.append(self._missing(measure, step, error))
+        return records
 
-        Mixing upstream of the first parameter leaves no mark on the tape. So the first half of the
-        samples is evaluated alone: its outputs must be the same.
+    def _examine(self, model: nn.Module, statistics: Statistics) -> None:
+        """Checks that samples are evaluated independently of each other.
+
+        Mixing upstream of the first parameter, or by values without a gradient, leaves no mark on
+        the tape. So the samples are evaluated once more in two parts and another order: outputs
+        and losses must be the same.
         """
-        if self._examined or statistics.samples < 2:
+        if statistics.samples < 2 or statistics.samples != len(self.probe):
             return
+        outputs = statistics.outputs
         with torch.no_grad():
-            outputs = statistics.outputs
-            again = self.probe.look(model)
-            half = self.probe.alone(model, statistics.samples // 2)
-        # There is no telling where samples cannot be told apart, or the network draws at random.
-        if half is not None and torch.equal(outputs, again):
-            reference = outputs[: len(half)]
-            same = half.shape == reference.shape and bool(
-                (half - reference).abs().max() <= 1e-3 * reference.abs().max()
+            noise = self.probe.look(model) - outputs  # not zero if the network draws at random
+            try:
+                losses = self.probe.per_sample_losses(outputs)
+            except Exception:  # which the measures that need losses will report
+                losses = None
+            order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
+            cut = (len(outputs) - 1) // 2 or 1
+            try:
+                again = self._evaluate(model, [order[:cut], order[cut:]], losses is not None)
+            except Exception:  # a network for batches of one size
+                again = self._evaluate(model, [order], losses is not None)
+        if again is None:
+            return  # samples cannot be told apart in the probe
+        order = order.to(outputs.device)
+        same = _same(again[0], outputs[order], noise)
+        if not same:
+            statistics.jacobian.coverage()  # raises, naming the operation, if that is on the tape
+        if not same or (losses is not None and not _same(again[1], losses[order], noise)):
+            raise CoupledSamplesError(
+                f"the samples are coupled: the {'losses' if same else 'outputs'} change when the "
+                "probe is evaluated in two parts or another order. Per-sample derivatives are not "
+                "defined; take out what mixes the batch, or make each group of samples that belong "
+                "together one"
             )
-            if not same:
-                raise CoupledSamplesError(
-                    "the samples are coupled: the outputs of the first half of the probe change "
-                    "when the other half is left out. Per-sample derivatives are not defined for "
-                    "such a network; take the operation that mixes the batch out, or make each "
-                    "group of samples that belong together one sample"
-                )
-        self._examined = True
+
+    def _evaluate(
+        self, model: nn.Module, parts: Sequence[Tensor], with_losses: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Outputs and losses of the probe's samples, part by part; None if it has no parts."""
+        outputs, losses = [], []
+        for part in parts:
+            probe = self.probe.take(part)
+            if probe is None:
+                return None
+            outputs.append(probe.look(model))
+            found = probe.per_sample_losses(outputs[-1]) if with_losses else None
+            losses.append(torch.zeros(len(part)) if found is None else found)
+        return torch.cat(outputs), torch.cat(losses)
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(
-                f"{measure.name} is missing at step {step}: {reason}",
-                MissingMeasureWarning,
-                stacklevel=4,
-            )
+        self._warn(reason, f"{measure.name} is missing at step {step}: {reason}")
         shape = (0,) * len(measure.dims)
         value = np.full(shape, np.nan)
         return Record(
             measure.name, step, value, dims=measure.dims, attributes=_about(measure), missing=reason
         )
 
+    def _warn(self, once: str, text: str) -> None:
+        if once not in self._warned:
+            self._warned.add(once)
+            warnings.warn(text, MissingMeasureWarning, stacklevel=5)
 
-def _record(measure: Measure, step: int, found: Value) -> Record:
+
+def _same(found: Tensor, expected: Tensor, noise: Tensor) -> bool:
+    """Whether values agree but for rounding, and the noise of networks that draw at random."""
+    if found.shape != expected.shape:
+        return False
+    rounding = min(1e3 * torch.finfo(expected.dtype).eps, 0.03)
+    bound = rounding * expected.abs().max() + 10 * noise.abs().max()
+    return bool(((found - expected).abs() <= bound).all() | ~expected.isfinite().all())
+
+
+def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -> Record:
     return Record(
         measure.name,
         step,
@@ -186,8 +239,17 @@ def _record(measure: Measure, step: int, found: Value) -> Record:
         None if found.standard_error is None else _array(found.standard_error),
         measure.dims,
         found.coordinates,
-        {**_about(measure), **found.attributes},
+        {**_about(measure), **_loss(measure, statistics), **found.attributes},
     )
+
+
+def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:
+    """What the loss and the distribution of the outputs were taken to be, if it matters."""
+    if not statistics.of_likelihood & set(measure.needs):
+        return {}
+    likelihood = statistics.assumed_likelihood
+    loss = "losses of the probe's own" if likelihood is None else likelihood.loss
+    return {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
 
 
 def _about(measure: Measure) -> dict[str, str]:

@@ -121,6 +121,7 @@ def test_ragged_arrays_are_padded(tmp_path):
     np.testing.assert_array_equal(nt.open(tmp_path).a_b, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*is damaged before byte")
 @pytest.mark.parametrize("damage", ["cut", "flip"])
 def test_damage_leaves_a_correct_prefix(tmp_path, damage):
     writer = TraceWriter(tmp_path)
@@ -145,12 +146,33 @@ def test_damage_leaves_a_correct_prefix(tmp_path, damage):
     assert len(seen) > 2
 
 
+def test_damage_in_the_middle_is_reported(tmp_path):
+    writer = TraceWriter(tmp_path)
+    for step in range(5):
+        writer.write([record("a/b", step, step)], {})
+    (part,) = tmp_path.iterdir()
+    broken = bytearray(part.read_bytes())
+    broken[-300] ^= 1
+    part.write_bytes(bytes(broken))
+    with pytest.warns(UserWarning, match="is damaged before byte"):
+        assert len(nt.open(tmp_path).step) < 5
+
+
+def test_a_folder_takes_the_trace_of_one_probe(tmp_path):
+    model, x = torch.nn.Linear(3, 2), torch.randn(6, 3)
+    nt.Tracer(nt.Probe(x), "ntk/trace", to=tmp_path)(model, 0)
+    nt.Tracer(nt.Probe(x), "ntk/entropy", to=tmp_path)(model, 0)  # of the same probe: added
+    assert {"ntk_trace", "ntk_entropy"} <= set(nt.open(tmp_path))
+    with pytest.raises(ValueError, match=r"another probe.*folder of its own"):
+        nt.Tracer(nt.Probe(x[:3]), "ntk/trace", to=tmp_path)(model, 0)
+
+
 def test_a_write_that_is_cut_short_costs_one_record(tmp_path, monkeypatch):
     writer = TraceWriter(tmp_path)
     writer.write([record("a/b", 0, 0)], {})
     whole = os.write
     monkeypatch.setattr("os.write", lambda file, data: whole(file, data[:30]))
-    with pytest.raises(OSError, match="30 of .* bytes.*disk full"):
+    with pytest.raises(OSError, match=r"30 of .* bytes.*disk full"):
         writer.write([record("a/b", 1, 1)], {})
     monkeypatch.undo()
     writer.write([record("a/b", 2, 2)], {})

@@ -119,7 +119,9 @@ def resolve(names: str | Iterable[str]) -> list[Measure]:
     Raises:
         ValueError: if there is no such measure, naming the nearest, or none is asked for.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(names or ())
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"expected names of measures, got {wrong[0]!r}")
     if not names:
         raise ValueError("expected at least one measure, got none")
     found: dict[str, Measure] = {}
@@ -133,5 +135,5 @@ def resolve(names: str | Iterable[str]) -> list[Measure]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), known, cutoff=0.4)
     return f": did you mean {' or '.join(map(repr, near))}?" if near else f": {sorted(known)}"

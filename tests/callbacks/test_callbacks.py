@@ -6,7 +6,7 @@ import json
 import pickle
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -181,6 +181,21 @@ def test_callbacks_that_share_a_look_keep_their_own_steps_and_folders(
     assert "fisher_trace" not in nt.open(tmp_path / "ntk")
 
 
+def test_a_look_is_one_forward_pass_after_the_first_look() -> None:
+    class Counting(training.network()):
+        passes: ClassVar[dict[int, int]] = {}  # what an instance keeps is put back
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                self.passes[self.global_step] = self.passes.get(self.global_step, 0) + 1
+            return super().forward(x)
+
+    training.fit([NTKTrace(every=1), FisherTrace(every=2)], Counting())
+    first, *others = (Counting.passes[step] for step in range(5))
+    assert first <= 3  # two more tell whether samples are coupled
+    assert others == [1, 1, 1, 1]
+
+
 def test_what_is_not_due_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: dict[int, set[str]] = {}
     measure = nt.Tracer.measure
@@ -335,10 +350,14 @@ def test_a_stream_with_a_probe_is_measured(tmp_path: Path) -> None:
     assert steps(tmp_path) == [0, 2, 4]
 
 
-def test_where_validation_data_is_a_stream_the_training_data_gives_the_probe(
-    looks: list[nt.Probe],
+@pytest.mark.filterwarnings("ignore:Total length of .* is zero:UserWarning")  # on purpose
+@pytest.mark.parametrize(
+    "dataset", [training.Stream(), training.Samples(count=0)], ids=["stream", "empty"]
+)
+def test_where_validation_data_have_no_samples_the_training_data_give_the_probe(
+    dataset: Any, looks: list[nt.Probe]
 ) -> None:
-    training.fit(NTKTrace(), validation=training.loader(training.Stream()))
+    training.fit(NTKTrace(), validation=training.loader(dataset))
     assert torch.equal(looks[0].inputs, training.Samples().inputs)
 
 

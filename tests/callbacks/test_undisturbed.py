@@ -15,6 +15,7 @@ import pytest
 import torch
 import training
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import nettrace as nt
 from nettrace import freeze
@@ -219,7 +220,7 @@ def test_what_a_wild_forward_does_is_undone(ends: str) -> None:
 
 
 PARTS = {
-    "_random_states": {"random torch", "random numpy", "random python"},
+    "random_states": {"random torch", "random numpy", "random python"},
     "_parameters": {"grad linear.weight", "requires_grad linear.bias"},
     "_attributes": {
         *("buffer gain", "buffer norm.running_var", "attribute seen"),
@@ -292,9 +293,38 @@ def test_what_a_module_keeps_is_left_alone(kind: str) -> None:
     assert training.differences(kept, fresh) == []
 
 
-def test_weights_that_a_forward_writes_to_are_left_alone() -> None:
-    torch.manual_seed(0)
-    model = nn.Embedding(3, 4, max_norm=0.5)  # scales the rows that it looks up, in place
+def normalise(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.div_(weight.norm())
+
+
+def normalise_data(weight: Tensor) -> None:
+    weight.data.div_(weight.norm())
+
+
+def replace_data(weight: Tensor) -> None:
+    weight.data = weight.data / weight.norm()
+
+
+WRITERS: dict[str, Callable[[Tensor], None]] = {
+    "in place": normalise,
+    "through .data": normalise_data,
+    "by a new .data": replace_data,
+}
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_weights_that_a_forward_writes_to_are_left_alone(way: str) -> None:
+    model = nn.Linear(4, 3)
+    before = training.state(model)
+    with freeze.frozen(model):
+        WRITERS[way](model.weight)
+        assert training.differences(before["weight weight"], model.weight.detach()) != []
+    assert training.differences(before, training.state(model)) == []
+
+
+def test_embeddings_that_scale_what_they_look_up_are_left_alone() -> None:
+    model = nn.Embedding(3, 4, max_norm=0.1)
     before = training.state(model)
     with freeze.frozen(model):
         model(torch.tensor([0, 2]))
@@ -354,25 +384,59 @@ def test_a_graph_recorded_before_stays_valid(guard: Callable[..., Any]) -> None:
 # What else a measurement touches -----------------------------------------------------------------
 
 
-class OwnStream(training.Samples):
-    """Samples with noise from a generator of the data set's own."""
+class Jitter:
+    """A transform that draws from a generator of its own."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.generator = np.random.default_rng(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + torch.as_tensor(self.generator.normal(size=x.shape)).float()
+
+
+class Jittered(training.Samples):
+    """Samples with noise from a generator that belongs to the data set or to its transform."""
+
+    def __init__(self, jitter: Any) -> None:
+        super().__init__()
+        if isinstance(jitter, Jitter):
+            self.transform = jitter
+        else:
+            self.generator = np.random.default_rng(0)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = super().__getitem__(index)
-        return x + torch.as_tensor(self.generator.normal(size=4)).float(), y
+        return (self.transform(x) if hasattr(self, "transform") else Jitter.__call__(self, x)), y
 
 
-def test_a_default_probe_leaves_the_data_sets_own_generator_alone() -> None:
+OWNERS: dict[str, Callable[[], Any]] = {
+    "data set": lambda: Jittered(None),
+    "data set of a subset": lambda: Subset(Jittered(None), range(16)),
+    "data set of several": lambda: ConcatDataset([training.Samples(count=4), Jittered(None)]),
+    "transform": lambda: Jittered(Jitter()),
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_a_default_probe_leaves_the_generators_of_the_data_alone(owner: str) -> None:
     trained = []
     for callbacks in ([], [NTKTrace()]):
         model = training.network()()
-        training.fit(callbacks, model, training.loader(OwnStream()))
+        training.fit(callbacks, model, training.loader(OWNERS[owner]()))
         trained.append(training.state(model))
     assert training.differences(*trained) == []
+
+
+def test_a_default_probe_does_not_copy_the_data() -> None:
+    class Noted(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            places.add(self.tensors[0].data_ptr())
+            return super().__getitem__(index)
+
+    places: set[int] = set()
+    samples = training.Samples()
+    training.fit(NTKTrace(), data=training.loader(Noted(samples.inputs, samples.targets)))
+    assert places == {samples.inputs.data_ptr()}
 
 
 def test_what_a_forward_logs_is_left_alone(tmp_path: Any) -> None:
