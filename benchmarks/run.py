@@ -71,12 +71,14 @@ def quantities(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
         gradients = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
         return sum(g.flatten(1).square().sum(1) for g in gradients.values())
 
+    few = x[: len(x) // 8]  # all of them would take torch.func minutes
+
     def func_trace() -> Tensor:
-        rows = vmap(jacrev(output), (None, 0), chunk_size=16)(parameters, x)
+        rows = vmap(jacrev(output), (None, 0), chunk_size=16)(parameters, few)
         return sum(j.square().sum() for j in rows.values())
 
-    def func_gram() -> Tensor:  # of an eighth of the samples: all of them would take minutes
-        rows = vmap(jacrev(output), (None, 0))(parameters, x[: len(x) // 8])
+    def func_gram() -> Tensor:
+        rows = vmap(jacrev(output), (None, 0))(parameters, few)
         return sum(torch.einsum("ncp,mdp->ncmd", j.flatten(2), j.flatten(2)) for j in rows.values())
 
     return {
@@ -85,9 +87,10 @@ def quantities(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[],
         "the same, vmap(grad)": func_norms,
         "loss Gram matrix": lambda: nt.loss_jacobian(losses(), model).gram(),
         "NTK trace": lambda: nt.jacobian(model(x), model).trace(),
+        "NTK trace of N/8 samples": lambda: nt.jacobian(model(few), model).trace(),
         "the same, vmap(jacrev)": func_trace,
         "NTK": lambda: nt.jacobian(model(x), model).gram(),
-        "NTK of N/8 samples": lambda: nt.jacobian(model(x[: len(x) // 8]), model).gram(),
+        "NTK of N/8 samples": lambda: nt.jacobian(model(few), model).gram(),
         "the same, vmap(jacrev) and einsum": func_gram,
     }
 

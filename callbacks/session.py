@@ -6,7 +6,7 @@ import copy
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
 
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
-from nettrace.freeze import private_copy, random_states
+from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.store import TraceWriter
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ class Session:
                 f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
                 "number: pass probe=nettrace.Probe(inputs, targets)"
             )
-        with random_states({self._module.device}):  # samples may be augmented at random
-            dataset = _twin(loader.dataset)
+        lazy = any(map(is_lazy, self._module.parameters()))  # which cannot be frozen yet
+        with random_states({self._module.device}), nullcontext() if lazy else frozen(self._module):
+            dataset = _twin(loader.dataset, {})  # samples may be augmented at random
             probe = Probe.from_dataset(dataset, callback.samples, collate=loader.collate_fn)
             batch = (probe.inputs,) if probe.targets is None else (probe.inputs, probe.targets)
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
@@ -189,25 +191,25 @@ def _has_samples(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
 
 
-def _twin(value: Any) -> Any:
+def _twin(value: Any, memo: dict[int, Any]) -> Any:
     """The same data set with random generators of its own, but the same data.
 
     Looks for generators in the attributes of what it is made of, such as transforms, and in short
     lists of those.
     """
+    if id(value) in memo:
+        return memo[id(value)]
     if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
-        return private_copy(value)
+        return private_copy(value, memo)
     if type(value) in (list, tuple) and len(value) <= _FEW:
-        return type(value)(_twin(v) for v in value)
+        return type(value)(_twin(v, memo) for v in value)
     if type(value) is dict and len(value) <= _FEW:
-        return {k: _twin(v) for k, v in value.items()}
-    if isinstance(value, (Tensor, nn.Module, type)) or not hasattr(value, "__dict__"):
-        return value
-    if callable(value) and not isinstance(value, Dataset) and not vars(value):
+        return {k: _twin(v, memo) for k, v in value.items()}
+    if isinstance(value, (Tensor, nn.Module, type)) or not getattr(value, "__dict__", None):
         return value
     try:
-        twin = copy.copy(value)
-        vars(twin).update({name: _twin(v) for name, v in vars(value).items()})
+        twin = memo[id(value)] = copy.copy(value)
+        vars(twin).update({name: _twin(v, memo) for name, v in vars(value).items()})
     except Exception:  # what cannot be copied is used as it is
         return value
     return twin

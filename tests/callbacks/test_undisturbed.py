@@ -439,6 +439,39 @@ def test_a_default_probe_does_not_copy_the_data() -> None:
     assert places == {samples.inputs.data_ptr()}
 
 
+def test_a_default_probe_is_taken_from_data_sets_that_refer_to_each_other() -> None:
+    class Family:
+        copies = 0
+
+        def __copy__(self) -> Family:
+            Family.copies += 1
+            if Family.copies > 100:
+                pytest.fail("copies in circles")
+            twin = Family.__new__(Family)
+            vars(twin).update(vars(self))
+            return twin
+
+    family = Family()
+    for name in ("one", "other"):
+        setattr(family, name, training.Samples())
+        getattr(family, name).family = family
+    trainer = training.fit(NTKTrace(), data=training.loader(family.one))
+    assert "ntk/trace" in trainer.callback_metrics
+
+
+def test_what_a_batch_hook_counts_is_left_alone() -> None:
+    class Counting(training.network()):
+        batches = 0
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.batches += 1
+            return batch
+
+    model = Counting()
+    training.fit(NTKTrace(), model)
+    assert model.batches == 4
+
+
 def test_what_a_forward_logs_is_left_alone(tmp_path: Any) -> None:
     class Talkative(training.network()):
         def forward(self, x: Tensor) -> Tensor:
