@@ -381,8 +381,8 @@ def _batch_norm_message(node: Node) -> str:
     return (
         f"the samples are coupled by batch normalisation in training mode ({node.name()}, input "
         f"shape {shape_of(node)}): each output depends on the mean and variance of the whole "
-        "batch. Call model.eval() before the forward pass, or pass coupled='rows' to get the "
-        "Jacobian of the coupled outputs by one backward pass a row"
+        "batch. Call model.eval() before the forward pass, or pass coupled='rows' to "
+        "nettrace.jacobian for that of the coupled outputs, by one backward pass a row"
     )
 
 
@@ -404,5 +404,6 @@ def _diagnose(tape: Tape, outputs: Tensor, entries: Sequence[_Entry], memory: in
         f"the samples are coupled: the result of {first.name()}, of shape {shape_of(first)}, is "
         f"used for more than one sample by {names}. Per-sample derivatives are not defined for "
         "such a network; evaluate it one sample at a time, take the mixing operation out, or pass "
-        "coupled='rows' to get the Jacobian of the coupled outputs by one backward pass a row"
+        "coupled='rows' to nettrace.jacobian for that of the coupled outputs, by one backward pass "
+        "a row"
     )

@@ -13,16 +13,6 @@ from nettrace.measures import fisher
 N, D, C = 24, 5, 4
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Thousands of tiny operations: threads that wait for each other cost up to ten times as much
-    # where other processes have the cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def softmax(z, axis=-1):
     e = np.exp(z - z.max(axis, keepdims=True))
     return e / e.sum(axis, keepdims=True)

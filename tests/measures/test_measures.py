@@ -21,16 +21,6 @@ from nettrace.measures import collective, ntk
 N, C = 5, 3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Thousands of tiny operations: threads that wait for each other cost up to ten times as much
-    # where other processes have the cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def measured(model, probe, *names):
     """The records of some measures by name; whatever goes wrong is raised."""
     records = nt.Tracer(probe, names, on_error="raise")(model, step=0)
