@@ -6,16 +6,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test slow gpu lint bench clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
 test: .venv/dev
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-
-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check

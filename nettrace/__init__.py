@@ -2,8 +2,9 @@
 
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.measures import measure
-from nettrace.operator import Jacobian, LossJacobian
+from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
+from nettrace.per_sample import LossJacobian
 from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import at, every, log_spaced

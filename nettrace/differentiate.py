@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nettrace.gradients import RowGradients, TapeGradients
-from nettrace.operator import Jacobian, LossJacobian
+from nettrace.operator import Jacobian
+from nettrace.per_sample import LossJacobian
 from nettrace.tape import Tape
 
 Parameters: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
