@@ -51,6 +51,15 @@ class Axis:
     owners: Tensor
     samples: int
 
+    @classmethod
+    def derived(cls, layout: Layout, length: int, samples: int, device: torch.device) -> Axis:
+        """The axis that a layout of the samples describes."""
+        slices = torch.arange(length, device=device)
+        axis = cls(layout.dim, slices // layout.inner % samples, samples)
+        if layout.inner * samples == length:
+            axis.__dict__["_index"] = None  # in order: no need to look
+        return axis
+
     @cached_property
     def _index(self) -> Tensor | None:
         """(N, T) the slices of each sample, padded with one past the end; None if in order."""
@@ -177,8 +186,7 @@ def _placed(
             if isinstance(layout, Layout):
                 key = (layout.dim, meta.shape[layout.dim], layout.inner, meta.device)
                 if key not in axes:
-                    slices = torch.arange(key[1], device=meta.device)
-                    axes[key] = Axis(layout.dim, slices // layout.inner % samples, samples)
+                    axes[key] = Axis.derived(layout, key[1], samples, meta.device)
                 found[node, nr] = Ownership({layout.dim: axes[key]}, None)
     return found
 
