@@ -64,16 +64,16 @@ class Patches(Still):
         """The same in another precision."""
         return Patches(self._images.to(dtype), self._geometry, self.ones)
 
-    def outer(self, moving: Tensor, ns: slice) -> Tensor:
+    def outer(self, moving: Tensor, ns: slice, out: Tensor | None = None) -> Tensor:
         """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times patches."""
         n, g, t, m = moving.shape
         # One convolution with samples as groups makes no patches. Where the images are small or
         # the channels many, it is slower than making them.
         if t < 64 or m * self.width > 50_000 or len(self._geometry.size) != 2:
-            return super().outer(moving, ns)
+            return super().outer(moving, ns, out)
         images, geometry = self._images[ns], self._geometry
         _, s, c, *space = images.shape
-        out = [
+        places = [
             (length + 2 * p - d * (size - 1) - 1) // stride + 1
             for length, size, stride, p, d in zip(
                 space,
@@ -86,7 +86,7 @@ class Patches(Still):
         ]
         cotangent = moving.mT.reshape(n, g, m, s, -1).permute(3, 0, 1, 2, 4)
         weight = torch.ops.aten.convolution_backward(
-            cotangent.reshape(s, n * g * m, *out),
+            cotangent.reshape(s, n * g * m, *places),
             images.movedim(1, 0).reshape(s, n * c, *space),
             images.new_empty((1,)).expand(n * g * m, c // g, *geometry.size),
             None,
@@ -94,12 +94,12 @@ class Patches(Still):
             list(geometry.padding),
             list(geometry.dilation),
             False,
-            [0] * len(out),
+            [0] * len(places),
             n * g,
             [False, True, False],
         )[1]
         found: Tensor = weight.view(n, g, m, self.width)
-        return found
+        return found if out is None else out.copy_(found)
 
 
 def patches(images: Tensor, geometry: Geometry) -> Tensor:

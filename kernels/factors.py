@@ -20,6 +20,7 @@ and the moving side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,7 @@ class Still:
     """
 
     #: How many numbers it is efficient to write out together.
-    at_once = 4 * _TILE
+    at_once = 2 * _TILE
 
     def __init__(
         self, tokens: Tensor, width: int, ones: bool = False, dtype: torch.dtype | None = None
@@ -87,16 +88,17 @@ class Still:
         """How many multiplications an entry of `gram` still takes."""
         return 0 if "gram" in self.__dict__ else 1 if self.is_lookup else self.width
 
-    def outer(self, moving: Tensor, ns: slice) -> Tensor:
+    def outer(self, moving: Tensor, ns: slice, out: Tensor | None = None) -> Tensor:
         """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times still, without ones."""
         tokens = self.tokens(ns)
         if not self.is_lookup:
-            return moving.mT @ tokens
+            return torch.matmul(moving.mT, tokens, out=out)
         n, g, t, m = moving.shape
-        out = moving.new_zeros((n * g * self.width, m))
+        found = moving.new_zeros((n * g * self.width, m))
         first = torch.arange(n * g, device=tokens.device).view(n, g, 1) * self.width
-        out.index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
-        return out.view(n, g, self.width, m).mT
+        found.index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
+        found = found.view(n, g, self.width, m).mT
+        return found if out is None else out.copy_(found)
 
 
 @dataclass(frozen=True)
@@ -387,11 +389,20 @@ def _tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
 
 
 def _written(x: Outer, each: int) -> Iterator[Tensor]:
-    """The gradients (K, N, P) without ones, as many columns at a time as of `each` fit a tile."""
-    for ms in _tiles(x.moving.shape[-1], each, x.still.at_once):
-        yield torch.stack(
-            [x.still.outer(moving[..., ms], slice(None)) for moving in x.moving]
-        ).flatten(2)
+    """The gradients (K, N, P) without ones, as many columns at a time as of `each` fit a tile.
+
+    They lie in the same memory each time: new memory is slow to touch.
+    """
+    k, n, g, _, d, m = x.shape
+    memory: Tensor | None = None
+    for ms in _tiles(m, each, x.still.at_once):
+        shape = (k, n, g, ms.stop - ms.start, d)
+        if memory is None:
+            memory = x.moving.new_empty(shape)
+        found = memory.flatten()[: math.prod(shape)].view(shape)
+        for moving, out in zip(x.moving, found, strict=True):
+            x.still.outer(moving[..., ms], slice(None), out)
+        yield found.flatten(2)
 
 
 def _gram_written_out_(out: Tensor, x: Iterator[Tensor], y: Iterator[Tensor] | None) -> None:

@@ -331,7 +331,7 @@ class Jacobian:
     def _room(self, held: int) -> int:
         """How many outputs the budget has room for, where `held` such ranges are held at a time."""
         each = max(1, self._gradients.bytes_per_cotangent())
-        return max(1, self._memory // (2 * held * each))
+        return max(1, 3 * self._memory // (4 * held * each))
 
     def _pulled(self, step: int, start: int = 0) -> Iterator[tuple[slice, Pulled]]:
         try:

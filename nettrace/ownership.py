@@ -294,7 +294,7 @@ def _ownerships(
             for scale in scales
         ]
         for i, edge in enumerate(edges):
-            if pulled[0][i] is not None:
+            if pulled[0][i] is not None and pulled[0][i].numel():
                 reference, *scaled = (_as_reals(p[i]) for p in pulled)
                 found = _ownership(code, reference, scaled)
                 if found is not None and not found.axes and edge[0].name() in _BY_ROWS:
