@@ -10,17 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
-from zoo.member import N, last_token, member, singles_of
+
+from zoo.member import N, last_token, member
 
 
 @member("mlp", "W5", lambda: torch.randn(N, 5))
-class MLP(nn.Sequential):
+def plain_regressor() -> nn.Module:
     """The plain regressor."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3)
-        )
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3))
 
 
 # The four of the house --------------------------------------------------------------------------
@@ -234,11 +231,9 @@ class Attention(nn.Module):
         return torch.einsum("nqhd,hde->nqe", y.unflatten(2, (2, 4)), self.heads).mean(1)
 
 
-@member(
-    "no-rule", "", lambda: (torch.randn(N, 4), torch.randint(0, 9, (N, 3))), "rule node"
-)
+@member("no-rule", "", lambda: (torch.randn(N, 4), torch.randint(0, 9, (N, 3))), "rule node")
 class Normalised(nn.Module):
-    """RMSNorm, PReLU, bilinear, embedding bag and a custom autograd function: some have no rule."""
+    """RMSNorm, PReLU, bilinear, a bag; a custom function and an exponent, which have no rule."""
 
     class Square(torch.autograd.Function):
         @staticmethod
@@ -258,16 +253,17 @@ class Normalised(nn.Module):
         self.bilinear = nn.Bilinear(4, 4, 3)
         self.bag = nn.EmbeddingBag(9, 4, mode="mean")
         self.weight = nn.Parameter(torch.randn(3))
+        self.power = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         x = self.activation(self.norm(x)) + self.bag(tokens)
-        return self.Square.apply(self.bilinear(x, torch.tanh(x)), self.weight, 2)
-
+        x = self.bilinear(x, torch.tanh(x).abs() ** self.power)
+        return self.Square.apply(x, self.weight, 2)
 
 
 @member("paddings", "", lambda: torch.randn(N, 2, 6, 6))
 class Paddings(nn.Module):
-    """Reflection, replication and circles around images; a depthwise-separable pair, up and down."""
+    """Reflected, replicated and circular borders; depthwise, pointwise, transposed filters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +285,7 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.down = nn.Conv3d(1, 3, 3, padding=1)
+        self.down = nn.Conv3d(1, 3, 3, padding=1, bias=False)
         self.norm = nn.InstanceNorm3d(3, affine=True)
         self.middle = nn.Conv3d(3, 3, 3, padding="same", dilation=2)
         self.out = nn.Conv3d(6, 1, 1)
@@ -301,7 +297,7 @@ class UNet(nn.Module):
         return self.out(torch.cat([x, skip], 1))[:, 0, :2, 0, 0]
 
 
-@member("bags", "", lambda: (torch.randint(1, 9, (N, 4)), torch.rand(N, 4)))
+@member("bags", "", lambda: (torch.randint(1, 9, (N, 4)), torch.rand(N, 4)), "rule node")
 class Bags(nn.Module):
     """Bags of words, flat with offsets, weighted, with padding; a table with padding."""
 
@@ -319,6 +315,21 @@ class Bags(nn.Module):
         x = self.flat(words.flatten(), starts[:-1]) + self.largest(words)
         y = self.weighted(words.flatten(), starts, (weights * self.score[words]).flatten())
         return torch.tanh(x * y) + self.table(words).prod(1)
+
+
+@member("tables", "W19", lambda: (torch.randint(0, 3, (N, 5)), torch.randint(0, 2, (N, 5))))
+class Tables(nn.Module):
+    """Values of states and actions, looked up by several indices at once, by gathering, by bag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(3, 2))
+        self.features = nn.Parameter(torch.randn(2, 3, 2))
+        self.prior = nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        value = self.values[state, action - 2] + self.prior.expand(len(state), -1).gather(1, state)
+        return (torch.tanh(value)[..., None] * self.features[action, state]).sum(1)
 
 
 @member("in-place", "", lambda: torch.randn(N, 4))
@@ -486,20 +497,23 @@ class Plain(nn.Module):
         return self.head(x).mean(1)
 
 
-def compiled(backend: str) -> nn.Module:
-    torch._dynamo.reset()
-    return torch.compile(Plain(), backend=backend)
-
-
 def sequence() -> Tensor:
     return torch.randn(N, 2, 5)
 
 
-# `eager` leaves the tape as it is; the others make one node of the network, by whose own backward
-# everything is found.
-member("compiled-eager", "", sequence, alone=False)(lambda: compiled("eager"))
-member("compiled-aot", "", sequence, "node", alone=False)(lambda: compiled("aot_eager"))
-member("compiled-inductor", "", sequence, "node", alone=False)(lambda: compiled("inductor"))
+def compiled(backend: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        torch.compiler.reset()
+        return torch.compile(model, backend=backend)(x)
+
+    return forward
+
+
+# The first backend leaves the tape as it is; the others make one node of the network, by whose own
+# backward everything is found.
+for backend, routes in [("eager", "rule"), ("aot_eager", "node"), ("inductor", "node")]:
+    name = f"compiled-{backend}".replace("_", "-")
+    member(name, "", sequence, routes, forward=compiled(backend), alone=False)(Plain)
 
 
 def autocast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -522,9 +536,7 @@ for name, dtype, tolerance in [("bf16", torch.bfloat16, 5e-2), ("fp16", torch.fl
     )(Plain)
 
 
-@member(
-    "complex", "W18", lambda: torch.randn(N, 3), forward=lambda m, x: torch.view_as_real(m(x))
-)
+@member("complex", "W18", lambda: torch.randn(N, 3), forward=lambda m, x: torch.view_as_real(m(x)))
 class ComplexNetwork(nn.Module):
     """Complex weights and outputs, which count as pairs of reals; a magnitude in between."""
 

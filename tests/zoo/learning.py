@@ -7,9 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.member import N, member, singles_of
 from zoo.physics import mlp, slope
-
 
 # Generators and energies ------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ class FlowMatching(nn.Module):
 
 @member("energy-model", "W12", lambda: torch.randn(N, 2), alone=False)
 class EnergyModel(nn.Module):
-    """Contrastive divergence: negative samples by Langevin steps, without a gradient of their own."""
+    """Contrastive divergence: negative samples by Langevin steps, which have no gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,12 +186,20 @@ class Contrast(nn.Module):
         return F.cross_entropy(z[:, 0] @ z[:, 1].T / 0.5, torch.arange(len(x)), reduction="none")
 
 
-@member("batch-norm-training", "", lambda: torch.randn(N, 4), "rows", coupled=True, alone=False, training=True)
+@member(
+    "batch-norm-training",
+    "",
+    lambda: torch.randn(N, 4),
+    "rows",
+    coupled=True,
+    alone=False,
+    training=True,
+)
 class BatchNormTraining(nn.Sequential):
     """Statistics of the batch: each output depends on all samples."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
+        super().__init__(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
 
 
 @member("teacher", "W15", lambda: torch.randn(N, 2, 4), training=True)
@@ -228,7 +236,7 @@ class Prototypes(nn.Module):
 
 @member("inner-loop", "W19", lambda: (torch.randn(N, 3, 2), torch.randn(N, 3, 1)))
 class InnerLoop(nn.Module):
-    """A sample is a task: weights are fitted to it in two steps whose gradients are differentiated."""
+    """A sample is a task: weights are fitted to it in two steps, which are differentiated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,10 +251,7 @@ class InnerLoop(nn.Module):
                 guess = torch.func.functional_call(self.net, fast, (inputs[:2],))
                 loss = F.mse_loss(guess, targets[:2])
                 steps = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
-                fast = {
-                    k: w - self.rate * s
-                    for (k, w), s in zip(fast.items(), steps, strict=True)
-                }
+                fast = {k: w - self.rate * s for (k, w), s in zip(fast.items(), steps, strict=True)}
             guess = torch.func.functional_call(self.net, fast, (inputs[2:],))
             losses.append((guess - targets[2:]).square().sum())
         return torch.stack(losses)
@@ -364,7 +369,10 @@ class GaussianProcess(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_length, self.log_noise = nn.Parameter(torch.randn(2)), nn.Parameter(torch.zeros(()))
+        self.log_length, self.log_noise = (
+            nn.Parameter(torch.randn(2)),
+            nn.Parameter(torch.zeros(())),
+        )
         self.log_scale, self.mean = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
         # Made on the fly, it could be the samples: it is as long as there are samples.
         self.register_buffer("identity", torch.eye(4))
@@ -444,7 +452,7 @@ class KAN(nn.Sequential):
         super().__init__(Splines(3, 4), Splines(4, 2))
 
 
-@member("radial-basis", "W18", lambda: torch.randn(N, 3))
+@member("radial-basis", "W18", lambda: torch.randn(N, 3), "rule node")
 class RadialBasis(nn.Module):
     """Centres and widths, Gaussian and Cauchy units, and the frequencies of a random basis."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,23 +22,23 @@ def last_token(model: nn.Module, batch: Batch) -> Tensor:
     return call(model, batch)[:, -1, :7]
 
 
-def square(outputs: Tensor) -> Tensor:
+def losses(outputs: Tensor) -> Tensor:
     """(N,) half the squared distance to a fixed target; outputs (N,) are losses themselves."""
     if outputs.dim() == 1:
         return outputs
     return (outputs.double() - 0.3).square().flatten(1).sum(1) / 2
 
 
-@dataclass(frozen=True)
-class Member:
-    """A model, a batch of `N` samples, and how to get outputs (N, ...) from them.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How to make a model and a batch of `N` samples, and outputs (N, ...) from them.
 
     Args:
-        model: the model.
-        batch: the samples.
+        make: makes the model.
+        draw: draws the samples.
         families: the families of workloads (W1 to W20) that it belongs to.
-        forward: how to get outputs from model and batch.
         routes: by which routes the parameters' gradients should be found.
+        forward: gets outputs from model and batch.
         of: the part of the model by whose parameters to differentiate.
         singles: the batch with one sample alone, where axis 0 of the parts does not count samples.
         alone: whether a sample alone gives what it gives in the batch: not where the forward pass
@@ -50,11 +49,11 @@ class Member:
         tolerance: relative to the largest entry.
     """
 
-    model: nn.Module
-    batch: Batch
-    families: str
+    make: Callable[[], nn.Module]
+    draw: Callable[[], Batch]
+    families: frozenset[str]
+    routes: frozenset[str]
     forward: Callable[[nn.Module, Batch], Tensor] = call
-    routes: frozenset[str] = frozenset({"rule"})
     of: Callable[[nn.Module], nn.Module] = lambda model: model
     singles: Callable[[Batch, int], Batch] | None = None
     alone: bool = True
@@ -62,6 +61,14 @@ class Member:
     training: bool = False
     dtype: torch.dtype = torch.float64
     tolerance: float = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member(Kind):
+    """One of its kind, made."""
+
+    model: nn.Module
+    batch: Batch
 
     @property
     def target(self) -> nn.Module:
@@ -92,18 +99,22 @@ def singles_of(graph: int) -> Callable[[Batch, int], Batch]:
     return take
 
 
-ZOO: dict[str, Callable[[], Member]] = {}
+ZOO: dict[str, Kind] = {}
 
 
 def member(
-    name: str, families: str, batch: Callable[[], Batch], routes: str = "rule", **options: object
+    name: str, families: str, draw: Callable[[], Batch], routes: str = "rule", **options: object
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    """Registers what makes a model under a name; `routes` are separated by spaces."""
+    """Registers what makes a model under a name; families and routes are separated by spaces."""
 
     def register(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         assert name not in ZOO
-        ZOO[name] = lambda: Member(
-            make(), batch(), families, routes=frozenset(routes.split()), **options
+        ZOO[name] = Kind(
+            make=make,
+            draw=draw,
+            families=frozenset(families.split()),
+            routes=frozenset(routes.split()),
+            **options,
         )
         return make
 
@@ -113,15 +124,15 @@ def member(
 def build(name: str, dtype: torch.dtype | None = None, seed: int = 0) -> Member:
     """A member from a fixed seed, in its own dtype unless told."""
     torch.manual_seed(seed)
-    made = ZOO[name]()
-    dtype = dtype or made.dtype
+    kind = ZOO[name]
+    model, batch = kind.make(), kind.draw()
+    dtype = dtype or kind.dtype
 
     def cast(t: Tensor) -> Tensor:
         if t.is_complex():
             return t.to(dtype.to_complex())
         return t.to(dtype) if t.is_floating_point() else t
 
-    batch = made.batch
+    model = model._apply(cast).train(kind.training)
     batch = tuple(map(cast, batch)) if isinstance(batch, tuple) else cast(batch)
-    model = made.model._apply(cast).train(made.training)
-    return dataclasses.replace(made, model=model, batch=batch, dtype=dtype)
+    return Member(**vars(kind) | {"dtype": dtype}, model=model, batch=batch)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from zoo.member import N, member, singles_of
 
 
@@ -19,7 +20,7 @@ def slope(y: Tensor, x: Tensor) -> Tensor:
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), activation()]
     return nn.Sequential(*layers[:-1])
 
