@@ -123,6 +123,8 @@ class Tape:
     def _is_derived(self, node: Node) -> bool:
         if not all(self._is_weight(child, nr) for child, nr in edges(node)):
             return False
+        if any(0 in m.shape for m in metadata(node) if hasattr(m, "shape")):
+            return False  # such as the rows of an expert that no sample chose
         spreads = node.name() in BROADCASTS or self._has_fixed_operand(node)
         if spreads and self._grows(node) and self._per_sample(shape_of(node)):
             return False

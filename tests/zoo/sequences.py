@@ -37,6 +37,17 @@ for name, make in {
     member(name, "W9", lambda: torch.randn(N, 4, 3))(make)
 
 
+# In single precision a kernel of oneDNN takes all steps at once.
+member(
+    "lstm-fused",
+    "W9",
+    lambda: torch.randn(N, 4, 3),
+    "rule node",
+    dtype=torch.float32,
+    tolerance=1e-5,
+)(partial(Recurrence, nn.LSTM))
+
+
 @member("lstm-packed", "W9", lambda: (torch.randn(N, 4, 3), torch.tensor([2, 4, 3, 4])))
 class Packed(nn.Module):
     """Sequences of different lengths in one packed batch, projected, from a learned state."""
