@@ -3,6 +3,36 @@
 if __name__ != "nettrace.kernels":  # the repository root is on sys.path
     raise ImportError(f"import `nettrace.kernels`, not `{__name__}`", name=__name__)
 
-from nettrace.kernels.factors import Dense, Factor, Outer, blocks, dense, fold, gram, inner, sqnorms
+from nettrace.kernels.convolution import Geometry, Patches, patches
+from nettrace.kernels.factors import (
+    Dense,
+    Factor,
+    Outer,
+    Still,
+    Sum,
+    blocks,
+    dense,
+    gram_,
+    inner,
+    mirror_,
+    sqnorms,
+    traced_gram_,
+)
 
-__all__ = ["Dense", "Factor", "Outer", "blocks", "dense", "fold", "gram", "inner", "sqnorms"]
+__all__ = [
+    "Dense",
+    "Factor",
+    "Geometry",
+    "Outer",
+    "Patches",
+    "Still",
+    "Sum",
+    "blocks",
+    "dense",
+    "gram_",
+    "inner",
+    "mirror_",
+    "patches",
+    "sqnorms",
+    "traced_gram_",
+]

@@ -3,26 +3,100 @@
 For K cotangents and N samples the gradients of a weight are K N matrices. An operation that
 multiplies a weight with T tokens a sample yields each as a sum of T outer products,
 
-    dW[k, n] = sum_t left[k, n, t] right[k, n, t]^T,
+    dW[k, n] = sum_t moving[k, n, t] still[n, t]^T,
 
-where one side, the operation's input, is the same for all cotangents. Inner products of such
-matrices need not form them: with A = the still side and g = the moving one,
+where one side, the operation's input, stands still: it is the same for all cotangents. Inner
+products of such matrices need not form them:
 
-    <dW[k, n], dW[j, m]> = sum_ts (A_nt . A_ms) (g_knt . g_jms).
+    <dW[k, n], dW[j, m]> = sum_ts (still_nt . still_ms) (moving_knt . moving_jms).
 
-Each contraction takes the cheaper of the two ways, counted in multiplications. All are plain sums.
+Each contraction takes the cheaper of the two ways, by counts of multiplications and of numbers
+written to memory. Temporary results are made in pieces that a core's cache holds, whatever the
+sizes. All are plain sums.
 
-Suffixes name axes: K cotangents, N samples, G groups, T tokens, L and R the weight's rows and
-columns, D either of them.
+Suffixes name axes: K cotangents, N samples, G groups, T tokens, D and M the columns of the still
+and the moving side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+#: How many numbers a temporary result may hold.
+_TILE = 2**19
+#: What writing a number to memory and reading it again costs, in multiplications.
+_WRITE = 16
+
+
+class Still:
+    """The side of the outer products that all cotangents share.
+
+    Args:
+        tokens: (N, G, T, D); or (N, G, T) integers that number rows of the D x D identity.
+        width: D.
+        ones: whether a further column of ones belongs to it, so that the gradient of a bias, which
+            is added to every token, is a further column of the weight's.
+        dtype: that of inner products, where integers do not tell.
+    """
+
+    #: How many numbers it is efficient to write out together.
+    at_once = 4 * _TILE
+
+    def __init__(
+        self, tokens: Tensor, width: int, ones: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        self._tokens = tokens
+        self.samples, self.groups, self.length = tokens.shape[:3]
+        self.width = width
+        self.ones = ones
+        self.is_lookup = not (tokens.is_floating_point() or tokens.is_complex())
+        self.dtype = dtype or tokens.dtype
+
+    def tokens(self, ns: slice = slice(None)) -> Tensor:
+        """(N, G, T, D), or (N, G, T) integers, for some samples, without the column of ones."""
+        return self._tokens[ns]
+
+    def with_ones(self) -> Still:
+        """The same with a column of ones."""
+        return Still(self._tokens, self.width, True, self.dtype)
+
+    def to(self, dtype: torch.dtype) -> Still:
+        """The same in another precision."""
+        if self.dtype == dtype:
+            return self
+        tokens = self._tokens if self.is_lookup else self._tokens.to(dtype)
+        return Still(tokens, self.width, self.ones, dtype)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(N, G, T, T) inner products between each sample's tokens."""
+        if self.length == 1 and not self.is_lookup:  # many small products would take longer
+            norms: Tensor = torch.linalg.vector_norm(self.tokens(), dim=-1, keepdim=True)
+            return norms.square() + self.ones
+        each = self.groups * self.length * (self.length + self.width)
+        return torch.cat([products(self, ns, self, ns) for ns in _tiles(self.samples, each)])
+
+    @property
+    def gram_cost(self) -> int:
+        """How many multiplications an entry of `gram` still takes."""
+        return 0 if "gram" in self.__dict__ else 1 if self.is_lookup else self.width
+
+    def outer(self, moving: Tensor, ns: slice) -> Tensor:
+        """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times still, without ones."""
+        tokens = self.tokens(ns)
+        if not self.is_lookup:
+            return moving.mT @ tokens
+        n, g, t, m = moving.shape
+        out = moving.new_zeros((n * g * self.width, m))
+        first = torch.arange(n * g, device=tokens.device).view(n, g, 1) * self.width
+        out.index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
+        return out.view(n, g, self.width, m).mT
 
 
 @dataclass(frozen=True)
@@ -30,37 +104,20 @@ class Outer:
     """Gradients as sums of outer products.
 
     Args:
-        left: (K or 1, N, G, T, L), or (1, N, G, T) integers that number rows of the identity.
-        right: (K or 1, N, G, T, R).
-        rows: L.
-        moves_left: whether the left side is the one that carries the cotangents.
+        still: the side that is the same for all cotangents.
+        moving: (K, N, G, T, M) the side that carries them.
+        moves_left: whether the weight is laid out as (M, D) rather than (D, M).
     """
 
-    left: Tensor
-    right: Tensor
-    rows: int
+    still: Still
+    moving: Tensor
     moves_left: bool = False
 
     @property
-    def is_lookup(self) -> bool:
-        """Whether the left side numbers rows of the identity."""
-        return not (self.left.is_floating_point() or self.left.is_complex())
-
-    @property
-    def moving(self) -> Tensor:
-        """The side that differs between cotangents."""
-        return self.left if self.moves_left else self.right
-
-    @property
-    def still(self) -> Tensor:
-        """The side that all cotangents share."""
-        return self.right if self.moves_left else self.left
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """(K, N, G, T, L, R)."""
-        _, n, g, t, r = self.right.shape
-        return self.moving.shape[0], n, g, t, self.rows, r
+        """(K, N, G, T, D, M)."""
+        k, n, g, t, m = self.moving.shape
+        return k, n, g, t, self.still.width, m
 
 
 @dataclass(frozen=True)
@@ -70,116 +127,325 @@ class Dense:
     values: Tensor
 
 
-Factor: TypeAlias = Outer | Dense
+@dataclass(frozen=True)
+class Sum:
+    """Gradients of a weight that several operations use in different forms."""
+
+    terms: tuple[Outer, ...]
+
+
+Factor: TypeAlias = Outer | Dense | Sum
 
 
 def dense(x: Factor) -> Tensor:
-    """Gradients written out, (K, N, P), complex ones as pairs of reals."""
+    """Gradients written out, (K, N, P), laid out as the weight is."""
     if isinstance(x, Dense):
         return x.values
-    k, n, g, t, rows, columns = x.shape
-    if not x.is_lookup:
-        return (x.left.mT @ x.right).expand(k, -1, -1, -1, -1).flatten(2)
-    out = x.right.new_zeros((k, n * g * rows, columns))
-    offset = torch.arange(n * g, device=x.left.device).view(1, n, g, 1) * rows
-    out.index_add_(1, (x.left + offset).flatten(), x.right.reshape(k, -1, columns))
-    return out.view(k, n, -1)
+    if isinstance(x, Sum):
+        return torch.stack([dense(term) for term in x.terms]).sum(0)
+    written = torch.stack([x.still.outer(moving, slice(None)) for moving in x.moving])
+    return (written if x.moves_left else written.mT).flatten(2)
 
 
-def fold(x: Factor) -> Factor:
+def _folded(x: Outer | Dense) -> Outer | Dense:
     """The same gradients with the K cotangents among the weight's columns, so that K = 1."""
     if isinstance(x, Dense):
         return Dense(x.values.movedim(0, 1).flatten(1).unsqueeze(0))
-    moving = x.moving.movedim(0, -2).flatten(-2).unsqueeze(0)  # (1, N, G, T, K D)
-    if x.moves_left:  # transpose each matrix: inner products stay as they are
-        return Outer(x.right, moving, x.right.shape[-1])
-    return Outer(x.left, moving, x.rows)
+    moving = x.moving.movedim(0, -2).flatten(-2).unsqueeze(0) if len(x.moving) > 1 else x.moving
+    return Outer(x.still, moving, x.moves_left)
+
+
+def traced_gram_(out: Tensor, x: Factor, y: Factor) -> None:
+    """Adds the inner products at equal cotangents, summed over these, to `out`, (N, M).
+
+    Where `x is y`, entries with n > m may be left out; `mirror_` fills them in.
+    """
+    if not isinstance(x, Sum) and not isinstance(y, Sum):
+        a = _folded(x)
+        gram_(out[:, None, :, None], a, a if x is y else _folded(y))
+        return
+    for k in range(_count(x)):
+        one = _only(x, k)
+        gram_(out[:, None, :, None], one, one if x is y else _only(y, k))
+
+
+def _count(x: Factor) -> int:
+    return len(x.values if isinstance(x, Dense) else _moving(x))
+
+
+def _moving(x: Outer | Sum) -> Tensor:
+    return x.moving if isinstance(x, Outer) else x.terms[0].moving
+
+
+def _only(x: Factor, k: int) -> Factor:
+    """The gradients for cotangent `k` alone."""
+    if isinstance(x, Dense):
+        return Dense(x.values[k : k + 1])
+    if isinstance(x, Sum):
+        return Sum(tuple(Outer(t.still, t.moving[k : k + 1], t.moves_left) for t in x.terms))
+    return Outer(x.still, x.moving[k : k + 1], x.moves_left)
 
 
 def sqnorms(x: Factor) -> Tensor:
     """(K, N) squared norms."""
-    if isinstance(x, Outer):
-        k, _, _, t, rows, columns = x.shape
-        if t * (_still_width(x) + k * x.moving.shape[-1]) < k * rows * columns:
-            return (_token_gram(x, x) @ x.moving).mul(x.moving).sum((2, 3, 4))
-    return dense(x).square().sum(-1)
+    if isinstance(x, Sum):
+        if not _pays(x, x, pairs=1):
+            return sqnorms(Dense(dense(x)))
+        found = torch.stack([sqnorms(term) for term in x.terms]).sum(0)
+        for i, one in enumerate(x.terms):
+            for other in x.terms[:i]:
+                found += 2 * blocks(one, other).diagonal(dim1=1, dim2=2).T
+        return found
+    if isinstance(x, Dense):
+        return _sqnorm(x.values)
+    k, n, g, t, d, m = x.shape
+    if t == 1:
+        still = x.still.gram[:, :, 0, 0]
+        return (_sqnorm(x.moving[..., 0, :]) * still).sum(-1)
+    found = x.moving.new_empty((k, n))
+    if t * t * (x.still.gram_cost + k * m + k * _WRITE) < k * (t + _WRITE) * d * m:
+        gram = x.still.gram
+        for ns in _tiles(n, g * t * t):
+            for i in range(k):
+                moving = x.moving[i, ns]
+                found[i, ns] = (moving @ moving.mT).mul_(gram[ns]).sum((1, 2, 3))
+        return found
+    for ns in _tiles(n, g * d * m):
+        for i in range(k):
+            written = x.still.outer(x.moving[i, ns], ns)
+            found[i, ns] = _sqnorm(written.flatten(1))
+    return found + sqnorms(_bias(x)) if x.still.ones else found
 
 
 def blocks(x: Factor, y: Factor) -> Tensor:
     """(N, K, J) inner products between the cotangents of `x` and of `y`, sample by sample."""
+    if isinstance(x, Sum) and isinstance(y, Sum) and _pays(x, y, pairs=1):
+        return torch.stack([blocks(one, other) for one in x.terms for other in y.terms]).sum(0)
     if isinstance(x, Outer) and isinstance(y, Outer):
-        k, _, _, t, rows, columns = x.shape
-        j, width = y.shape[0], x.moving.shape[-1]
-        tokens = t * t * (_still_width(x) + j * width) + k * j * t * width
-        if tokens < (k + j) * t * rows * columns + k * j * rows * columns:
-            weighted = (_token_gram(x, y) @ y.moving).movedim(0, 1).flatten(2)
-            return x.moving.movedim(0, 1).flatten(2) @ weighted.mT
+        k, n, g, t, d, m = x.shape
+        j, s = y.shape[0], y.shape[3]
+        found = x.moving.new_zeros((n, k, j))
+        if not _alike(x, y):
+            for i in range(n):
+                found[i] = _products_across(x, i, y, slice(i, i + 1)).view(k, j)
+            return found
+        still = x.still.gram if x.still is y.still else None
+        if t == 1 == s:
+            still = products(x.still, slice(None), y.still, slice(None)) if still is None else still
+            a, b = (z.moving[..., 0, :].permute(1, 2, 0, 3) for z in (x, y))
+            return ((a @ b.mT) * still).sum(1)
+        token = t * s * (x.still.gram_cost + min(k, j) * m) + k * j * min(t, s) * m
+        if token < (k * t + j * s) * d * m + (k * j + (k + j) * _WRITE) * d * m:
+            for ns in _tiles(n, g * t * (s + j * m)):
+                tokens = products(x.still, ns, y.still, ns) if still is None else still[ns]
+                a = x.moving[:, ns].movedim(0, 1).flatten(2)
+                for i in range(j):
+                    weighted = (tokens @ y.moving[i, ns]).flatten(1)
+                    found[ns, :, i] = (a @ weighted.unsqueeze(-1)).squeeze(-1)
+            return found
+        for ns in _tiles(n, g * (k + j) * d * m):
+            a = torch.stack([x.still.outer(moving, ns) for moving in x.moving[:, ns]], 1).flatten(2)
+            b = a
+            if y is not x:
+                b = torch.stack([y.still.outer(moving, ns) for moving in y.moving[:, ns]], 1)
+            found[ns] = a @ b.flatten(2).mT
+        return found + blocks(_bias(x), _bias(y)) if x.still.ones else found
     return dense(x).movedim(0, 1) @ dense(y).movedim(0, 1).mT
 
 
-def gram(x: Factor, y: Factor) -> Tensor:
-    """(N, K, M, J) inner products between all gradients of `x` and all of `y`."""
-    if isinstance(x, Outer) and isinstance(y, Outer):
-        k, n, g, t, rows, columns = x.shape
-        j, m, _, s, _, _ = y.shape
-        if t == 1 and s == 1:
-            return _gram_of_single_tokens(x, y)
-        width = x.moving.shape[-1]
-        tokens = n * m * t * (s * (_still_width(x) + j * width) + k * j * width)
-        if tokens < (k * n * t + j * m * s + k * n * j * m) * rows * columns:
-            return _gram_by_tokens(x, y)
-    a, b = dense(x).movedim(0, 1), dense(y).movedim(0, 1)
-    return (a.flatten(0, 1) @ b.flatten(0, 1).mT).view(*a.shape[:2], *b.shape[:2])
+def gram_(out: Tensor, x: Factor, y: Factor) -> None:
+    """Adds the inner products between all gradients of `x` and all of `y` to `out`, (N, K, M, J).
+
+    Where `x is y`, entries with a sample n > m may be left out; `mirror_` fills them in.
+    """
+    if isinstance(x, Sum) and isinstance(y, Sum) and _pays(x, y, pairs=len(out)):
+        for one in x.terms:
+            for other in y.terms:
+                gram_(out, one, other)
+    elif isinstance(x, Outer) and isinstance(y, Outer):
+        k, n, g, t, d, m = x.shape
+        j, o, _, s, _, _ = y.shape
+        if not _alike(x, y):
+            for i in range(n):
+                out[i] += _products_across(x, i, y, slice(None))
+            return
+        if t == 1 == s:
+            return _gram_of_single_tokens_(out, x, y)
+        half = 2 if x is y else 1
+        token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
+        written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
+        if token < written + k * n * j * o * d * m / half:
+            return _gram_by_tokens_(out, x, y)
+        each = max(k * n, j * o) * g * d
+        _gram_written_out_(out, _written(x, each), None if x is y else _written(y, each))
+        if x.still.ones:
+            bias = _bias(x)
+            gram_(out, bias, bias if x is y else _bias(y))
+    else:
+        a = dense(x)
+        _gram_written_out_(out, iter([a]), None if x is y else iter([dense(y)]))
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Copies the entries above the diagonal of a square matrix to below it."""
+    step = 256  # rows: so that what is read across fits a cache
+    for start in range(0, len(matrix), step):
+        stop = start + step
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 def inner(x: Factor, u: Tensor) -> Tensor:
     """(K, N) inner products with one vector `u` of the weight's size."""
+    if isinstance(x, Sum):
+        return torch.stack([inner(term, u) for term in x.terms]).sum(0)
     if isinstance(x, Dense):
         return x.values @ u.to(x.values.dtype).flatten()
-    _, n, g, t, rows, columns = x.shape
-    matrix = u.to(x.right.dtype).reshape(1, g, rows, columns)
-    if x.is_lookup:
-        group = torch.arange(g, device=u.device).view(1, g, 1)
-        image = matrix[0][group, x.left[0]].unsqueeze(0)
-    else:
-        image = x.left @ matrix
-    return (image * x.right).sum((2, 3, 4))
-
-
-def _still_width(x: Outer) -> int:
-    return 1 if x.is_lookup else x.still.shape[-1]
-
-
-def _token_gram(x: Outer, y: Outer) -> Tensor:
-    """(1, N, G, T, T) inner products between the still sides of each sample's tokens."""
-    if x.is_lookup:
-        return (x.still.unsqueeze(-1) == y.still.unsqueeze(-2)).to(x.moving.dtype)
-    return x.still @ y.still.mT
-
-
-def _gram_of_single_tokens(x: Outer, y: Outer) -> Tensor:
-    if x.is_lookup:
-        still = (x.still[0] == y.still[0].squeeze(-1).T.unsqueeze(0)).movedim(1, 0)  # (G, N, M)
-    else:
-        still = x.still[0, :, :, 0].movedim(1, 0) @ y.still[0, :, :, 0].permute(1, 2, 0)
-    a = x.moving[..., 0, :].permute(2, 1, 0, 3)  # (G, N, K, D)
-    b = y.moving[..., 0, :].permute(2, 1, 0, 3)
-    moving = a.flatten(1, 2) @ b.flatten(1, 2).mT
-    moving = moving.view(*a.shape[:3], *b.shape[1:3])
-    return (moving * still[:, :, None, :, None]).sum(0)
-
-
-def _gram_by_tokens(x: Outer, y: Outer) -> Tensor:
-    k, n, g, t, _, _ = x.shape
-    j, m, _, s, _, _ = y.shape
-    columns = y.moving.permute(1, 2, 3, 0, 4).flatten(3)  # (M, G, S, J D)
-    out = x.moving.new_empty((n, k, m, j))
-    for i in range(n):
-        a = x.still[0, i]  # (G, T, ...)
-        if x.is_lookup:
-            tokens = (a[None, :, :, None] == y.still[0][:, :, None, :]).to(columns.dtype)
+    k, n, g, t, d, m = x.shape
+    matrix = u.to(x.moving.dtype).reshape((g, m, d) if x.moves_left else (g, d, m))
+    matrix = matrix.mT if x.moves_left else matrix  # (G, D, M)
+    found = x.moving.new_empty((k, n))
+    for ns in _tiles(n, g * t * (d + m)):
+        tokens = x.still.tokens(ns)
+        if x.still.is_lookup:
+            image = matrix[torch.arange(g, device=u.device).view(1, g, 1), tokens]
         else:
-            tokens = a @ y.still[0].mT  # (M, G, T, S)
-        weighted = (tokens @ columns).unflatten(3, (j, -1)).movedim(3, 1)  # (M, J, G, T, D)
-        out[i] = (weighted.flatten(2) @ x.moving[:, i].flatten(1).T).permute(2, 0, 1)
-    return out
+            image = tokens @ matrix
+        for i in range(k):
+            found[i, ns] = (image * x.moving[i, ns]).sum((1, 2, 3))
+    return found
+
+
+def products(x: Still, ns: slice, y: Still, ms: slice) -> Tensor:
+    """(N, G, T, S) inner products between tokens of `x` and of `y`, sample by sample.
+
+    One of the ranges may hold a single sample, which meets all of the other.
+    """
+    a, b = x.tokens(ns), y.tokens(ms)
+    if x.is_lookup and y.is_lookup:
+        found = (a.unsqueeze(-1) == b.unsqueeze(-2)).to(x.dtype)
+    elif x.is_lookup:
+        found = _picked(b, a).mT
+    elif y.is_lookup:
+        found = _picked(a, b)
+    else:
+        found = a @ b.mT
+    return found + 1 if x.ones else found
+
+
+def _picked(values: Tensor, numbers: Tensor) -> Tensor:
+    """(N, G, S, T) the columns of values (N, G, S, D) that numbers (N, G, T) name."""
+    shape = torch.broadcast_shapes(values.shape[:2], numbers.shape[:2])
+    values = values.expand(*shape, -1, -1)
+    numbers = numbers.expand(*shape, -1).unsqueeze(-2)
+    return values.gather(-1, numbers.expand(-1, -1, values.shape[-2], -1))
+
+
+def _alike(x: Outer, y: Outer) -> bool:
+    """Whether the two stand still on the same side."""
+    return x.moves_left == y.moves_left
+
+
+def _products_across(x: Outer, i: int, y: Outer, ms: slice) -> Tensor:
+    """(K, M, J) inner products of sample `i` of `x` with `y`, which moves on the other side."""
+    found = []
+    own = Still(x.moving[:, i], 0)  # (K, G, T, .)
+    for c in range(*ms.indices(y.moving.shape[1])):
+        mine = products(own, slice(None), y.still, slice(c, c + 1))  # (K, G, T, S)
+        theirs = products(x.still, slice(i, i + 1), Still(y.moving[:, c], 0), slice(None))
+        found.append(mine.flatten(1) @ theirs.flatten(1).T)  # (K, J)
+    return torch.stack(found, 1)
+
+
+def _pays(x: Sum, y: Sum, pairs: int) -> bool:
+    """Whether inner products of sums are cheaper term by term than written out."""
+    tokens = sum(term.shape[3] for term in x.terms)
+    others = sum(term.shape[3] for term in y.terms)
+    k, _, _, _, d, m = x.terms[0].shape
+    j = y.terms[0].shape[0]
+    by_terms = pairs * tokens * others * (k * m + j * d)
+    return by_terms < (k * tokens + j * others + k * j * pairs + (k + j) * _WRITE) * d * m
+
+
+def _bias(x: Outer) -> Dense:
+    """The gradients of the bias that the column of ones stands for."""
+    return Dense(x.moving.sum(3).flatten(2))
+
+
+def _sqnorm(values: Tensor) -> Tensor:
+    """The squared norms along the last axis, read once."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return norms.square()
+
+
+def _tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
+    """Ranges of `count` things of `each` numbers of which at most `limit` are held."""
+    step = max(1, limit // max(1, each))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _written(x: Outer, each: int) -> Iterator[Tensor]:
+    """The gradients (K, N, P) without ones, as many columns at a time as of `each` fit a tile."""
+    for ms in _tiles(x.moving.shape[-1], each, x.still.at_once):
+        yield torch.stack(
+            [x.still.outer(moving[..., ms], slice(None)) for moving in x.moving]
+        ).flatten(2)
+
+
+def _gram_written_out_(out: Tensor, x: Iterator[Tensor], y: Iterator[Tensor] | None) -> None:
+    n, k, o, j = out.shape
+    found = out.new_zeros((k * n, j * o))
+    for a in x:
+        rows = a.flatten(0, 1)
+        columns = rows if y is None else next(y).flatten(0, 1)
+        step = max(32, -(-len(rows) // 8)) if y is None else len(rows)
+        for start in range(0, len(rows), step):
+            stop = start + step
+            first = start if y is None else 0
+            found[start:stop, first:].addmm_(rows[start:stop], columns[first:].T)
+    if y is None:
+        found = found.triu() + found.triu(1).T
+    out += found.view(k, n, j, o).permute(1, 0, 3, 2)
+
+
+def _gram_of_single_tokens_(out: Tensor, x: Outer, y: Outer) -> None:
+    n, k, o, j = out.shape
+    for g in range(x.moving.shape[2]):
+        a = x.moving[:, :, g, 0].movedim(0, 1)  # (N, K, M)
+        b = a if x is y else y.moving[:, :, g, 0].movedim(0, 1)
+        a = a.flatten(0, 1)
+        b = a if x is y else b.flatten(0, 1)
+        still = _products_of_single_tokens(x.still, y.still, g).repeat_interleave(j, 1)
+        step = max(1, 2 * _TILE // (k * o * j))
+        for start in range(0, n, step):
+            stop, first = start + step, start if x is y else 0
+            found = a[start * k : stop * k] @ b[first * j :].T
+            found.view(-1, k, found.shape[1]).mul_(still[start:stop, None, first * j :])
+            out[start:stop, :, first:] += found.view(-1, k, o - first, j)
+
+
+def _products_of_single_tokens(x: Still, y: Still, group: int) -> Tensor:
+    """(N, M) inner products between all samples' only tokens."""
+    a = Still(x.tokens()[:, group, 0][None, None], x.width, x.ones)
+    b = Still(y.tokens()[:, group, 0][None, None], y.width, y.ones)
+    return products(a, slice(None), b, slice(None))[0, 0]
+
+
+def _gram_by_tokens_(out: Tensor, x: Outer, y: Outer) -> None:
+    k, n, g, t, d, _ = x.shape
+    j, o, _, s, _, m = y.shape
+    for held in _tiles(o, g * s * (d + j * m), 16 * _TILE):
+        tokens = y.still.tokens(held)  # which may have to be made
+        theirs = Still(tokens, y.still.width, y.still.ones, y.still.dtype)
+        columns = y.moving[:, held].permute(1, 2, 3, 0, 4).flatten(3)  # (M, G, S, J M)
+        for i in range(held.stop if x is y else n):
+            mine = x.moving[:, i].flatten(1).T
+            first = max(0, i - held.start) if x is y else 0
+            for tile in _tiles(len(tokens) - first, g * t * (s + j * m), 4 * _TILE):
+                ms = slice(first + tile.start, first + tile.stop)
+                met = products(x.still, slice(i, i + 1), theirs, ms)  # (M, G, T, S)
+                weighted = (met @ columns[ms]).unflatten(3, (j, -1)).movedim(3, 1).flatten(2)
+                into = slice(held.start + ms.start, held.start + ms.stop)
+                out[i, :, into] += (weighted @ mine).movedim(-1, 0)

@@ -16,18 +16,29 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from nettrace import rules
-from nettrace.kernels import Dense, Factor, Outer, dense
+from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense
 from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
 from nettrace.tape import Tape, Use, edge_key, metadata, shape_of
 
 #: Pulled-back cotangents (K, ...), by place; what a place is, is the gradients' own business.
 Pulled: TypeAlias = Mapping[Any, Tensor]
+#: A parameter, or a weight and the bias that is added to what it makes.
+Layer: TypeAlias = tuple[str, ...]
 #: How a use's weight shows a parameter: as it is, transposed, as another view, or computed from it.
 View: TypeAlias = Literal["same", "swapped", "view", "computed"]
+
+
+#: Bytes of pulled-back gradients up to which the cost of a pass is that of starting it.
+_SMALL = 2**21
+#: Operations whose backward is as fast for a batch of cotangents.
+_BATCHED = frozenset(
+    name + "Backward0"
+    for name in "Add Addmm Gelu LogSoftmax Mm Mul NllLoss Relu Sigmoid Silu Sub T Tanh View".split()
+)
 
 
 class Gradients(ABC):
@@ -57,10 +68,13 @@ class Gradients(ABC):
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
 
-    @property
     @abstractmethod
-    def names(self) -> list[str]:
-        """The parameters that the outputs depend on."""
+    def layers(self, apart: bool) -> list[Layer]:
+        """The parameters that the outputs depend on, in groups whose gradients are one factor.
+
+        Args:
+            apart: whether each is wanted for itself.
+        """
 
     @abstractmethod
     def coverage(self) -> dict[str, str]:
@@ -74,12 +88,21 @@ class Gradients(ABC):
     def bytes_per_cotangent(self) -> int:
         """The size of what `pull` returns for one cotangent."""
 
+    def at_once(self) -> int:
+        """How many cotangents it is efficient to pull back together."""
+        return 1
+
+    def forget(self) -> None:  # noqa: B027
+        """Lets go of what is kept from one pullback to the next, if anything is."""
+
     @abstractmethod
-    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
-        """One parameter's gradients for the cotangents pulled back and a range of samples.
+    def factor(
+        self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
+    ) -> Factor:
+        """The gradients of a layer for the cotangents pulled back and a range of samples.
 
         Args:
-            name: the parameter.
+            layer: one of `layers`.
             pulled: what `pull` returned.
             samples: the samples asked for.
             oriented: whether the factor must be laid out as the parameter is. Without it, inner
@@ -87,17 +110,16 @@ class Gradients(ABC):
         """
 
     @abstractmethod
-    def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
-        """Rough working memory to contract one sample's gradients of one parameter."""
+    def is_written_out(self, layer: Layer) -> bool:
+        """Whether the factor holds a number for each of the parameter's, sample by sample."""
 
 
 class RowGradients(Gradients):
     """Gradients by one backward pass a row, which is defined for coupled samples too."""
 
-    @property
-    def names(self) -> list[str]:
-        """All parameters."""
-        return list(self.parameters)
+    def layers(self, apart: bool) -> list[Layer]:
+        """All parameters, one by one."""
+        return [(name,) for name in self.parameters]
 
     def coverage(self) -> dict[str, str]:
         """All "rows"."""
@@ -120,13 +142,15 @@ class RowGradients(Gradients):
         entries = len(self.outputs) * sum(map(reals, self.parameters.values()))
         return entries * self.dtype.itemsize
 
-    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
+    def factor(
+        self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
+    ) -> Factor:
         """The rows."""
-        return Dense(pulled[name][:, samples])
+        return Dense(pulled[layer[0]][:, samples])
 
-    def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
-        """The rows of one sample."""
-        return len(pulled[name]) * reals(self.parameters[name]) * self.dtype.itemsize
+    def is_written_out(self, layer: Layer) -> bool:
+        """The rows are there already."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -151,65 +175,100 @@ class TapeGradients(Gradients):
         super().__init__(outputs, parameters)
         self._tape = tape
         self._memory = memory
+        self._stills: dict[tuple[Any, ...], Still] = {}
 
-    @property
-    def names(self) -> list[str]:
-        """The parameters with a use."""
-        return list(self._terms)
+    def layers(self, apart: bool) -> list[Layer]:
+        """The parameters with a use; a weight and its bias together unless wanted apart."""
+        if apart:
+            return [(name,) for name in self._terms]
+        biases = set(self._biases.values())
+        return [
+            (name, self._biases[name]) if name in self._biases else (name,)
+            for name in self._terms
+            if name not in biases
+        ]
 
     def coverage(self) -> dict[str, str]:
         """`rule` if each use has one, else `node`."""
         routes = dict.fromkeys(self.parameters, "unused")
-        pulled = self.pull(torch.ones_like(self.outputs).unsqueeze(0))
         for name, terms in self._terms.items():
-            known = all(self._by_rule(t.use, pulled, slice(0, 1)) is not None for t in terms)
+            known = all(self._probed(t.use) is not None for t in terms)
             routes[name] = "rule" if known else "node"
         return routes
 
     def pull(self, cotangents: Tensor) -> Pulled:
         """Gradients at the outputs of the nodes that use a weight, by edge of the tape."""
         edges = list(self._owned)
-        pulled = [
-            torch.autograd.grad(
+        places = [GradientEdge(*edge) for edge in edges]
+        if len(cotangents) > 1 and self._batches:
+            flows = torch.autograd.grad(
                 self.outputs,
-                [GradientEdge(*edge) for edge in edges],
-                cotangent,
+                places,
+                cotangents,
                 retain_graph=True,
                 allow_unused=True,
+                is_grads_batched=True,
+            )
+            return {
+                edge: flow.to(torch.promote_types(flow.dtype, self.dtype))
+                for edge, flow in zip(edges, flows, strict=True)
+                if flow is not None
+            }
+        pulled: list[list[Tensor | None]] = [
+            list(
+                torch.autograd.grad(
+                    self.outputs, places, cotangent, retain_graph=True, allow_unused=True
+                )
             )
             for cotangent in cotangents
         ]
-        flows = {}
+        found = {}
         for i, edge in enumerate(edges):
             like = next((p[i] for p in pulled if p[i] is not None), None)
-            if like is not None:
-                stacked = torch.stack(
-                    [torch.zeros_like(like) if p[i] is None else p[i] for p in pulled]
-                )
-                flows[edge] = stacked.to(torch.promote_types(stacked.dtype, self.dtype))
-        return flows
+            if like is None:
+                continue
+            each = [torch.zeros_like(like) if g is None else g for g in (p[i] for p in pulled)]
+            flow = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+            found[edge] = flow.to(torch.promote_types(flow.dtype, self.dtype))
+            for p in pulled:  # so that the gradients are not held twice
+                p[i] = None
+        return found
+
+    @cached_property
+    def _batches(self) -> bool:
+        """Whether one pass for many cotangents is faster than one for each."""
+        return self.bytes_per_cotangent() <= _SMALL and all(
+            node.name() in _BATCHED for node in self._tape.nodes if node not in self._tape.weights
+        )
+
+    def at_once(self) -> int:
+        """As many as keep the gradients in a cache."""
+        limit = 16 * _SMALL if self._batches else _SMALL
+        return max(1, limit // max(1, self.bytes_per_cotangent()))
 
     def bytes_per_cotangent(self) -> int:
         """Those gradients."""
         meta = [metadata(node)[nr] for node, nr in self._owned]
         return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
 
-    def bytes_per_sample(self, name: str, pulled: Pulled) -> int:
-        """Factors, unfolded if need be, and gradients written out."""
-        count = len(next(iter(pulled.values())))
-        elements = count * reals(self.parameters[name])
-        for use in (term.use for term in self._terms[name]):
-            if (use.node, 0) in pulled:
-                patch = math.prod(shape_of(*edge_key(use.source))[2:])
-                is_convolution = use.node.name() == "ConvolutionBackward0"
-                each = pulled[use.node, 0].numel() // len(self.outputs)
-                elements += each * (1 + patch * is_convolution)
-        return elements * self.dtype.itemsize
+    def forget(self) -> None:
+        """Lets go of the sides of factors that cotangents share."""
+        self._stills.clear()
 
-    def factor(self, name: str, pulled: Pulled, samples: slice, oriented: bool = False) -> Factor:
+    def is_written_out(self, layer: Layer) -> bool:
+        """Whether no rule keeps the gradients factored."""
+        return len(layer) == 1 and any(
+            term.view == "computed" or not isinstance(self._probed(term.use), Outer)
+            for term in self._terms[layer[0]]
+        )
+
+    def factor(
+        self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
+    ) -> Factor:
         """The contributions of all uses, joined."""
+        name, fused = layer[0], len(layer) > 1
         terms = self._terms[name]
-        found = [self._at_use(term.use, pulled, samples) for term in terms]
+        found = [self._at_use(term.use, pulled, samples, fused) for term in terms]
         if len(terms) == 1 and terms[0].view != "computed" and not oriented:
             return found[0]
         found = [
@@ -218,9 +277,14 @@ class TapeGradients(Gradients):
         ]
         if len(found) == 1:
             return found[0]
-        return _joined([f for f in found if isinstance(f, Outer)], len(found)) or Dense(
-            torch.stack([dense(f) for f in found]).sum(0)
-        )
+        outers = [f for f in found if isinstance(f, Outer)]
+        if len(outers) == len(found):
+            joined = self._joined(outers, (*layer, samples.start, samples.stop))
+            if len(joined) == 1:
+                return joined[0]
+            if all(f.still.groups == 1 for f in joined):
+                return Sum(tuple(joined))
+        return Dense(torch.stack([dense(f) for f in found]).sum(0))
 
     @cached_property
     def _owned(self) -> dict[Edge, Ownership]:
@@ -235,6 +299,31 @@ class TapeGradients(Gradients):
                 for name, view in self._views(use.source).items():
                     terms.setdefault(name, []).append(_Term(use, view))
         return terms
+
+    @cached_property
+    def _biases(self) -> dict[str, str]:
+        """By weight, the bias that is added wherever the weight is used."""
+        pairs: dict[tuple[Node, ...], list[str | None]] = {}
+        for name, terms in self._terms.items():
+            nodes = tuple(t.use.node for t in terms)
+            slots = [rules.slots_of_weight_and_bias(node, self._owned[node, 0]) for node in nodes]
+            for place in (0, 1):
+                if all(
+                    s is not None and s[place] == t.use.slot and t.view in ("same", "swapped")
+                    for s, t in zip(slots, terms, strict=True)
+                ):
+                    pairs.setdefault(nodes, [None, None])[place] = name
+        return {
+            weight: bias
+            for weight, bias in pairs.values()
+            if weight is not None and bias is not None
+        }
+
+    def _probed(self, use: Use) -> Factor | None:
+        """What the rule for a use makes of a cotangent of the right shape."""
+        meta = metadata(use.node)[0]
+        zero = torch.zeros((), dtype=meta.dtype, device=meta.device)
+        return self._by_rule(use, {(use.node, 0): zero.expand(1, *meta.shape)}, slice(0, 1))
 
     def _views(self, source: GradientEdge) -> dict[str, View]:
         viewed = self._tape.view_of(source)
@@ -252,13 +341,13 @@ class TapeGradients(Gradients):
 
     def _by_rule(self, use: Use, pulled: Pulled, samples: slice) -> Factor | None:
         edge = (use.node, 0)
-        if edge not in pulled:
+        if edge not in pulled or edge not in self._owned:
             return None
         shape = shape_of(*edge_key(use.source))
         flow = Flow(use.node, use.slot, shape, pulled[edge], self._owned[edge], samples)
         return rules.gradient(flow)
 
-    def _at_use(self, use: Use, pulled: Pulled, samples: slice) -> Factor:
+    def _at_use(self, use: Use, pulled: Pulled, samples: slice, fused: bool = False) -> Factor:
         """The gradients with respect to the weight that enters at one use."""
         factor = self._by_rule(use, pulled, samples)
         if factor is None:
@@ -272,19 +361,43 @@ class TapeGradients(Gradients):
             factor = Dense(written.flatten(2))
         if isinstance(factor, Dense):
             return Dense(_written_out(factor.values, self.dtype))
-        if factor.left.is_complex() or factor.right.is_complex():
+        assert isinstance(factor, Outer)
+        if factor.still.dtype.is_complex or factor.moving.is_complex():
             return Dense(_written_out(dense(factor), self.dtype))
-        left = factor.left if factor.is_lookup else factor.left.to(self.dtype)
-        return Outer(left, factor.right.to(self.dtype), factor.rows, factor.moves_left)
+        key = (use.node, use.slot, samples.start, samples.stop, fused)
+        if key not in self._stills:
+            still = factor.still.to(self.dtype)
+            self._stills[key] = still.with_ones() if fused else still
+        return Outer(self._stills[key], factor.moving.to(self.dtype), factor.moves_left)
+
+    def _joined(self, factors: Sequence[Outer], key: tuple[Any, ...]) -> list[Outer]:
+        """As few factors as there are forms, each with the tokens of all of its form."""
+        forms: dict[tuple[Any, ...], list[Outer]] = {}
+        for f in factors:
+            side = f.still
+            form = (f.moves_left, side.is_lookup, side.ones, side.groups, f.shape[4:])
+            forms.setdefault(form, []).append(f)
+        joined = []
+        for form, members in forms.items():
+            still = members[0].still
+            if len(members) > 1:
+                if (*key, form) not in self._stills:
+                    tokens = torch.cat([f.still.tokens() for f in members], 2)
+                    whole = Still(tokens, still.width, still.ones, still.dtype)
+                    self._stills[*key, form] = whole
+                still = self._stills[*key, form]
+            moving = torch.cat([f.moving for f in members], 3) if len(members) > 1 else None
+            moving = members[0].moving if moving is None else moving
+            joined.append(Outer(still, moving, form[0]))
+        return joined
 
     def _at_parameter(self, name: str, term: _Term, factor: Factor) -> Factor:
         """The same gradients, laid out as the parameter is."""
         parameter = self.parameters[name]
         if term.view == "same":
             return factor
-        if term.view == "swapped" and isinstance(factor, Outer) and not factor.is_lookup:
-            rows = factor.right.shape[-1]
-            return Outer(factor.right, factor.left, rows, not factor.moves_left)
+        if term.view == "swapped" and isinstance(factor, Outer):
+            return Outer(factor.still, factor.moving, not factor.moves_left)
         values = dense(factor)
         meta = metadata(term.use.source.node)[term.use.source.output_nr]
         weight = values.flatten(0, 1)
@@ -294,19 +407,6 @@ class TapeGradients(Gradients):
         through = _through(term.use.source, parameter, weight)
         through = _written_out(through.reshape(len(through), -1), self.dtype)
         return Dense(through.view(*values.shape[:2], -1))
-
-
-def _joined(factors: Sequence[Outer], wanted: int) -> Outer | None:
-    """One factor with the tokens of all, where their forms agree."""
-    if len(factors) < wanted:
-        return None
-    first, *others = factors
-    form = (first.moves_left, first.is_lookup, first.rows, first.shape[2], first.shape[5])
-    for other in others:
-        if form != (other.moves_left, other.is_lookup, other.rows, other.shape[2], other.shape[5]):
-            return None
-    left = torch.cat([f.left for f in factors], 3)
-    return Outer(left, torch.cat([f.right for f in factors], 3), first.rows, first.moves_left)
 
 
 def _through(source: GradientEdge, parameter: Tensor, weight: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from nettrace.gradients import Gradients, Pulled, reals
-from nettrace.kernels import blocks, fold, gram, inner, sqnorms
+from nettrace.gradients import Gradients, Layer, Pulled, reals
+from nettrace.kernels import blocks, gram_, inner, mirror_, sqnorms, traced_gram_
 
 PerLayer: TypeAlias = dict[str, Tensor]
-#: A piece of a result: for one parameter, at some indices, a sum to add.
-_Piece: TypeAlias = tuple[str, tuple[slice, ...], Tensor]
+#: In place of a parameter's name, all of them together.
+_ALL = ""
 
 
 class Jacobian:
@@ -67,8 +67,13 @@ class Jacobian:
         n, c = self.samples, self.outputs
         shape = (n, n) if trace_outputs else (n, c, n, c)
         self._afford(shape, per_layer)
-        pieces = self._traced_gram() if trace_outputs else self._full_gram()
-        return self._collect(shape, pieces, per_layer)
+        shares = self._shares(shape, per_layer)
+        with torch.no_grad():
+            if trace_outputs:
+                self._add_traced_gram(shares)
+            else:
+                self._add_gram(shares)
+        return shares if per_layer else shares[_ALL]
 
     @overload
     def blocks(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -83,7 +88,11 @@ class Jacobian:
         """
         shape = (self.samples, self.outputs, self.outputs)
         self._afford(shape, per_layer)
-        return self._collect(shape, self._blocks(), per_layer)
+        shares = self._shares(shape, per_layer)
+        with torch.no_grad():
+            for ks, pulled, js, others in self._pairs():
+                self._add_blocks(shares, ks, pulled, js, others)
+        return shares if per_layer else shares[_ALL]
 
     def gram_and_layer_blocks(self) -> tuple[Tensor, PerLayer]:
         """`gram()` and `blocks(per_layer=True)` together, for the price of the first.
@@ -95,17 +104,10 @@ class Jacobian:
         n, c = self.samples, self.outputs
         self._afford((n, c, n, c), per_layer=False)
         self._afford((n, c, c), per_layer=True)
-        blocks = {name: self._zeros((n, c, c)) for name in self._gradients.parameters}
-
-        def diagonals() -> Iterator[_Piece]:
-            for name, (ns, ks, ms, js), piece in self._full_gram():
-                if ns == ms:
-                    blocks[name][ns, ks, js] += piece.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-                yield name, (ns, ks, ms, js), piece
-
-        gram = self._collect((n, c, n, c), diagonals(), per_layer=False)
-        assert isinstance(gram, Tensor)
-        return gram, blocks
+        gram, shares = self._shares((n, c, n, c), False), self._shares((n, c, c), True)
+        with torch.no_grad():
+            self._add_gram(gram, shares)
+        return gram[_ALL], shares
 
     @overload
     def norms(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -117,10 +119,8 @@ class Jacobian:
         Raises:
             CoupledSamplesError: if samples are coupled.
         """
-        squares = self._collect((self.samples, self.outputs), self._sqnorms(), per_layer)
-        if isinstance(squares, dict):
-            return {name: s.sqrt() for name, s in squares.items()}
-        return squares.sqrt()
+        norms = {name: s.sqrt() for name, s in self._sqnorms(per_layer).items()}
+        return norms if per_layer else norms[_ALL]
 
     @overload
     def trace(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -132,10 +132,8 @@ class Jacobian:
         Raises:
             CoupledSamplesError: if samples are coupled.
         """
-        squares = self._collect((self.samples, self.outputs), self._sqnorms(), per_layer)
-        if isinstance(squares, dict):
-            return {name: s.sum() for name, s in squares.items()}
-        return squares.sum()
+        traces = {name: s.sum() for name, s in self._sqnorms(per_layer).items()}
+        return traces if per_layer else traces[_ALL]
 
     @overload
     def jvp(
@@ -157,8 +155,15 @@ class Jacobian:
             CoupledSamplesError: if samples are coupled.
             ValueError: if `u` has the wrong shape.
         """
-        shape = (self.samples, self.outputs)
-        return self._collect(shape, self._inner(self._split(u)), per_layer)
+        vectors = self._split(u)
+        shares = self._shares((self.samples, self.outputs), per_layer)
+        with torch.no_grad():
+            for ks, pulled in self._chunks():
+                for (name,) in self._gradients.layers(apart=True):
+                    for ns in self._tiles((name,), ks):
+                        x = self._gradients.factor((name,), pulled, ns, oriented=True)
+                        shares[name if per_layer else _ALL][ns, ks] += inner(x, vectors[name]).T
+        return shares if per_layer else shares[_ALL]
 
     @overload
     def vjp(self, v: Tensor, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -240,97 +245,109 @@ class Jacobian:
 
     # How it is summed: a chunk of cotangents is pulled back, a tile of samples contracted.
 
-    def _sqnorms(self) -> Iterator[_Piece]:
-        for ks, pulled in self._chunks():
-            for name in self._gradients.names:
-                for ns in self._tiles(name, pulled):
-                    x = self._gradients.factor(name, pulled, ns)
-                    yield name, (ns, ks), sqnorms(x).T
-
-    def _inner(self, vectors: PerLayer) -> Iterator[_Piece]:
-        for ks, pulled in self._chunks():
-            for name in self._gradients.names:
-                for ns in self._tiles(name, pulled):
-                    x = self._gradients.factor(name, pulled, ns, oriented=True)
-                    yield name, (ns, ks), inner(x, vectors[name]).T
-
-    def _blocks(self) -> Iterator[_Piece]:
-        for ks, pulled, js, others in self._pairs():
-            for name in self._gradients.names:
-                for ns in self._tiles(name, pulled):
-                    x = self._gradients.factor(name, pulled, ns)
-                    y = x if ks == js else self._gradients.factor(name, others, ns)
-                    piece = blocks(x, y)
-                    yield name, (ns, ks, js), piece
-                    if ks != js:
-                        yield name, (ns, js, ks), piece.mT
-
-    def _traced_gram(self) -> Iterator[_Piece]:
-        for _, pulled in self._chunks():
-            for name in self._gradients.names:
-                tiles = self._tiles(name, pulled)
-                for i, ns in enumerate(tiles):
-                    x = fold(self._gradients.factor(name, pulled, ns))
-                    for ms in tiles[: i + 1]:
-                        y = x if ns == ms else fold(self._gradients.factor(name, pulled, ms))
-                        piece = gram(x, y)[:, 0, :, 0]
-                        yield name, (ns, ms), piece
-                        if ns != ms:
-                            yield name, (ms, ns), piece.T
-
-    def _full_gram(self) -> Iterator[_Piece]:
-        for ks, pulled, js, others in self._pairs():
-            for name in self._gradients.names:
-                tiles = self._tiles(name, pulled)
-                for i, ns in enumerate(tiles):
-                    x = self._gradients.factor(name, pulled, ns)
-                    for ms in tiles[: i + 1] if ks == js else tiles:
-                        same = (ns, ks) == (ms, js)
-                        y = x if same else self._gradients.factor(name, others, ms)
-                        piece = gram(x, y)
-                        yield name, (ns, ks, ms, js), piece
-                        if not same:
-                            yield name, (ms, js, ns, ks), piece.permute(2, 3, 0, 1)
-
-    def _collect(
-        self, shape: tuple[int, ...], pieces: Iterator[_Piece], per_layer: bool
-    ) -> Tensor | PerLayer:
+    def _sqnorms(self, per_layer: bool) -> PerLayer:
+        shares = self._shares((self.samples, self.outputs), per_layer)
         with torch.no_grad():
-            if per_layer:
-                shares = {name: self._zeros(shape) for name in self._gradients.parameters}
-                for name, where, piece in pieces:
-                    shares[name][where] += piece
-                return shares
-            total = self._zeros(shape)
-            for _, where, piece in pieces:
-                total[where] += piece
-            return total
+            for ks, pulled in self._chunks():
+                for layer in self._gradients.layers(apart=per_layer):
+                    for ns in self._tiles(layer, ks):
+                        x = self._gradients.factor(layer, pulled, ns)
+                        shares[layer[0] if per_layer else _ALL][ns, ks] += sqnorms(x).T
+        return shares
+
+    def _add_blocks(
+        self, shares: PerLayer, ks: slice, pulled: Pulled, js: slice, others: Pulled
+    ) -> None:
+        per_layer = _ALL not in shares
+        for layer in self._gradients.layers(apart=per_layer):
+            share = shares[layer[0] if per_layer else _ALL]
+            for ns in self._tiles(layer, ks):
+                x = self._gradients.factor(layer, pulled, ns)
+                y = x if ks == js else self._gradients.factor(layer, others, ns)
+                piece = blocks(x, y)
+                share[ns, ks, js] += piece
+                if ks != js:
+                    share[ns, js, ks] += piece.mT
+
+    def _add_traced_gram(self, shares: PerLayer) -> None:
+        per_layer = _ALL not in shares
+        for ks, pulled in self._chunks():
+            for layer in self._gradients.layers(apart=per_layer):
+                share = shares[layer[0] if per_layer else _ALL]
+                tiles = self._tiles(layer, ks)
+                for i, ns in enumerate(tiles):
+                    x = self._gradients.factor(layer, pulled, ns)
+                    for ms in tiles[i:]:
+                        y = x if ns == ms else self._gradients.factor(layer, pulled, ms)
+                        traced_gram_(share[ns, ms], x, y)
+        for share in shares.values():
+            mirror_(share)
+
+    def _add_gram(self, shares: PerLayer, diagonal: PerLayer | None = None) -> None:
+        """Adds the Gram matrix, and where wanted its diagonal blocks, layer by layer."""
+        per_layer = _ALL not in shares
+        chunks: list[tuple[slice, slice]] = []
+        for ks, pulled, js, others in self._pairs():
+            chunks += [(ks, js)] if ks != js else []
+            if diagonal is not None:
+                self._add_blocks(diagonal, ks, pulled, js, others)
+            for layer in self._gradients.layers(apart=per_layer):
+                share = shares[layer[0] if per_layer else _ALL]
+                tiles = self._tiles(layer, ks)
+                for i, ns in enumerate(tiles):
+                    x = self._gradients.factor(layer, pulled, ns)
+                    for ms in tiles[i:] if ks == js else tiles:
+                        same = (ns, ks) == (ms, js)
+                        y = x if same else self._gradients.factor(layer, others, ms)
+                        gram_(share[ns, ks, ms, js], x, y)
+        for share in shares.values():
+            for ks, js in chunks:
+                share[:, js, :, ks] = share[:, ks, :, js].permute(2, 3, 0, 1)
+            mirror_(share.view(self.samples * self.outputs, -1))
+
+    def _shares(self, shape: tuple[int, ...], per_layer: bool) -> PerLayer:
+        """Zeros to add to, for each parameter or for all together."""
+        names = self._gradients.parameters if per_layer else [_ALL]
+        return {name: self._zeros(shape) for name in names}
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         outputs = self._gradients.outputs
         return torch.zeros(shape, dtype=self._gradients.dtype, device=outputs.device)
 
-    def _chunks(self, held: int = 1) -> Iterator[tuple[slice, Pulled]]:
-        """Ranges of outputs with their pullbacks, of which the budget has room for `held`."""
-        room = self._memory // (2 * held)
-        step = max(1, room // max(1, self._gradients.bytes_per_cotangent()))
-        for start in range(0, self.outputs, step):
-            ks = slice(start, min(start + step, self.outputs))
-            yield ks, self._gradients.pull(self._basis(ks))
+    def _chunks(self) -> Iterator[tuple[slice, Pulled]]:
+        """Ranges of outputs with their pullbacks, as many as are worked on together efficiently."""
+        yield from self._pulled(min(self._room(1), self._gradients.at_once()))
 
     def _pairs(self) -> Iterator[tuple[slice, Pulled, slice, Pulled]]:
         """Every two ranges of outputs once."""
-        for ks, pulled in self._chunks(held=2):
+        step = self._room(1)
+        if step < self.outputs:
+            step = self._room(2)
+        for ks, pulled in self._pulled(step):
             yield ks, pulled, ks, pulled
-            if ks.stop < self.outputs:
-                for js, others in self._chunks(held=2):
-                    if js.start > ks.start:
-                        yield ks, pulled, js, others
+            for js, others in self._pulled(step, start=ks.stop):
+                yield ks, pulled, js, others
 
-    def _tiles(self, name: str, pulled: Pulled) -> list[slice]:
-        """Ranges of samples that the budget has room to contract, two at a time."""
-        each = self._gradients.bytes_per_sample(name, pulled)
-        step = max(1, self._memory // max(1, 6 * each))
+    def _room(self, held: int) -> int:
+        """How many outputs the budget has room for, where `held` such ranges are held at a time."""
+        each = max(1, self._gradients.bytes_per_cotangent())
+        return max(1, self._memory // (2 * held * each))
+
+    def _pulled(self, step: int, start: int = 0) -> Iterator[tuple[slice, Pulled]]:
+        try:
+            for first in range(start, self.outputs, step):
+                ks = slice(first, min(first + step, self.outputs))
+                yield ks, self._gradients.pull(self._basis(ks))
+        finally:
+            self._gradients.forget()
+
+    def _tiles(self, layer: Layer, ks: slice) -> list[slice]:
+        """Ranges of samples whose gradients, if written out, the budget has room for twice."""
+        count = sum(reals(self._gradients.parameters[name]) for name in layer)
+        each = (ks.stop - ks.start) * count * self._gradients.dtype.itemsize
+        step = max(1, self._memory // (4 * each))
+        if step >= self.samples or not self._gradients.is_written_out(layer):
+            step = self.samples
         return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
 
     def _basis(self, ks: slice) -> Tensor:

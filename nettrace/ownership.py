@@ -1,5 +1,6 @@
-"""Which sample each row of a cotangent belongs to, found by asking the tape.
+"""Which sample each row of a cotangent belongs to, derived or found by asking the tape.
 
+Where the operations on the way are all known, `nettrace.layout` derives it. Else the tape is asked.
 Pull back one random cotangent of the outputs, then the same with sample `n` scaled by a weight
 `w_n`. Wherever the samples do not meet, the ratio of the two pulled-back gradients is exactly the
 `w_n` of one sample. Weights are powers of two, so that scaling commutes with rounding and the ratio
@@ -10,7 +11,7 @@ as the cotangent is random, nothing flows through it on this tape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from nettrace.layout import Layout, Verdict, layouts
 from nettrace.tape import Tape, Use, metadata, shape_of
 
 #: The weights are powers of two between these; half precision has no room for more.
@@ -48,6 +50,15 @@ class Axis:
     dim: int
     owners: Tensor
     samples: int
+
+    @classmethod
+    def derived(cls, layout: Layout, length: int, samples: int, device: torch.device) -> Axis:
+        """The axis that a layout of the samples describes."""
+        slices = torch.arange(length, device=device)
+        axis = cls(layout.dim, slices // layout.inner % samples, samples)
+        if layout.inner * samples == length:
+            axis.__dict__["_index"] = None  # in order: no need to look
+        return axis
 
     @cached_property
     def _index(self) -> Tensor | None:
@@ -128,8 +139,19 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
     owned: dict[Edge, Ownership] = {}
     while True:
         nodes = list(dict.fromkeys([use.node for use in tape.uses()] + norms))
+        derived = layouts(tape)
+        shared = [n for n in nodes if derived.get((n, 0)) == "summed" and tape.may_absorb(n)]
+        if shared:
+            tape.absorb(shared)
+            continue
+        found = _placed(derived, nodes, tape.samples)
+        for node in norms:
+            if (node, 0) in found and 1 not in found[node, 0].axes:
+                raise CoupledSamplesError(_batch_norm_message(node))
+        nodes = [node for node in nodes if (node, 0) not in found]
+        if not nodes:
+            return found
         coupled: set[Node] = set()
-        found: dict[Edge, Ownership] = {}
         for edge, ownership in _ownerships(outputs, nodes, entries, memory):
             if ownership is None:
                 coupled.add(edge[0])
@@ -150,6 +172,23 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
         if len(behind) == len(entries):
             return owned
         entries = behind
+
+
+def _placed(
+    derived: Mapping[Edge, Verdict], nodes: Iterable[Node], samples: int
+) -> dict[Edge, Ownership]:
+    """The ownership of those outputs of `nodes` for which the layout of the samples is derived."""
+    axes: dict[tuple[int, int, int, torch.device], Axis] = {}
+    found = {}
+    for node in nodes:
+        for nr, meta in enumerate(metadata(node)):
+            layout = derived.get((node, nr))
+            if isinstance(layout, Layout):
+                key = (layout.dim, meta.shape[layout.dim], layout.inner, meta.device)
+                if key not in axes:
+                    axes[key] = Axis.derived(layout, key[1], samples, meta.device)
+                found[node, nr] = Ownership({layout.dim: axes[key]}, None)
+    return found
 
 
 def check_rows(losses: Tensor, outputs: Tensor, memory: int) -> None:

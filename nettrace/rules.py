@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nettrace.kernels import Dense, Factor, Outer, dense
+from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, dense, patches
 from nettrace.ownership import Axis, Ownership
-from nettrace.tape import Use, metadata, pull
+from nettrace.tape import Use, metadata, pull, shape_of
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,27 @@ def gradient(flow: Flow) -> Factor | None:
     if factor is None or metadata(child)[nr].dtype.is_complex:
         return factor
     if isinstance(factor, Outer):
-        mixed = factor.left.is_complex() or factor.right.is_complex()
+        mixed = factor.still.dtype.is_complex or factor.moving.is_complex()
         return Dense(dense(factor).real) if mixed else factor
-    return Dense(factor.values.real) if factor.values.is_complex() else factor
+    if isinstance(factor, Dense) and factor.values.is_complex():
+        return Dense(factor.values.real)
+    return factor
+
+
+def slots_of_weight_and_bias(node: Any, ownership: Ownership) -> tuple[int, int] | None:
+    """The inputs at which a weight enters, and a bias that is added to each token it makes.
+
+    Returns:
+        None where there is no such bias, or the rule for the weight keeps no tokens.
+    """
+    if 0 not in ownership.axes or metadata(node)[0].dtype.is_complex:
+        return None
+    if node.name() == "ConvolutionBackward0":
+        return None if node._saved_transposed else (1, 2)
+    if node.name() == "AddmmBackward0" and node._saved_alpha == node._saved_beta == 1:
+        bias, nr = node.next_functions[0]
+        return (2, 0) if bias is not None and shape_of(bias, nr) == shape_of(node)[1:] else None
+    return None
 
 
 def pullback(
@@ -125,14 +142,10 @@ def pullback(
     return rows.reshape(*rows.shape[:2], -1)
 
 
-def _outer(left: Tensor, right: Tensor, moves_left: bool) -> Outer:
-    """Factors from sides given as (N, T, D) for the still side and (N, T, K, D) for the moving."""
-
-    def spread(side: Tensor) -> Tensor:  # to (K or 1, N, G = 1, T, D)
-        side = side.unsqueeze(2) if side.dim() == 3 else side
-        return side.movedim(2, 0).unsqueeze(2)
-
-    return Outer(spread(left), spread(right), left.shape[-1], moves_left)
+def _outer(still: Tensor, moving: Tensor, moves_left: bool) -> Outer:
+    """A factor from its sides as (N, T, D) and (N, T, K, M)."""
+    side = Still(still.unsqueeze(1), still.shape[-1])
+    return Outer(side, moving.movedim(2, 0).unsqueeze(2), moves_left)
 
 
 def _scaled(operand: Tensor, scale: complex) -> Tensor:
@@ -151,7 +164,7 @@ def _matmul(flow: Flow) -> Factor | None:
         sides = flow.rows(0, (_scaled(a, scale), 0), (g, 1))
         return None if sides is None else _outer(sides[0], sides[1], moves_left=False)
     b = node._saved_mat2  # out[l, t] = sum_r W[l, r] b[r, t]
-    sides = flow.rows(1, (g, 2), (_scaled(b, scale), 1))
+    sides = flow.rows(1, (_scaled(b, scale), 1), (g, 2))
     return None if sides is None else _outer(sides[0], sides[1], moves_left=True)
 
 
@@ -173,31 +186,28 @@ def _batched_matmul(flow: Flow) -> Factor | None:
     if bias and flow.slot == 0:
         return _broadcast(flow, g * node._saved_beta)
     scale = node._saved_alpha if bias else 1
-    if flow.slot == (2 if bias else 1):
-        a = _scaled(node._saved_batch1 if bias else node._saved_self, scale)
-        sides = flow.rows(1, (a, 1), (g, 2))  # (N, T, G, L), (N, T, K, G, R)
-        if sides is None:
-            return None
-        left, right = sides[0].unsqueeze(2), sides[1]
+    moves_left = flow.slot == int(bias)
+    if moves_left:
+        b = node._saved_batch2 if bias else node._saved_mat2
+        sides = flow.rows(2, (_scaled(b, scale), 2), (g, 3))
     else:
-        b = _scaled(node._saved_batch2 if bias else node._saved_mat2, scale)
-        sides = flow.rows(2, (g, 3), (b, 2))  # (N, T, K, G, L), (N, T, G, R)
-        if sides is None:
-            return None
-        left, right = sides[0], sides[1].unsqueeze(2)
-    left, right = (side.permute(2, 0, 3, 1, 4) for side in (left, right))
-    return Outer(left, right, left.shape[-1], moves_left=flow.slot == int(bias))
+        a = node._saved_batch1 if bias else node._saved_self
+        sides = flow.rows(1, (_scaled(a, scale), 1), (g, 2))
+    if sides is None:
+        return None
+    still, moving = sides[0].movedim(2, 1), sides[1].permute(2, 0, 3, 1, 4)
+    return Outer(Still(still, still.shape[-1]), moving, moves_left)
 
 
 @rule("Trilinear")
 def _bilinear(flow: Flow) -> Factor | None:
     # torch.nn.functional.bilinear: out[t, o] = sum_ij W[o, (i, j)] a[t, i] b[t, j]
-    node, g = flow.node, flow.cotangent
+    node = flow.node
     expand = (node._saved_expand1, node._saved_expand2, node._saved_expand3)
     if flow.slot != 1 or expand != ((1, 3), (0,), (1, 2)):
         return None
     pairs = (node._saved_i1.unsqueeze(2) * node._saved_i3.unsqueeze(1)).flatten(1).conj()
-    sides = flow.rows(0, (g, 1), (pairs, 0))
+    sides = flow.rows(0, (pairs, 0), (flow.cotangent, 1))
     return None if sides is None else _outer(sides[0], sides[1], moves_left=True)
 
 
@@ -213,34 +223,22 @@ def _convolution(flow: Flow) -> Factor | None:
     sides = flow.rows(0, (a, 0), (g, 1))
     if sides is None:
         return None
-    a, g = sides  # (N, S, C_in, ...), (N, S, K, C_out, ...): S images a sample
-    a, g = a.unsqueeze(0), g.movedim(2, 0)
-    geometry = (flow.shape[2:], node._saved_stride, node._saved_padding, node._saved_dilation)
+    a, g = sides[0], sides[1].movedim(2, 0)  # (N, S, C_in, ...), (K, N, S, C_out, ...)
+    geometry = Geometry(
+        flow.shape[2:],
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        node._saved_groups,
+    )
     if node._saved_transposed:  # input and output change places
-        left, right = a.flatten(4).unsqueeze(4), _patches(g, *geometry)
-    else:
-        left, right = g.flatten(4).unsqueeze(4), _patches(a, *geometry)
-
-    def spread(side: Tensor) -> Tensor:  # (K, N, S, C, size, places) to (K, N, G, T, D)
-        side = side.unflatten(3, (node._saved_groups, -1)).flatten(4, 5)
-        return side.permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
-
-    left, right = spread(left), spread(right)
-    return Outer(left, right, left.shape[-1], moves_left=not node._saved_transposed)
-
-
-def _patches(
-    x: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """(K, N, S, C, prod(size), T) what each element of a filter meets at each of T places."""
-    x = F.pad(x, [p for pad in reversed(padding) for p in (pad, pad)])
-    for d in range(len(size)):
-        x = x.unfold(4 + d, dilation[d] * (size[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-    return x.flatten(4, 3 + len(size)).flatten(5).mT
+        still = (
+            a.flatten(3).unflatten(2, (geometry.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+        )
+        moving = patches(g.flatten(0, 1), geometry).unflatten(0, g.shape[:2])
+        return Outer(Still(still, still.shape[-1]), moving, moves_left=False)
+    moving = g.flatten(4).unflatten(3, (geometry.groups, -1)).permute(0, 1, 3, 2, 5, 4)
+    return Outer(Patches(a, geometry), moving.flatten(3, 4), moves_left=True)
 
 
 @rule("Embedding")
@@ -296,9 +294,9 @@ def _lookup(flow: Flow, indices: Tensor, g: Tensor) -> Factor | None:
     for dim in range(indices.dim()):
         sides = flow.rows(dim, (indices, dim), (g, dim + 1))
         if sides is not None:
-            left = sides[0].flatten(1)  # (N, T)
-            right = sides[1].movedim(2, 0)  # (K, N, T, ..., D)
-            return Outer(left[None, :, None], right.flatten(2, -2).unsqueeze(2), flow.shape[0])
+            numbers = sides[0].flatten(1).unsqueeze(1)  # (N, G = 1, T)
+            moving = sides[1].movedim(2, 0).flatten(2, -2).unsqueeze(2)  # (K, N, G = 1, T, D)
+            return Outer(Still(numbers, flow.shape[0], dtype=g.dtype), moving)
     return None
 
 

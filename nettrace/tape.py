@@ -73,6 +73,7 @@ class Tape:
     ) -> None:
         assert outputs.grad_fn is not None
         self.root: Node = outputs.grad_fn
+        self.root_nr: int = outputs.output_nr
         self.samples = outputs.shape[0]
         self._parameters = dict(parameters)
         self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}

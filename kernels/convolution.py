@@ -1,0 +1,125 @@
+"""Convolutions as sums of outer products of what a filter meets at each place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nettrace.kernels.factors import Still
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a filter moves over an image; one entry for each axis of the image."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def places(self, space: Sequence[int]) -> int:
+        """At how many places a filter meets an image of size `space`."""
+        steps = zip(space, self.size, self.stride, self.padding, self.dilation, strict=True)
+        return math.prod((n + 2 * p - d * (s - 1) - 1) // t + 1 for n, s, t, p, d in steps)
+
+
+class Patches(Still):
+    """What a filter meets, (N, G, T, D), made when asked for.
+
+    Args:
+        images: (N, S, C, ...) the S images of each sample.
+        geometry: how the filter moves over them; T = S x places, D = C / G x filter size.
+        ones: as in `Still`.
+    """
+
+    #: Making patches, or a convolution with samples as groups, is done once for all columns.
+    at_once = 2**24
+
+    def __init__(self, images: Tensor, geometry: Geometry, ones: bool = False) -> None:
+        self._images = images
+        self._geometry = geometry
+        self.samples, per_sample, channels = images.shape[:3]
+        self.groups = geometry.groups
+        self.length = per_sample * geometry.places(images.shape[3:])
+        self.width = channels // geometry.groups * math.prod(geometry.size)
+        self.ones = ones
+        self.is_lookup = False
+        self.dtype = images.dtype
+
+    def tokens(self, ns: slice = slice(None)) -> Tensor:
+        """(N, G, T, D) patches of some samples."""
+        return patches(self._images[ns], self._geometry)
+
+    def with_ones(self) -> Still:
+        """The same with a column of ones."""
+        return Patches(self._images, self._geometry, ones=True)
+
+    def to(self, dtype: torch.dtype) -> Still:
+        """The same in another precision."""
+        return Patches(self._images.to(dtype), self._geometry, self.ones)
+
+    def outer(self, moving: Tensor, ns: slice) -> Tensor:
+        """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times patches."""
+        n, g, t, m = moving.shape
+        # One convolution with samples as groups makes no patches. Where the images are small or
+        # the channels many, it is slower than making them.
+        if t < 64 or m * self.width > 50_000 or len(self._geometry.size) != 2:
+            return super().outer(moving, ns)
+        images, geometry = self._images[ns], self._geometry
+        _, s, c, *space = images.shape
+        out = [
+            (length + 2 * p - d * (size - 1) - 1) // stride + 1
+            for length, size, stride, p, d in zip(
+                space,
+                geometry.size,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                strict=True,
+            )
+        ]
+        cotangent = moving.mT.reshape(n, g, m, s, -1).permute(3, 0, 1, 2, 4)
+        weight = torch.ops.aten.convolution_backward(
+            cotangent.reshape(s, n * g * m, *out),
+            images.movedim(1, 0).reshape(s, n * c, *space),
+            images.new_empty((1,)).expand(n * g * m, c // g, *geometry.size),
+            None,
+            list(geometry.stride),
+            list(geometry.padding),
+            list(geometry.dilation),
+            False,
+            [0] * len(out),
+            n * g,
+            [False, True, False],
+        )[1]
+        found: Tensor = weight.view(n, g, m, self.width)
+        return found
+
+
+def patches(images: Tensor, geometry: Geometry) -> Tensor:
+    """(N, G, T, C / G x filter size) what a filter meets at each place of images (N, S, C, ...)."""
+    axes = len(geometry.size)
+    if axes == 2 and images.is_floating_point():  # far faster than copying a view
+        x = F.unfold(
+            images.flatten(0, 1),
+            geometry.size,
+            dilation=geometry.dilation,
+            padding=geometry.padding,
+            stride=geometry.stride,
+        )
+        x = x.view(*images.shape[:2], geometry.groups, -1, x.shape[-1])
+        return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    x = F.pad(images, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+    for d, (size, step, gap) in enumerate(
+        zip(geometry.size, geometry.stride, geometry.dilation, strict=True)
+    ):
+        x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
+    # (N, S, C, *places, *size)
+    x = x.unflatten(2, (geometry.groups, -1)).flatten(4, 3 + axes)  # (N, S, G, C / G, places, ...)
+    return x.flatten(5).permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
