@@ -6,4 +6,4 @@ from zoo.member import ZOO, Member, N, build, call, losses
 __all__ = ["HOUSE", "ZOO", "Member", "N", "build", "call", "layers", "learning", "losses"]
 __all__ += ["physics", "sequences"]
 
-HOUSE = ("mlp", "cnn", "gpt", "vit")
+HOUSE = ("mlp", "cnn", "resnet", "gpt", "vit")

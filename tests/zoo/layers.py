@@ -1,4 +1,4 @@
-"""Models of everyday layers: the four of the house, and what can be hard about common modules."""
+"""Models of everyday layers: the house models, and what can be hard about common modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plain_regressor() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3))
 
 
-# The four of the house --------------------------------------------------------------------------
+# The models of the house -------------------------------------------------------------------------
 
 
 @member("cnn", "", lambda: torch.randn(N, 3, 8, 8))
@@ -259,6 +259,36 @@ class Normalised(nn.Module):
         x = self.activation(self.norm(x)) + self.bag(tokens)
         x = self.bilinear(x, torch.tanh(x).abs() ** self.power)
         return self.Square.apply(x, self.weight, 2)
+
+
+@member("resnet", "W5", lambda: torch.randn(N, 3, 8, 8))
+class ResNet(nn.Module):
+    """Convolutions with batch normalisation around identities, one of them projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shortcut = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 1, stride=2)
+        self.blocks = nn.ModuleList([self.branch(4, 4, 1), self.branch(4, 6, 2)])
+        self.head = nn.Linear(6, 3)
+        for norm in self.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+
+    @staticmethod
+    def branch(inputs: int, outputs: int, stride: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.blocks[0](x))
+        x = F.relu(self.shortcut(x) + self.blocks[1](x))
+        return self.head(x.mean((2, 3)))
 
 
 @member("paddings", "", lambda: torch.randn(N, 2, 6, 6))
