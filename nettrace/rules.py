@@ -11,13 +11,13 @@ To add a rule, write a function with the signature of `Rule` and register it und
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, patches
+from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, dense, patches
 from nettrace.ownership import Axis, Ownership
 from nettrace.tape import Use, metadata, pull, shape_of
 
@@ -61,6 +61,8 @@ class Flow:
 
 Rule = Callable[[Flow], Factor | None]
 RULES: dict[str, Rule] = {}
+#: The modes of torch.nn.functional.embedding_bag as torch numbers them, after 0 for the sum.
+_MEAN_OF_BAG, _MAX_OF_BAG = 1, 2
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -74,9 +76,21 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def gradient(flow: Flow) -> Factor | None:
-    """The per-sample gradients at one use, by the rule for its node; None if no rule knows it."""
+    """The per-sample gradients at one use, by the rule for its node; None if no rule knows it.
+
+    Where the weight is real and the data complex, what is asked for is the real part.
+    """
     known = RULES.get(flow.node.name())
-    return known(flow) if known is not None else None
+    factor = known(flow) if known is not None else None
+    child, nr = flow.node.next_functions[flow.slot]
+    if factor is None or metadata(child)[nr].dtype.is_complex:
+        return factor
+    if isinstance(factor, Outer):
+        mixed = factor.still.dtype.is_complex or factor.moving.is_complex()
+        return Dense(dense(factor).real) if mixed else factor
+    if isinstance(factor, Dense) and factor.values.is_complex():
+        return Dense(factor.values.real)
+    return factor
 
 
 def slots_of_weight_and_bias(node: Any, ownership: Ownership) -> tuple[int, int] | None:
@@ -110,7 +124,7 @@ def pullback(
         samples: the samples asked for.
 
     Returns:
-        (K, N, *weight shape) gradients, zero where nothing flows.
+        (K, N, P) gradients, written out; zero where nothing flows.
     """
     live = next(g for g in cotangents if g is not None)
     meta = metadata(use.source.node)[use.source.output_nr]
@@ -123,9 +137,9 @@ def pullback(
             ]
             row = pull(use.node, masked, use.slot)
             if row is not None:  # the engine would cast it and sum it to the weight's shape too
-                row = row.sum_to_size(*meta.shape)
+                row = row.sum_to_size(meta.shape)
                 rows[k, i] = row if meta.dtype.is_complex or not row.is_complex() else row.real
-    return rows
+    return rows.reshape(*rows.shape[:2], -1)
 
 
 def _outer(still: Tensor, moving: Tensor, moves_left: bool) -> Outer:
@@ -163,19 +177,38 @@ def _matvec(flow: Flow) -> Factor | None:
     return None if sides is None else _outer(sides[0], sides[1].unsqueeze(-1), moves_left=False)
 
 
-@rule("Bmm")
+@rule("Bmm", "Baddbmm")
 def _batched_matmul(flow: Flow) -> Factor | None:
     # Here the batch axis is a group of the weight, such as attention heads or experts; a weight
     # that is copied for every sample has its use at the node that copies it.
     node, g = flow.node, flow.cotangent
-    if flow.slot == 1:
-        sides = flow.rows(1, (node._saved_self.conj(), 1), (g, 2))
+    bias = node.name() == "BaddbmmBackward0"
+    if bias and flow.slot == 0:
+        return _broadcast(flow, g * node._saved_beta)
+    scale = node._saved_alpha if bias else 1
+    moves_left = flow.slot == int(bias)
+    if moves_left:
+        b = node._saved_batch2 if bias else node._saved_mat2
+        sides = flow.rows(2, (_scaled(b, scale), 2), (g, 3))
     else:
-        sides = flow.rows(2, (node._saved_mat2.conj(), 2), (g, 3))
+        a = node._saved_batch1 if bias else node._saved_self
+        sides = flow.rows(1, (_scaled(a, scale), 1), (g, 2))
     if sides is None:
         return None
     still, moving = sides[0].movedim(2, 1), sides[1].permute(2, 0, 3, 1, 4)
-    return Outer(Still(still, still.shape[-1]), moving, moves_left=flow.slot == 0)
+    return Outer(Still(still, still.shape[-1]), moving, moves_left)
+
+
+@rule("Trilinear")
+def _bilinear(flow: Flow) -> Factor | None:
+    # torch.nn.functional.bilinear: out[t, o] = sum_ij W[o, (i, j)] a[t, i] b[t, j]
+    node = flow.node
+    expand = (node._saved_expand1, node._saved_expand2, node._saved_expand3)
+    if flow.slot != 1 or expand != ((1, 3), (0,), (1, 2)):
+        return None
+    pairs = (node._saved_i1.unsqueeze(2) * node._saved_i3.unsqueeze(1)).flatten(1).conj()
+    sides = flow.rows(0, (pairs, 0), (flow.cotangent, 1))
+    return None if sides is None else _outer(sides[0], sides[1], moves_left=True)
 
 
 @rule("Convolution")
@@ -219,12 +252,34 @@ def _embedding(flow: Flow) -> Factor | None:
     return _lookup(flow, indices, g)
 
 
+@rule("EmbeddingBag")
+def _embedding_bag(flow: Flow) -> Factor | None:
+    node, axis = flow.node, flow.ownership.axes.get(0)
+    if axis is None or node._saved_mode == _MAX_OF_BAG or node._saved_scale_grad_by_freq:
+        return None
+    indices, bags = node._saved_indices, len(axis.owners)
+    places = torch.arange(len(indices), device=indices.device)
+    bag = torch.searchsorted(node._saved_offsets[:bags], places, right=True) - 1
+    counts = (indices != node._saved_padding_idx).to(flow.cotangent.dtype)
+    if node._saved_mode == _MEAN_OF_BAG:
+        sizes = counts.new_zeros(bags).index_add(0, bag, counts)
+        counts = counts / sizes[bag].clamp(min=1)
+    if node._saved_per_sample_weights is not None:
+        counts = counts * node._saved_per_sample_weights
+    g = flow.cotangent[:, bag] * counts.unsqueeze(-1)
+    words = Axis(0, axis.owners[bag], axis.samples)
+    return _lookup(replace(flow, ownership=Ownership({0: words}, None)), indices, g)
+
+
 @rule("Index")
 def _index(flow: Flow) -> Factor | None:
     indices = flow.node._saved_indices
-    if len(indices) != 1 or indices[0].dtype == torch.bool:
+    if any(i is None or i.dtype == torch.bool for i in indices):
         return None
-    return _lookup(flow, indices[0] % flow.shape[0], flow.cotangent)
+    flat, rows = indices[0] % flow.shape[0], flow.shape[0]
+    for i, length in zip(indices[1:], flow.shape[1:], strict=False):
+        flat, rows = flat * length + i % length, rows * length
+    return _lookup(replace(flow, shape=(rows, *flow.shape[len(indices) :])), flat, flow.cotangent)
 
 
 @rule("IndexSelect")
@@ -298,6 +353,25 @@ def _divide(flow: Flow) -> Factor | None:
         return _broadcast(flow, flow.cotangent / other.conj())
     quotient = flow.node._saved_self / (other * other)
     return _broadcast(flow, -flow.cotangent * quotient.conj())
+
+
+@rule("Addcmul")
+def _add_product(flow: Flow) -> Factor | None:
+    if flow.slot == 0:
+        return _broadcast(flow, flow.cotangent)
+    other = flow.node._saved_tensor2 if flow.slot == 1 else flow.node._saved_tensor1
+    return _broadcast(flow, flow.cotangent * _scaled(other, flow.node._saved_value))
+
+
+@rule("Where")
+def _where(flow: Flow) -> Factor | None:
+    taken = flow.node._saved_condition
+    return _broadcast(flow, flow.cotangent * (taken if flow.slot == 0 else ~taken))
+
+
+@rule("PreluKernel")
+def _prelu(flow: Flow) -> Factor | None:
+    return _broadcast(flow, flow.cotangent * flow.node._saved_self.clamp(max=0))
 
 
 @rule("Expand")

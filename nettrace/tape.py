@@ -39,6 +39,16 @@ ELEMENTWISE = frozenset(
     name + "Backward0" for name in ("Add", "Div", "Mul", "Rsub", "Sub", "Where")
 )
 
+#: Nodes that save integers of their own making, such as pivots, places and masks, and take none.
+_KEEP_OWN_INTEGERS = frozenset(
+    name + "Backward0"
+    for name in (
+        "Cummax Cummin FakeQuantizePerChannelAffineCachemask FakeQuantizePerTensorAffineCachemask "
+        "Kthvalue LinalgDet LinalgLuFactorEx LinalgSlogdet LinalgSolveEx Max Median Min Mode Sort "
+        "Topk"
+    ).split()
+)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -114,7 +124,9 @@ class Tape:
     def _is_derived(self, node: Node) -> bool:
         if not all(self._is_weight(child, nr) for child, nr in edges(node)):
             return False
-        spreads = node.name() in BROADCASTS or _has_fixed_operand(node)
+        if any(0 in m.shape for m in metadata(node) if hasattr(m, "shape")):
+            return False  # such as the rows of an expert that no sample chose
+        spreads = node.name() in BROADCASTS or self._has_fixed_operand(node)
         if spreads and self._grows(node) and self._per_sample(shape_of(node)):
             return False
         return all(self._known(c) for c in self._fixed_operands(node))
@@ -132,7 +144,7 @@ class Tape:
             return False
         if node.name() in ELEMENTWISE and not self._grows(node):
             return True
-        if _has_fixed_operand(node) and not saved_tensors(node):
+        if self._has_fixed_operand(node) and not saved_tensors(node):
             return not self._per_sample(shape_of(node))
         return not any(
             self._per_sample(c.shape) and not self._known(c) and not self._copied(c)
@@ -141,7 +153,11 @@ class Tape:
 
     def _grows(self, node: Node) -> bool:
         """Whether the result has another shape than each weight it is made of."""
-        return all(shape_of(child, nr) != shape_of(node) for child, nr in edges(node))
+        return all(
+            shape_of(child, nr) != shape_of(node)
+            for child, nr in edges(node)
+            if self._is_leaf(child, nr) or child in self._reaching
+        )
 
     def _is_weight(self, child: Node, nr: int) -> bool:
         return self._is_leaf(child, nr) or child in self.weights or child not in self._reaching
@@ -149,17 +165,20 @@ class Tape:
     def _per_sample(self, shape: Iterable[int]) -> bool:
         return self.samples > 1 and any(n and n % self.samples == 0 for n in shape)
 
-    def _fixed_operands(self, node: Node) -> list[Tensor]:
-        """Saved tensors that can be constants: integers, and anything beside a missing edge."""
-        partial = any(
+    def _has_fixed_operand(self, node: Node) -> bool:
+        """Whether something enters that no parameter does, be it differentiable or not."""
+        return any(
             child is None or not (self._is_leaf(child, nr) or child in self._reaching)
             for child, nr in node.next_functions
         )
-        return [
-            t
-            for t in saved_tensors(node)
-            if partial or not (t.is_floating_point() or t.is_complex())
-        ]
+
+    def _fixed_operands(self, node: Node) -> list[Tensor]:
+        """Saved tensors that can be constants: integers, and anything beside a fixed operand."""
+        if self._has_fixed_operand(node):
+            return saved_tensors(node)
+        if node.name() in _KEEP_OWN_INTEGERS:
+            return []
+        return [t for t in saved_tensors(node) if not (t.is_floating_point() or t.is_complex())]
 
     def _known(self, constant: Tensor) -> bool:
         return constant.numel() <= 1 or storage_of(constant) in self._storages
@@ -238,10 +257,6 @@ def edge_key(edge: GradientEdge) -> tuple[Node, int]:
 def storage_of(tensor: Tensor) -> int:
     """Where a tensor's memory begins; 0 for layouts without one block of memory."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-
-
-def _has_fixed_operand(node: Node) -> bool:
-    return any(child is None for child, _ in node.next_functions)
 
 
 def edges(node: Node) -> list[tuple[Node, int]]:

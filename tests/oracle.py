@@ -7,21 +7,30 @@ import zoo
 from torch import Tensor
 
 
-def one_sample_jacobian(member: zoo.Member) -> dict[str, Tensor]:
-    """J by parameter, (N, C, P_layer): each sample's forward pass alone, one output at a time."""
-    parameters = {k: p for k, p in member.model.named_parameters() if p.requires_grad}
+def jacobian(outputs: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """J by parameter, (N, C, P_layer), of one forward pass, one output at a time."""
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for output in outputs.flatten():
+        gradients = torch.autograd.grad(
+            output, list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for (name, p), g in zip(parameters.items(), gradients, strict=True):
+            g = torch.zeros_like(p) if g is None else g
+            g = torch.view_as_real(g) if g.is_complex() else g
+            rows[name].append(g.flatten())
+    return {name: torch.stack(r).unflatten(0, (len(outputs), -1)) for name, r in rows.items()}
+
+
+def one_sample_jacobian(name: str) -> dict[str, Tensor]:
+    """J of a member of the zoo, by one forward pass for each sample, all in the same state."""
+    member = zoo.build(name)
+    state = {k: v.clone() for k, v in member.model.state_dict().items()}
+    samples = []
     for n in range(zoo.N):
-        outputs = member.forward(member.model, member.take(n)).flatten()
-        for output in outputs:
-            gradients = torch.autograd.grad(
-                output, list(parameters.values()), retain_graph=True, allow_unused=True
-            )
-            for (name, p), g in zip(parameters.items(), gradients, strict=True):
-                g = torch.zeros_like(p) if g is None else g
-                g = torch.view_as_real(g) if g.is_complex() else g
-                rows[name].append(g.flatten())
-    return {name: torch.stack(r).unflatten(0, (zoo.N, -1)) for name, r in rows.items()}
+        outputs = member.forward(member.model, member.take(n))
+        samples.append(jacobian(outputs, member.parameters))
+        member.model.load_state_dict(state)
+    return {k: torch.cat([sample[k] for sample in samples]) for k in member.parameters}
 
 
 def gram(j: Tensor) -> Tensor:
