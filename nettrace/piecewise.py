@@ -7,7 +7,6 @@ loss by the outputs f. Off the diagonal the two matrices differ.
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from nettrace.tape import VIEWS, Tape
@@ -18,19 +17,19 @@ _LINEAR = (
     | {
         name + "Backward0"
         for name in (
-            "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Amax Amin "
-            "AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin ConstantPadNd Copy Cumsum "
-            "Diagonal Embedding Expand Flip Gather Hardsigmoid Hardtanh Im2Col Index "
-            "IndexAdd IndexSelect LeakyRelu MaskedFill Max Maximum MaxPool2DWithIndices "
-            "MaxPool3DWithIndices Mean Min Minimum MkldnnMaxPool2D Neg PixelShuffle PixelUnshuffle "
-            "ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat ReplicationPad1D "
-            "ReplicationPad2D ReplicationPad3D Roll Rsub Scatter ScatterAdd Softshrink Hardshrink Stack "
-            "Sub Sum Threshold Trace Tril Triu Unfold UpsampleBicubic2D UpsampleBilinear2D "
-            "UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D "
-            "UpsampleTrilinear3D Where"
+            "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Amax "
+            "Amin AvgPool2D AvgPool3D Cat Clamp ClampMax ClampMin ConstantPadNd Copy Cumsum "
+            "Diagonal Embedding Expand Flip Gather Hardshrink Hardsigmoid Hardtanh Im2Col "
+            "Index IndexAdd IndexSelect LeakyRelu MaskedFill Max Maximum MaxPool2DWithIndices "
+            "MaxPool3DWithIndices Mean Min Minimum MkldnnMaxPool2D Neg PixelShuffle "
+            "PixelUnshuffle ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat "
+            "ReplicationPad1D ReplicationPad2D ReplicationPad3D Roll Rsub Scatter ScatterAdd "
+            "Softshrink Stack Sub Sum Threshold Trace Tril Triu Unfold UpsampleBicubic2D "
+            "UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D "
+            "UpsampleNearest3D UpsampleTrilinear3D Where"
         ).split()
     }
-    | {name + "Backward1" for name in ("Clamp ClampMax ClampMin Max Mean Min Sum").split()}
+    | {name + "Backward1" for name in "Clamp ClampMax ClampMin Max Mean Min Sum".split()}
 )
 
 #: Nodes that are linear in each input, and multiply the inputs at these slots.
@@ -62,7 +61,7 @@ _LINEAR_BUT = {
 
 
 class NotPiecewiseLinearError(ValueError):
-    """A network that bends in some weight, so that its Hessian has more than a Gauss-Newton part."""
+    """A network that bends in some weight: its Hessian has more than a Gauss-Newton part."""
 
 
 def check_piecewise_linear(tape: Tape) -> None:
@@ -121,4 +120,7 @@ _REMEDY = (
 
 def _message(name: str, parameters: frozenset[str]) -> str:
     few = ", ".join(sorted(parameters)[:3]) + (", ..." if len(parameters) > 3 else "")
-    return f"{name} is not known to be piecewise linear in its input, which depends on {few}. {_REMEDY}"
+    return (
+        f"{name} is not known to be piecewise linear in its input, which depends on {few}. "
+        f"{_REMEDY}"
+    )
