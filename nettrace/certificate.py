@@ -55,6 +55,8 @@ class Certificate:
         draws: from how many random combinations of the outputs shares are estimated; 0 where they
             are exact.
         tolerance: the relative difference that rounding may make.
+        bytes_per_pass: what the gradients that one backward pass pulls back take.
+        bytes_per_number: of results.
     """
 
     samples: int
@@ -63,6 +65,8 @@ class Certificate:
     checked: int
     draws: int
     tolerance: float
+    bytes_per_pass: int
+    bytes_per_number: int
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Certificate:
@@ -167,9 +171,15 @@ def certify(jacobian: Jacobian, *, samples: int = 2, seed: int = 0) -> Certifica
         CertificateRow(name, routes[name], share, errors[name])
         for name, share in zip(routes, shares.tolist(), strict=True)
     ]
-    tolerance, _ = _tolerances(jacobian)
     return Certificate(
-        n, c, tuple(rows), 2 * len(drawn), 0 if c <= _DRAWS else len(signs), tolerance
+        samples=n,
+        outputs=c,
+        rows=tuple(rows),
+        checked=2 * len(drawn),
+        draws=0 if c <= _DRAWS else len(signs),
+        tolerance=_tolerances(jacobian)[0],
+        bytes_per_pass=jacobian._gradients.bytes_per_cotangent(),
+        bytes_per_number=jacobian._gradients.dtype.itemsize,
     )
 
 
