@@ -54,7 +54,8 @@ def test_right_numbers_pass_and_shares_are_those_of_the_trace(name, dtype):
     assert {row.name: row.route for row in certificate.rows} == found.coverage()
     traces = found.trace(per_layer=True)
     for row in certificate.rows:
-        assert row.share == pytest.approx(float(traces[row.name] / found.trace()), rel=1e-5)
+        exact = float(traces[row.name] / found.trace())
+        assert row.share == pytest.approx(exact, **({"abs": 0.1} if certificate.draws else {}))
     assert sum(certificate.by_route().values()) == pytest.approx(1)
     assert nt.Certificate.from_dict(json.loads(json.dumps(certificate.as_dict()))) == certificate
 
@@ -109,12 +110,12 @@ def test_with_many_outputs_shares_are_estimated_at_a_cost_that_does_not_grow():
         found._gradients.backward = lambda v, back=backward, n=counted: (n.append(1), back(v))[1]
         certificate = nt.certify(found)
         passes.append(sum(counted))
-        assert certificate.draws == 8
+        assert certificate.draws == 4
         traces = found.trace(per_layer=True)
         for row in certificate.rows:
             assert row.share == pytest.approx(float(traces[row.name] / found.trace()), abs=0.05)
-    assert passes[0] == passes[1] <= 25
-    assert "estimated from 8 random draws" in str(certificate)
+    assert passes[0] == passes[1] <= 15
+    assert "estimated from 4 random draws" in str(certificate)
 
 
 def test_a_bias_without_effect_is_no_fault():
