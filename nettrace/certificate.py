@@ -7,6 +7,7 @@ those of plain autograd on the same tape.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,14 +70,14 @@ class Certificate:
     bytes_per_number: int
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Certificate:
-        """The certificate that `as_dict` wrote."""
-        rows = tuple(CertificateRow(**row) for row in plain["rows"])
-        return cls(**{**plain, "rows": rows})
+    def from_json(cls, text: str) -> Certificate:
+        """The certificate that `as_json` wrote."""
+        plain = json.loads(text)
+        return cls(**{**plain, "rows": tuple(CertificateRow(**row) for row in plain["rows"])})
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same in numbers, texts, lists and dicts, as for JSON."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+    def as_json(self) -> str:
+        """The same as JSON, as it is kept with a trace."""
+        return json.dumps(asdict(self))
 
     @property
     def error(self) -> float:

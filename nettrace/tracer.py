@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import time
 import warnings
@@ -287,7 +286,7 @@ def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
     attributes = {
         "convention": "largest difference from plain autograd in a few entries of the Jacobian, "
         "over the norms of its rows",
-        "certificate": json.dumps(found.as_dict()),
+        "certificate": found.as_json(),
     }
     return Record(name, step, np.asarray(found.error), attributes=attributes)
 

@@ -1,7 +1,5 @@
 """The certificate and its spot check: faults that are planted are found, and named."""
 
-import json
-
 import pytest
 import torch
 import zoo
@@ -57,7 +55,7 @@ def test_right_numbers_pass_and_shares_are_those_of_the_trace(name, dtype):
         exact = float(traces[row.name] / found.trace())
         assert row.share == pytest.approx(exact, **({"abs": 0.1} if certificate.draws else {}))
     assert sum(certificate.by_route().values()) == pytest.approx(1)
-    assert nt.Certificate.from_dict(json.loads(json.dumps(certificate.as_dict()))) == certificate
+    assert nt.Certificate.from_json(certificate.as_json()) == certificate
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,7 @@ def test_it_is_kept_with_the_trace(tmp_path):
     data = nt.open(tmp_path)
     kept = data.nettrace_spot_check
     assert kept.notnull().values.tolist() == [True, True, False]
-    certificate = nt.Certificate.from_dict(json.loads(kept.attrs["certificate"]))
+    certificate = nt.Certificate.from_json(kept.attrs["certificate"])
     assert [row.name for row in certificate.rows] == [n for n, _ in model.named_parameters()]
     assert certificate.error == kept[1]
 
