@@ -116,6 +116,23 @@ def test_with_many_outputs_shares_are_estimated_at_a_cost_that_does_not_grow():
     assert "estimated from 4 random draws" in str(certificate)
 
 
+@pytest.mark.parametrize(
+    ("samples", "routes", "options"),
+    [
+        (1, {"rule"}, {}),
+        (6, {"rows"}, {"coupled": "rows"}),
+        (40, {"rule"}, {"memory_budget": 300}),  # too little for any inner product
+    ],
+)
+def test_one_sample_coupled_samples_and_little_memory(samples, routes, options):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    model.train("coupled" in options)
+    certificate = nt.certify(nt.jacobian(model(torch.randn(samples, 4)), model, **options))
+    assert set(certificate.by_route()) == routes
+    assert certificate.error < 1e-6
+    assert sum(row.share for row in certificate.rows) == pytest.approx(1)
+
+
 def test_a_bias_without_effect_is_no_fault():
     """Its gradient is nothing but what rounding leaves of a sum that cancels."""
     torch.manual_seed(0)
