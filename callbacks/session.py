@@ -171,9 +171,9 @@ class Session:
 
 
 def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
-    """The records that a callback asked for, and the time that they took."""
-    names = {measure.name for measure in callback.measures} | {"nettrace/seconds"}
-    return {record.name: record for record in records if record.name in names}
+    """The records that a callback asked for, and those about the measurement itself."""
+    names = {measure.name for measure in callback.measures}
+    return {r.name: r for r in records if r.name in names or r.name.startswith("nettrace/")}
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Measure the physics of learning while a network trains."""
 
+from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.measures import measure
 from nettrace.operator import Jacobian
@@ -12,14 +13,17 @@ from nettrace.store import open
 from nettrace.tracer import MissingMeasureWarning, Tracer
 
 __all__ = [
+    "Certificate",
     "CoupledSamplesError",
     "Jacobian",
     "LossJacobian",
     "MissingMeasureWarning",
     "Probe",
     "Record",
+    "SpotCheckError",
     "Tracer",
     "at",
+    "certify",
     "every",
     "jacobian",
     "log_spaced",

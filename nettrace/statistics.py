@@ -6,17 +6,20 @@ or raw arrays: measures divide, and say by what.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.ownership import check_rows
+from nettrace.piecewise import check_piecewise_linear
 from nettrace.probe import Probe
+from nettrace.tape import Tape
 
 
 class Unavailable(Exception):
@@ -36,6 +39,8 @@ class Statistics:
         needs: the statistics that will be asked for, so that they can share work.
         seed: for those that draw random numbers.
         memory_budget: as in `nettrace.jacobian`.
+        check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
+            not to be had if it raises `SpotCheckError`.
 
     Attributes:
         samples: N.
@@ -46,7 +51,7 @@ class Statistics:
     #: The statistics that depend on the distribution that the outputs parametrise.
     of_likelihood = frozenset(
         "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
-        "fisher_metric drawn_sqnorms".split()
+        "fisher_metric drawn_sqnorms hessian_traces".split()
     )
 
     def __init__(
@@ -57,6 +62,7 @@ class Statistics:
         *,
         seed: int = 0,
         memory_budget: int | str = "2GiB",
+        check: Callable[[Jacobian], None] = lambda jacobian: None,
     ) -> None:
         self._outputs = probe.look(model)
         self._probe = probe
@@ -64,6 +70,7 @@ class Statistics:
         self._needs = frozenset(needs)
         self._seed = seed
         self._memory = memory_budget
+        self._check = check
         self.samples = len(self._outputs)
 
     @cached_property
@@ -119,10 +126,29 @@ class Statistics:
             )
         return losses
 
-    @cached_property
+    @property
     def jacobian(self) -> Jacobian:
         """The Jacobian of the outputs."""
+        if isinstance(self._checked, SpotCheckError):
+            raise self._checked
+        return self._checked
+
+    @cached_property
+    def _checked(self) -> Jacobian | SpotCheckError:
+        try:
+            self._check(self._unchecked)
+        except SpotCheckError as error:
+            return error
+        return self._unchecked
+
+    @cached_property
+    def _unchecked(self) -> Jacobian:
         return jacobian(self._outputs, self._model, memory_budget=self._memory)
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """How each parameter's gradients are found; see `nettrace.Jacobian.coverage`."""
+        return self._unchecked.coverage()
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
@@ -180,6 +206,23 @@ class Statistics:
         """(N,) expected squared norms of loss gradients, over targets drawn from the outputs."""
         roots = self.likelihood.weighted_scores(self.outputs)
         return self.jacobian.project(roots).norms().square().sum(1)
+
+    @cached_property
+    def hessian_traces(self) -> Tensor:
+        """(N,) traces of the Hessians of the samples' losses by the parameters.
+
+        For networks that are piecewise linear in each weight, of which the Fisher information,
+        which is that of the Gauss-Newton matrix for these losses, has the same trace.
+        """
+        if self._probe.losses is not None:
+            raise Unavailable(
+                "the exact trace of the Hessian is known for the losses of a likelihood alone: "
+                "leave out Probe(..., losses=...) if cross-entropy or half the squared error, "
+                "summed over outputs, is meant"
+            )
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        check_piecewise_linear(Tape(self._outputs, parameters, ()))
+        return self.fisher_sqnorms
 
     @cached_property
     def fisher_metric(self) -> Tensor:

@@ -11,6 +11,7 @@ an edge from a node that is not absorbed into the weight.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -247,6 +248,54 @@ class Tape:
     def consumers(self, node: Node) -> list[Node]:
         """The nodes on the tape that `node` flows into."""
         return [n for n in self.nodes if any(child is node for child, _ in n.next_functions)]
+
+
+def signature(outputs: Tensor, parameters: Mapping[str, Tensor]) -> str:
+    """A digest of the tape of `outputs`: kinds and shapes of operations, and what flows into which.
+
+    Of no values: an index tensor may change without notice.
+    """
+    names = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
+    numbers = {node: number for number, node in enumerate(_reachable(outputs))}
+    digest = hashlib.sha256()
+    for node in numbers:
+        shapes = [(tuple(m.shape), m.dtype) for m in metadata(node) if hasattr(m, "shape")]
+        inputs = [
+            None if child is None else (numbers[child], nr, names.get((child, nr)))
+            for child, nr in node.next_functions
+        ]
+        digest.update(repr((node.name(), shapes, inputs)).encode())
+    return digest.hexdigest()
+
+
+def precision(outputs: Tensor) -> float:
+    """The distance from 1 to the next number in the coarsest arithmetic on the tape of `outputs`.
+
+    Where a device may round operands to TF32, that of TF32.
+    """
+    eps = [torch.finfo(outputs.dtype).eps] + [
+        torch.finfo(m.dtype).eps
+        for node in _reachable(outputs)
+        for m in metadata(node)
+        if hasattr(m, "dtype") and (m.dtype.is_floating_point or m.dtype.is_complex)
+    ]
+    narrows = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+    if outputs.is_cuda and narrows and max(eps) >= torch.finfo(torch.float32).eps:
+        eps.append(2.0**-10)
+    return max(eps)
+
+
+def _reachable(outputs: Tensor) -> list[Node]:
+    """All nodes behind `outputs`, in an order that their connections fix."""
+    assert outputs.grad_fn is not None
+    seen: dict[Node, None] = {}
+    stack = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen[node] = None
+            stack += [child for child, _ in edges(node)]
+    return list(seen)
 
 
 def edge_key(edge: GradientEdge) -> tuple[Node, int]:

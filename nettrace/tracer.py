@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
+from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.probe import Probe
 from nettrace.record import Record
@@ -31,6 +33,12 @@ class MissingMeasureWarning(UserWarning):
 
 class Tracer:
     """Measures a network at scheduled steps, and leaves it exactly as it was.
+
+    At the first record that rests on derivatives, at those numbered 2, 4, 8, ... and whenever the
+    operations on the tape change, a few entries of the Jacobian are compared with plain autograd.
+    The record "nettrace/spot_check" then holds the largest difference, and as its attribute
+    "certificate" the `nettrace.Certificate`, as JSON. Where the check fails, whatever rests on
+    derivatives is missing, with the reason, until it passes.
 
     Args:
         probe: the samples to measure on.
@@ -80,6 +88,7 @@ class Tracer:
         self._seed = seed
         self._writer = None if to is None else TraceWriter(to, probe=probe.fingerprint())
         self._warned: set[str] = set()
+        self._spot_checks = SpotChecks()
 
     def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
         """Measures the network if the schedule says so.
@@ -118,6 +127,18 @@ class Tracer:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
         start = time.perf_counter()
         records: list[Record] = []
+        checks: list[Record] = []
+        seed = self._seed * 1_000_003 + step
+
+        def check(jacobian: Jacobian) -> None:
+            try:
+                certificate = self._spot_checks(jacobian, seed)
+            except SpotCheckError as error:
+                checks.append(_spot_check(step, error))
+                raise
+            if certificate is not None:
+                checks.append(_spot_check(step, certificate))
+
         found: Statistics | Exception
         try:
             with frozen(model):
@@ -126,8 +147,9 @@ class Tracer:
                         model,
                         self.probe,
                         {need for m in measures for need in m.needs},
-                        seed=self._seed * 1_000_003 + step,
+                        seed=seed,
                         memory_budget=self._memory_budget,
+                        check=check,
                     )
                     self._examine(model, found)
                 except Exception as error:
@@ -138,7 +160,21 @@ class Tracer:
             records = self._take(measures, step, error)
         seconds = np.asarray(time.perf_counter() - start)
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-        return [*records, Record("nettrace/seconds", step, seconds, attributes=convention)]
+        timed = Record("nettrace/seconds", step, seconds, attributes=convention)
+        return [*records, *checks, timed]
+
+    def certify(self, model: nn.Module) -> Certificate:
+        """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            SpotCheckError: if derivatives differ from those of plain autograd.
+            Exception: whatever goes wrong with calling the network.
+        """
+        with frozen(model):
+            statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
+            self._examine(model, statistics)
+            return certify(statistics.jacobian, seed=self._seed)
 
     def _take(
         self, measures: Sequence[Measure], step: int, found: Statistics | Exception
@@ -184,7 +220,7 @@ class Tracer:
         order = order.to(outputs.device)
         same = _same(again[0], outputs[order], noise)
         if not same:
-            statistics.jacobian.coverage()  # raises, naming the operation, if that is on the tape
+            _ = statistics.routes  # raises, naming the operation, if that is on the tape
         if not same or (losses is not None and not _same(again[1], losses[order], noise)):
             raise CoupledSamplesError(
                 f"the samples are coupled: the {'losses' if same else 'outputs'} change when the "
@@ -241,6 +277,18 @@ def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -
         found.coordinates,
         {**_about(measure), **_loss(measure, statistics), **found.attributes},
     )
+
+
+def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
+    name = "nettrace/spot_check"
+    if isinstance(found, SpotCheckError):
+        return Record(name, step, np.asarray(np.nan), missing=f"SpotCheckError: {found}")
+    attributes = {
+        "convention": "largest difference from plain autograd in a few entries of the Jacobian, "
+        "over the norms of its rows",
+        "certificate": found.as_json(),
+    }
+    return Record(name, step, np.asarray(found.error), attributes=attributes)
 
 
 def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:

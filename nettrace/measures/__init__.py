@@ -1,6 +1,6 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import collective, fisher, loss, ntk
+from nettrace.measures import collective, fisher, hessian, loss, ntk
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "available",
     "collective",
     "fisher",
+    "hessian",
     "loss",
     "measure",
     "ntk",

@@ -61,6 +61,11 @@ class Measure:
     dims: tuple[str, ...]
     source: str
 
+    @property
+    def summary(self) -> str:
+        """What it is, in a line."""
+        return (self.function.__doc__ or "").partition("\n")[0]
+
     def __call__(self, statistics: Statistics) -> Value:
         """The measure of a network, from its statistics."""
         found = self.function(*(getattr(statistics, need) for need in self.needs))

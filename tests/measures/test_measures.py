@@ -632,7 +632,7 @@ def test_what_cannot_be_measured_says_what_to_pass(probe, name, advice):
     probe = nt.Probe(x, **PROBES[probe])
     tracer = nt.Tracer(probe, [name, "ntk/trace"])
     with pytest.warns(nt.MissingMeasureWarning, match=f"^{name} is missing at step 7: ") as caught:
-        missing, trace, _ = tracer(model, step=7)
+        missing, trace, *_ = tracer(model, step=7)
     assert len(caught) == 1
     assert missing.name == name
     assert advice in missing.missing
