@@ -161,6 +161,11 @@ class Block(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(n, t, d))
 
 
+def places(x: Tensor) -> Tensor:
+    """(N, T) positions of tokens; with the axis of samples, without which Opacus fails."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+
+
 class ViT(nn.Module):
     """A vision transformer that averages over tokens at the end, with learned positions."""
 
@@ -174,7 +179,7 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).mT
-        x = x + self.positions(torch.arange(x.shape[1], device=x.device))
+        x = x + self.positions(places(x))
         return self.head(self.norm(self.blocks(x)).mean(1))
 
 
@@ -202,8 +207,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T, V) logits of (N, T) tokens."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+        x = self.tokens(tokens) + self.positions(places(tokens))
+        return self.head(self.norm(self.blocks(x)))
 
 
 def gpt(
