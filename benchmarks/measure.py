@@ -128,9 +128,6 @@ def main() -> None:
     times, units = [], []
     if took > SLOW and not jax:  # what jax took includes compilation
         times, units = [took], [report["unit"]]
-    elif took < LONG:
-        _, memory = peak_memory(call)  # once more, now that the code is in memory
-        tell(memory=memory)
     while len(times) < repeats:
         if unit:
             units.append(seconds(unit, max(1, math.ceil(BLOCK / report["unit"]))))
