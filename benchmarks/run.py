@@ -198,10 +198,10 @@ def cell(report: Figures | None, notes: list[str] | None) -> str:
     return text
 
 
-def table(names: list[str], header: str, rows: dict[str, list[str]]) -> list[str]:
+def table(names: list[str], header: str, rows: list[tuple[str, list[str]]]) -> list[str]:
     lines = [f"| {header} | " + " | ".join(LABELS[n] for n in names) + " |"]
     lines.append("|---" * (len(names) + 1) + "|")
-    return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())]
+    return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows)]
 
 
 def lead(reports: Figures) -> str:
@@ -221,7 +221,7 @@ def times_section(found: Figures, names: list[str], quantity: str, notes: list[s
         rows[method] = [cell(by_name[n].get(method), notes) for n in names]
     rows["*goal*"] = [f"{GOALS[quantity].get(n, '-')}" for n in names]
     rows["*fastest exact peer / nettrace*"] = [lead(by_name[n]) for n in names]
-    return ["", f"## {QUANTITIES[quantity]}", "", *table(names, "ratio to U", rows)]
+    return ["", f"## {QUANTITIES[quantity]}", "", *table(names, "ratio to U", [*rows.items()])]
 
 
 def memory_section(found: Figures, names: list[str]) -> list[str]:
@@ -234,14 +234,14 @@ def memory_section(found: Figures, names: list[str]) -> list[str]:
             return "-"
         return f"{report['memory'] / 1e6:.0f} ({report['memory'] / step(n):.1f})"
 
-    rows = {"a training step": [f"{step(n) / 1e6:.0f}" for n in names]}
+    rows = [("a training step", [f"{step(n) / 1e6:.0f}" for n in names])]
     for quantity, title in QUANTITIES.items():
         goal = f", goal {MEMORY_GOALS[quantity]}" if quantity in MEMORY_GOALS else ""
-        rows[f"**{title}**{goal}"] = [""] * len(names)
+        rows.append((f"**{title}**{goal}", [""] * len(names)))
         for method in methods(quantity):
-            rows[method] = [
-                extra(n, found[n]["quantities"][quantity].get(method, {})) for n in names
-            ]
+            reports = [found[n]["quantities"][quantity].get(method, {}) for n in names]
+            cells = [extra(n, report) for n, report in zip(names, reports, strict=True)]
+            rows.append((method, cells))
     head = "MB above libraries and model, and over a training step's"
     return ["", "## Peak memory", "", *table(names, head, rows)]
 
@@ -254,7 +254,7 @@ def errors_section(found: Figures, names: list[str]) -> list[str]:
                 for value, error in report.get("errors", {}).items():
                     cells = rows.setdefault(f"{value}, {method}", ["-"] * len(names))
                     cells[names.index(n)] = f"{error:.0e}"
-    return ["", "## Largest error, over the largest entry", "", *table(names, "", rows)]
+    return ["", "## Largest error, over the largest entry", "", *table(names, "", [*rows.items()])]
 
 
 def write(figures: Figures) -> None:
