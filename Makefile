@@ -1,10 +1,12 @@
 # make demo: install what is needed and run the main job on real data.
 # make test: install what is needed and run the tests.
+# make bench: install nettrace's peers and measure what all of them cost, within half an hour.
 # Each needs nothing but Python 3.11 or newer; everything goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 .PHONY: demo test lint bench clean
 
@@ -19,8 +21,9 @@ lint: .venv/dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: .venv/dev
-	$(BIN)/python benchmarks/run.py
+bench: .venv/peers/done .venv/jax/done
+	.venv/peers/bin/python benchmarks/run.py $(ARGS)
+	.venv/peers/bin/python benchmarks/accuracy.py
 
 clean:
 	rm -rf .venv build *.egg-info
@@ -34,4 +37,15 @@ clean:
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/peers/done: pyproject.toml constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/python $(INSTALL) --constraint constraints.txt \
+		--editable . --requirement benchmarks/peers.txt
+	touch $@
+
+.venv/jax/done: benchmarks/jax.txt
+	$(PYTHON) -m venv .venv/jax
+	.venv/jax/bin/python $(INSTALL) --requirement benchmarks/jax.txt
 	touch $@
