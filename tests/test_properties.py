@@ -132,8 +132,6 @@ def test_permuting_samples_permutes_the_gram_matrix(case):
     assert relative_error(permuted, whole[order][:, :, order]) < TOLERANCE
 
 
-# A part may leave an expert without a token; see WITHOUT_ROWS in test_ownership.py.
-@pytest.mark.xfail(raises=IndexError, reason="an operation on no rows at all")
 @property_of_networks
 def test_splitting_the_probe_gives_its_blocks(case):
     model, x = case
