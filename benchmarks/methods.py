@@ -73,14 +73,14 @@ def _(w: Workload) -> Call:
 
 @method("traces", "nettrace")
 def _(w: Workload) -> Call:
-    def call() -> dict[str, Tensor]:
+    def call() -> dict[str, Tensor]:  # as nettrace.statistics does for ntk/trace and fisher/trace
         outputs = w.outputs()
-        blocks = nt.jacobian(outputs, w.model).blocks()
-        values = {"ntk_trace": blocks.diagonal(dim1=1, dim2=2).sum()}
-        if w.targets.dim() == 1:
-            metric = Categorical(1).metric(outputs.detach())
-            values["fisher_trace"] = (blocks * metric).sum()
-        return values
+        J = nt.jacobian(outputs, w.model)
+        if w.targets.dim() > 1:
+            return {"ntk_trace": J.trace()}
+        information, directions = torch.linalg.eigh(Categorical(1).metric(outputs))
+        squares = J.project(directions.permute(2, 0, 1)).norms().square()
+        return {"ntk_trace": squares.sum(), "fisher_trace": (squares * information).sum()}
 
     return call
 

@@ -99,7 +99,9 @@ class Patches(Still):
             [False, True, False],
         )[1]
         found: Tensor = weight.view(n, g, m, self.width)
-        return found if out is None else out.copy_(found)
+        if out is not None:
+            out.copy_(found)
+        return found
 
 
 def patches(images: Tensor, geometry: Geometry) -> Tensor:

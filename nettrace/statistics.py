@@ -151,6 +151,38 @@ class Statistics:
         return self._unchecked.coverage()
 
     @cached_property
+    def trace(self) -> Tensor:
+        """The trace of the Gram matrix of the Jacobian."""
+        if "layer_traces" in self._needs:
+            return torch.stack(list(self.layer_traces.values())).sum()
+        return self._sqnorms[1][""].sum()
+
+    @cached_property
+    def layer_traces(self) -> PerLayer:
+        """By parameter, its share of the trace."""
+        return {name: squares.sum() for name, squares in self._sqnorms[1].items()}
+
+    @cached_property
+    def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
+        """Squared norms of the Jacobian's rows, in one pass for two traces.
+
+        Where the Fisher information is wanted too, the rows are turned onto the eigenvectors of
+        each sample's information about its outputs. That changes no trace, and the trace of the
+        Fisher information is then the sum of the squared norms, weighted with the eigenvalues.
+
+        Returns:
+            The eigenvalues (N, C), if rows are turned, and the squared norms (N, C) by parameter,
+            or by the empty name for all together.
+        """
+        rows, eigenvalues = self.jacobian, None
+        if self._needs & {"fisher_sqnorms", "hessian_traces"} and self.assumed_likelihood:
+            eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
+            rows = rows.project(vectors.permute(2, 0, 1))
+        per_layer = "layer_traces" in self._needs
+        norms = rows.norms(per_layer=True) if per_layer else {"": rows.norms()}
+        return eigenvalues, {name: norm.double().square() for name, norm in norms.items()}
+
+    @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
         if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
             return self.jacobian.gram_and_layer_blocks()
@@ -204,6 +236,10 @@ class Statistics:
     @cached_property
     def fisher_sqnorms(self) -> Tensor:
         """(N,) expected squared norms of loss gradients, over targets drawn from the outputs."""
+        if self._needs & {"trace", "layer_traces"} and self.likelihood:
+            eigenvalues, squares = self._sqnorms
+            assert eigenvalues is not None
+            return (torch.stack(list(squares.values())).sum(0) * eigenvalues).sum(1)
         roots = self.likelihood.weighted_scores(self.outputs)
         return self.jacobian.project(roots).norms().square().sum(1)
 

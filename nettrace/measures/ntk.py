@@ -20,26 +20,26 @@ _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
 
 @measure(
     "ntk/trace",
-    needs=["blocks"],
+    needs=["trace"],
     convention="sum over samples and outputs",
     source=_NTK,
 )
-def trace(blocks: Tensor) -> Tensor:
+def trace(trace: Tensor) -> Tensor:
     """The sum of squares of all entries of the Jacobian."""
-    return blocks.diagonal(dim1=1, dim2=2).double().sum()
+    return trace
 
 
 @measure(
     "ntk/trace_per_layer",
-    needs=["layer_blocks"],
+    needs=["layer_traces"],
     convention="sum over samples and outputs; the layers add up to ntk/trace",
     dims=["layer"],
     source=_NTK,
 )
-def trace_per_layer(layer_blocks: PerLayer) -> Value:
+def trace_per_layer(layer_traces: PerLayer) -> Value:
     """The trace's share of each parameter."""
-    traces = [b.diagonal(dim1=1, dim2=2).double().sum() for b in layer_blocks.values()]
-    return Value(torch.stack(traces), coordinates={"layer": list(layer_blocks)})
+    values = torch.stack(list(layer_traces.values()))
+    return Value(values, coordinates={"layer": list(layer_traces)})
 
 
 @measure(
