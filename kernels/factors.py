@@ -18,6 +18,7 @@ columns, D either of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,9 +81,25 @@ def dense(x: Factor) -> Tensor:
     k, n, g, t, rows, columns = x.shape
     if not x.is_lookup:
         return (x.left.mT @ x.right).expand(k, -1, -1, -1, -1).flatten(2)
-    out = x.right.new_zeros((k, n * g * rows, columns))
+    return _looked_up(x, x.right.new_zeros(()).expand(k, n, g * rows * columns))
+
+
+def total(factors: Sequence[Factor]) -> Tensor:
+    """The sum of the same weight's gradients, written out, (K, N, P)."""
+    lookups = [x for x in factors if isinstance(x, Outer) and x.is_lookup]
+    others = [dense(x) for x in factors if not (isinstance(x, Outer) and x.is_lookup)]
+    out = sum(others[1:], others[0]) if others else dense(lookups.pop())
+    for x in lookups:
+        out = _looked_up(x, out)
+    return out
+
+
+def _looked_up(x: Outer, out: Tensor) -> Tensor:
+    """`out`, (K, N, P), with the gradients of a lookup added."""
+    k, n, g, _, rows, columns = x.shape
     offset = torch.arange(n * g, device=x.left.device).view(1, n, g, 1) * rows
-    out.index_add_(1, (x.left + offset).flatten(), x.right.reshape(k, -1, columns))
+    where = (x.left + offset).flatten()
+    out = out.reshape(k, -1, columns).index_add(1, where, x.right.reshape(k, -1, columns))
     return out.view(k, n, -1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from nettrace import rules
-from nettrace.kernels import Dense, Factor, Outer, dense
+from nettrace.kernels import Dense, Factor, Outer, dense, total
 from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
 from nettrace.tape import Tape, Use, edge_key, metadata, shape_of
@@ -218,9 +218,8 @@ class TapeGradients(Gradients):
         ]
         if len(found) == 1:
             return found[0]
-        return _joined([f for f in found if isinstance(f, Outer)], len(found)) or Dense(
-            torch.stack([dense(f) for f in found]).sum(0)
-        )
+        outer = [f for f in found if isinstance(f, Outer)]
+        return _joined(outer, len(found)) or Dense(total(found))
 
     @cached_property
     def _owned(self) -> dict[Edge, Ownership]:

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from nettrace.estimators import Estimate, TraceMethod, estimate_trace
 from nettrace.gradients import Gradients, Pulled, reals
 from nettrace.kernels import blocks, fold, gram, inner, sqnorms
 
@@ -237,6 +238,58 @@ class Jacobian:
             CoupledSamplesError: if samples are coupled.
         """
         return self._gradients.coverage()
+
+    def estimate_trace(
+        self,
+        method: TraceMethod = "hutchinson",
+        *,
+        probes: int = 8,
+        relative_error: float | None = None,
+        seed: int = 0,
+    ) -> Estimate:
+        """An estimate of the trace of the Gram matrix, for outputs by the thousand.
+
+        Where the outputs are a linear map of fewer features, as the logits of a language model are,
+        an orthogonal change of basis first leaves only as many outputs as there are features; that
+        is exact (see `nettrace.heads`). Where the probes would be as many as the outputs, the exact
+        trace is returned, and `method` says so.
+
+        Args:
+            method: "hutchinson": the mean of |J_n^T v|^2 over random v, for `probes` passes of the
+                cost of `norms` for one output (Hutchinson 1990). "hutch++": the same beside
+                `probes` leading combinations of each sample's outputs, whose share is found
+                exactly; three times the cost and one double backward pass a probe more; better
+                where few outputs dominate (Meyer et al. 2021, arXiv:2010.09649, sample by sample).
+                "xtrace": over samples and outputs together, for two double backward passes a probe;
+                better where the kernel's eigenvalues fall off fast (Epperly et al. 2024,
+                arXiv:2301.07825).
+            probes: how many random vectors, at least 2.
+            relative_error: if given, probes are added until the standard error is at most this
+                share of the estimate.
+            seed: the same seed gives the same probes on any device and for any memory budget.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            ValueError: if an argument is out of range; or if "hutch++" or "xtrace" meets an
+                operation whose backward pass cannot be differentiated.
+        """
+        return estimate_trace(self, method, probes, relative_error, seed)[0]
+
+    def estimate_layer_traces(
+        self, *, probes: int = 8, relative_error: float | None = None, seed: int = 0
+    ) -> dict[str, Estimate]:
+        """The parameters' shares of the trace, by Hutchinson's estimator; see `estimate_trace`.
+
+        Args:
+            probes: as there.
+            relative_error: as there, of the whole trace.
+            seed: as there; the shares are those of the same probes and add up to that trace.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            ValueError: if an argument is out of range.
+        """
+        return estimate_trace(self, "hutchinson", probes, relative_error, seed)[1]
 
     # How it is summed: a chunk of cotangents is pulled back, a tile of samples contracted.
 
