@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nettrace.heads import reduce_outputs
-from nettrace.products import twice_pulled
+from nettrace.products import Pushforward
 
 if TYPE_CHECKING:
     from nettrace.operator import Jacobian
@@ -118,7 +118,7 @@ def generator(seed: int, key: int | str) -> torch.Generator:
 
 def gram_times(jacobian: Jacobian, v: Tensor) -> Tensor:
     """J J^T v by two backward passes, refused where that is not possible."""
-    product = twice_pulled(jacobian, v)
+    product = Pushforward(jacobian, v)()
     if product is None:
         raise ValueError(
             "the backward pass of some operation in this network cannot be differentiated, as that "
