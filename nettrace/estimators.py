@@ -80,13 +80,21 @@ def estimate_trace(
             for name, squares in _squares(jacobian, v.unsqueeze(0)).items():
                 shares[name] = torch.cat([*([shares[name]] if k else []), squares])
         whole = _mean(_total(shares), _total(known), method)
-        excess = float(whole.standard_error / whole.value) / (relative_error or math.inf)
-        if not excess > 1:
+        error = _upper_error(_total(shares))
+        if relative_error is None or error <= relative_error * float(whole.value):
             return whole, {n: _mean(s, known.get(n, 0), method) for n, s in shares.items()}
+        excess = error / (relative_error * float(whole.value))
         first, probes = probes, max(probes + 1, math.ceil(probes * min(excess**2, 4)))
     exact = jacobian.trace(per_layer=True)
     exact = {name: share.double() + left_out.get(name, 0) for name, share in exact.items()}
-    return _exact(_total(exact)), {name: _exact(share) for name, share in exact.items()}
+    return exact_estimate(_total(exact)), {
+        name: exact_estimate(share) for name, share in exact.items()
+    }
+
+
+def exact_estimate(value: Tensor) -> Estimate:
+    """An exact value as an estimate."""
+    return Estimate(value, torch.zeros_like(value), 0, "exact")
 
 
 def waves(jacobian: Jacobian, seed: int, number: int) -> Tensor:
@@ -146,7 +154,7 @@ def _xtrace(jacobian: Jacobian, known: Tensor, probes: int, seed: int) -> Estima
     """
     order = jacobian.samples * jacobian.outputs
     if probes >= order:
-        return _exact(jacobian.trace().double() + known)
+        return exact_estimate(jacobian.trace().double() + known)
 
     def times(columns: Tensor) -> Tensor:
         vectors = columns.T.reshape(-1, jacobian.samples, jacobian.outputs)
@@ -182,8 +190,15 @@ def _mean(values: Tensor, known: Tensor | float, method: str) -> Estimate:
     return Estimate(values.mean(0).sum() + known, error, len(values), method)
 
 
-def _exact(value: Tensor) -> Estimate:
-    return Estimate(value, torch.zeros_like(value), 0, "exact")
+def _upper_error(values: Tensor) -> float:
+    """The standard error of `_mean`, and its own standard deviation on top.
+
+    To stop where the estimated error happens to be low would make it too low on average.
+    """
+    variances = values.var(0)
+    uncertain = (variances.square().sum() / (2 * (len(values) - 1))).sqrt() / variances.sum()
+    error = (variances.sum() / len(values)).sqrt() * (1 + uncertain)
+    return float(error.nan_to_num())
 
 
 def _total(shares: Mapping[str, Tensor]) -> Tensor:

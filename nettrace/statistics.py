@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrace.differentiate import jacobian, parse_bytes
+from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.ownership import check_rows
@@ -43,6 +44,10 @@ class Statistics:
 
     #: How many targets are drawn for each sample in Monte Carlo estimates.
     draws = 8
+    #: Above this number of outputs, the kernel's trace is estimated.
+    exact_outputs = 256
+    #: The standard error aimed at then, relative to the trace.
+    relative_error = 0.01
     #: The statistics that depend on the distribution that the outputs parametrise.
     of_likelihood = frozenset(
         "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
@@ -145,6 +150,27 @@ class Statistics:
     def blocks(self) -> Tensor:
         """(N, C, C) the per-sample diagonal blocks of the Gram matrix."""
         return torch.stack(list(self.layer_blocks.values())).sum(0)
+
+    @property
+    def trace(self) -> Estimate:
+        """The trace of the Gram matrix: exact, or an estimate if there are too many outputs."""
+        return self._traces[0]
+
+    @property
+    def layer_traces(self) -> dict[str, Estimate]:
+        """By parameter, its share of that trace, found likewise."""
+        return self._traces[1]
+
+    @cached_property
+    def _traces(self) -> tuple[Estimate, dict[str, Estimate]]:
+        if self.jacobian.outputs > self.exact_outputs:
+            return estimate_trace(self.jacobian, "hutchinson", 8, self.relative_error, self._seed)
+        traces = {
+            name: block.diagonal(dim1=1, dim2=2).double().sum()
+            for name, block in self.layer_blocks.items()
+        }
+        whole = torch.stack(list(traces.values())).sum()
+        return exact_estimate(whole), {name: exact_estimate(t) for name, t in traces.items()}
 
     @cached_property
     def eigenvalues(self) -> Tensor:

@@ -234,6 +234,26 @@ def test_pseudo_kernels():
     assert float(((draws.mean(0) - traced) / (draws.std(0) / 10)).abs().max()) < 4.5
 
 
+@pytest.mark.parametrize(("outputs", "method"), [(256, "exact"), (257, "hutchinson")])
+def test_the_measure_says_whether_it_is_an_estimate(outputs, method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, outputs)).double()
+    x = torch.randn(zoo.N, 6).double()
+    exact = nt.jacobian(model(x), model).trace(per_layer=True)
+    tracer = nt.Tracer(nt.Probe(x), ["ntk/trace", "ntk/trace_per_layer"], on_error="raise")
+    whole, layers, _ = tracer(model, 0)
+    assert whole.attributes["method"] == layers.attributes["method"] == method
+    assert layers.value.sum() == pytest.approx(float(whole.value), rel=1e-12)
+    true = torch.stack(list(exact.values())).numpy()
+    if method == "exact":
+        assert whole.standard_error is layers.standard_error is None
+        assert layers.value == pytest.approx(true, rel=1e-12)
+    else:
+        assert 0 < whole.standard_error < 0.01 * whole.value
+        assert abs(whole.value - true.sum()) < 4 * whole.standard_error
+        assert (abs(layers.value - true) <= 5 * layers.standard_error + 1e-9 * true).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from nettrace.estimators import Estimate
 from nettrace.measures.registry import Value, measure
-from nettrace.operator import PerLayer
 
 _NTK = "Jacot et al. 2018, arXiv:1806.07572"
 _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
@@ -20,26 +20,34 @@ _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
 
 @measure(
     "ntk/trace",
-    needs=["blocks"],
+    needs=["trace"],
     convention="sum over samples and outputs",
     source=_NTK,
 )
-def trace(blocks: Tensor) -> Tensor:
+def trace(trace: Estimate) -> Value:
     """The sum of squares of all entries of the Jacobian."""
-    return blocks.diagonal(dim1=1, dim2=2).double().sum()
+    error = None if trace.method == "exact" else trace.standard_error
+    return Value(trace.value, error, attributes={"method": trace.method})
 
 
 @measure(
     "ntk/trace_per_layer",
-    needs=["layer_blocks"],
+    needs=["layer_traces"],
     convention="sum over samples and outputs; the layers add up to ntk/trace",
     dims=["layer"],
     source=_NTK,
 )
-def trace_per_layer(layer_blocks: PerLayer) -> Value:
+def trace_per_layer(layer_traces: dict[str, Estimate]) -> Value:
     """The trace's share of each parameter."""
-    traces = [b.diagonal(dim1=1, dim2=2).double().sum() for b in layer_blocks.values()]
-    return Value(torch.stack(traces), coordinates={"layer": list(layer_blocks)})
+    values = torch.stack([t.value for t in layer_traces.values()])
+    errors = torch.stack([t.standard_error for t in layer_traces.values()])
+    method = next(iter(layer_traces.values())).method
+    return Value(
+        values,
+        None if method == "exact" else errors,
+        coordinates={"layer": list(layer_traces)},
+        attributes={"method": method},
+    )
 
 
 @measure(
