@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nettrace.kernels import Dense, Outer, blocks, dense, fold, gram, inner, sqnorms
+from nettrace.kernels import Dense, Outer, blocks, dense, fold, gram, inner, sqnorms, total
 
 SIZES = st.tuples(*[st.integers(1, 4)] * 3, st.sampled_from([1, 2, 9]), *[st.integers(1, 6)] * 2)
 
@@ -61,3 +61,17 @@ def test_contractions_are_those_of_written_out_gradients(kind, sizes, others, se
         (gram(fold(y), fold(z))[:, 0, :, 0], torch.einsum("knp,kmp->nm", b, c)),
     ]:
         torch.testing.assert_close(found, true)
+
+
+def test_the_total_of_factors_leaves_them_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    rows, columns = 5, 3
+    lookup = Outer(
+        torch.randint(rows, (1, 2, 1, 7), generator=g), torch.randn(4, 2, 1, 7, columns), rows
+    )
+    outer = Outer(torch.randn(1, 2, 1, 6, rows), torch.randn(4, 2, 1, 6, columns), rows)
+    written = Dense(torch.randn(4, 2, rows * columns))
+    for factors in ([lookup, outer, written], [lookup, lookup], [written, lookup], [outer]):
+        kept = written.values.clone()
+        torch.testing.assert_close(total(factors), torch.stack([dense(f) for f in factors]).sum(0))
+        assert torch.equal(written.values, kept)
