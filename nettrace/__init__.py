@@ -1,6 +1,7 @@
 """Measure the physics of learning while a network trains."""
 
 from nettrace.differentiate import jacobian, loss_jacobian
+from nettrace.estimators import Estimate
 from nettrace.measures import measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -13,6 +14,7 @@ from nettrace.tracer import MissingMeasureWarning, Tracer
 
 __all__ = [
     "CoupledSamplesError",
+    "Estimate",
     "Jacobian",
     "LossJacobian",
     "MissingMeasureWarning",

@@ -47,15 +47,19 @@ class Approximations:
             method: "hutchinson": the mean of |J_n^T v|^2 over random v, for `probes` passes of the
                 cost of `norms` for one output (Hutchinson 1990). "hutch++": the same beside
                 `probes` leading combinations of each sample's outputs, whose share is found
-                exactly; three times the cost and one double backward pass a probe more; better
-                where few outputs dominate (Meyer et al. 2021, arXiv:2010.09649, sample by sample).
-                "xtrace": over samples and outputs together, for two double backward passes a probe;
-                better where the kernel's eigenvalues fall off fast (Epperly et al. 2024,
+                exactly, for twice the cost and a `gram_product` a probe; better where few
+                combinations dominate (Meyer et al. 2021, arXiv:2010.09649, sample by sample).
+                "xtrace": over samples and outputs together, for two `gram_product` a probe; better
+                where the kernel's eigenvalues fall off fast (Epperly et al. 2024,
                 arXiv:2301.07825).
             probes: how many random vectors, at least 2.
             relative_error: if given, probes are added until the standard error is at most this
                 share of the estimate, by as much as it is itself uncertain.
             seed: the same seed gives the same probes on any device and for any memory budget.
+
+        Returns:
+            A number and its standard error, from the spread of the probes within samples (of its
+            leave-one-out estimates for "xtrace").
 
         Raises:
             CoupledSamplesError: if samples are coupled.

@@ -42,7 +42,7 @@ def reduce_outputs(jacobian: Jacobian) -> tuple[Jacobian, dict[str, Tensor]]:
     assert isinstance(gradients, TapeGradients)
     h, w, weight, bias = head
     features, logits = w.shape
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(h.device.type, enabled=False):
         basis, triangle = torch.linalg.qr(w.detach().mT.to(gradients.dtype))
         basis = basis @ torch.linalg.svd(triangle).U  # the singular vectors of W
         outputs = h.to(gradients.dtype) @ (w.to(gradients.dtype) @ basis)
