@@ -7,8 +7,10 @@ independent between samples, so that samples do not add to each other's noise, a
 each of them gives the standard error.
 
 Its variance is 2 sum_i!=j B_ij^2: signs do best in a basis in which B is nearly diagonal. Along
-axes of tokens or pixels, B is more nearly so in waves than in places: a change of the weights moves
-neighbours alike. So the signs are drawn for waves.
+axes of tokens or pixels B is more nearly so in waves than in places, for a change of the weights
+moves neighbours alike; among classes it makes little difference. So the signs are drawn for waves:
+the standard deviation of a probe falls six times for a small segmenting network, and nearly by half
+for a language model.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ def estimate_trace(
             f"{relative_error} and {method!r}"
         )
     jacobian, left_out = reduce_outputs(jacobian)
+    last = jacobian._gradients.outputs.dim() - bool(left_out)  # singular vectors are good already
+    axes = tuple(range(1, last)) if jacobian._cotangents is None else ()
     if method == "xtrace":
         return _xtrace(jacobian, _total(left_out), probes, seed), {}
     known, basis = dict(left_out), None
@@ -74,7 +78,7 @@ def estimate_trace(
     first = 0
     while probes < jacobian.outputs:
         for k in range(first, probes):
-            v = waves(jacobian, seed, k)
+            v = waves(jacobian, axes, seed, k)
             if basis is not None:
                 v -= torch.einsum("rnc,rnd,nd->nc", basis, basis, v)
             for name, squares in _squares(jacobian, v.unsqueeze(0)).items():
@@ -97,17 +101,16 @@ def exact_estimate(value: Tensor) -> Estimate:
     return Estimate(value, torch.zeros_like(value), 0, "exact")
 
 
-def waves(jacobian: Jacobian, seed: int, number: int) -> Tensor:
-    """(N, C) a random vector v with E[v v^T] = 1: signs, for waves along all axes but the last.
+def waves(jacobian: Jacobian, axes: tuple[int, ...], seed: int, number: int) -> Tensor:
+    """(N, C) a random vector v with E[v v^T] = 1: signs, for waves along some axes of the outputs.
 
     The waves are those of the discrete Hartley transform, which is orthogonal and real. The signs
-    depend on nothing but the outputs' shape, the seed and the number.
+    depend on nothing but the outputs' number, the seed and the number.
     """
     like = jacobian._gradients.outputs
     drawn = signs((jacobian.samples, jacobian.outputs), seed, number)
     drawn = drawn.to(like.device, jacobian._gradients.dtype)
-    axes = tuple(range(1, like.dim() - 1))
-    if jacobian._cotangents is not None or not axes:
+    if not axes:
         return drawn
     waves = torch.fft.fftn(drawn.view(like.shape), dim=axes, norm="ortho")
     hartley: Tensor = waves.real - waves.imag
@@ -142,7 +145,8 @@ def _leading_outputs(jacobian: Jacobian, rank: int, seed: int) -> Tensor:
     The share (J J^T s)_n = J_n (J^T s) of a product with random s lies in the range of sample n's
     own block, as its own products would, and one serves all samples.
     """
-    sketch = [gram_times(jacobian, waves(jacobian, seed, -1 - k)) for k in range(rank)]
+    shape = (jacobian.samples, jacobian.outputs)
+    sketch = [gram_times(jacobian, signs(shape, seed, f"sketch {k}")) for k in range(rank)]
     basis: Tensor = torch.linalg.qr(torch.stack(sketch, 2)).Q
     return basis.movedim(2, 0)
 
