@@ -171,7 +171,8 @@ def _xtrace(jacobian: Jacobian, known: Tensor, probes: int, seed: int) -> Estima
     back = times(basis)
     core = basis.T @ back
     # Without image number i, the basis spans all of itself but one direction.
-    lost = torch.linalg.inv(triangle).T
+    tiny = (1e-14 * triangle.norm()).clamp_min(1e-300)  # for a kernel of lower rank
+    lost = torch.linalg.inv(triangle + tiny * torch.eye(probes).to(triangle)).T
     lost = lost / lost.norm(dim=0)
     inside = basis.T @ tests
     inside = inside - lost * (lost * inside).sum(0)

@@ -146,6 +146,17 @@ def test_as_many_probes_as_outputs_are_exact(method):
         assert relative_error(estimate.value, j.square().sum()) < 1e-10
 
 
+def test_a_kernel_of_low_rank_is_found_whole():
+    member = zoo.build("cnn")
+    outputs = member.forward(member.model, member.batch)
+    found = nt.jacobian(outputs, {"bias": member.model.head.bias})  # 1 1^T over samples, rank 5
+    for probes in (7, 12):
+        assert float(found.estimate_trace("xtrace", probes=probes).value) == pytest.approx(20)
+    true = torch.eye(5).double().expand(zoo.N, zoo.N, 5, 5).transpose(1, 2)
+    assert relative_error(found.approximate_gram("nystrom", rank=7).value, true) < 1e-6
+    assert found.spectrum(6).value.tolist() == pytest.approx([4] * 5 + [0], abs=1e-9)
+
+
 def test_seeds_hold_for_any_budget():
     member = zoo.build("cnn")
     outputs = member.forward(member.model, member.batch)
