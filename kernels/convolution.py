@@ -108,15 +108,15 @@ def patches(images: Tensor, geometry: Geometry) -> Tensor:
     """(N, G, T, C / G x filter size) what a filter meets at each place of images (N, S, C, ...)."""
     axes = len(geometry.size)
     if axes == 2 and images.is_floating_point():  # far faster than copying a view
-        x = F.unfold(
+        unfolded: Tensor = F.unfold(
             images.flatten(0, 1),
             geometry.size,
             dilation=geometry.dilation,
             padding=geometry.padding,
             stride=geometry.stride,
         )
-        x = x.view(*images.shape[:2], geometry.groups, -1, x.shape[-1])
-        return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        split = unfolded.view(*images.shape[:2], geometry.groups, -1, unfolded.shape[-1])
+        return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
     x = F.pad(images, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
     for d, (size, step, gap) in enumerate(
         zip(geometry.size, geometry.stride, geometry.dilation, strict=True)

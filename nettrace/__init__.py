@@ -2,6 +2,7 @@
 
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
+from nettrace.estimators import Estimate
 from nettrace.measures import measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -15,6 +16,7 @@ from nettrace.tracer import MissingMeasureWarning, Tracer
 __all__ = [
     "Certificate",
     "CoupledSamplesError",
+    "Estimate",
     "Jacobian",
     "LossJacobian",
     "MissingMeasureWarning",

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from nettrace.approximations import Approximations
 from nettrace.gradients import Gradients, Layer, Pulled, reals
 from nettrace.kernels import blocks, gram_, inner, mirror_, sqnorms, traced_gram_
 
@@ -21,7 +22,7 @@ PerLayer: TypeAlias = dict[str, Tensor]
 _ALL = ""
 
 
-class Jacobian:
+class Jacobian(Approximations):
     """An implicit (N, C) x P matrix of derivatives; made by `jacobian`.
 
     All results are plain sums, without any mean. Where `per_layer=True`, a mapping from parameter

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
+from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.ownership import check_rows
@@ -48,6 +49,10 @@ class Statistics:
 
     #: How many targets are drawn for each sample in Monte Carlo estimates.
     draws = 8
+    #: Above this number of outputs, the kernel's trace is estimated.
+    exact_outputs = 256
+    #: The standard error aimed at then, relative to the trace.
+    relative_error = 0.01
     #: The statistics that depend on the distribution that the outputs parametrise.
     of_likelihood = frozenset(
         "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
@@ -151,18 +156,6 @@ class Statistics:
         return self._unchecked.coverage()
 
     @cached_property
-    def trace(self) -> Tensor:
-        """The trace of the Gram matrix of the Jacobian."""
-        if "layer_traces" in self._needs:
-            return torch.stack(list(self.layer_traces.values())).sum()
-        return self._sqnorms[1][""].sum()
-
-    @cached_property
-    def layer_traces(self) -> PerLayer:
-        """By parameter, its share of the trace."""
-        return {name: squares.sum() for name, squares in self._sqnorms[1].items()}
-
-    @cached_property
     def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
         """Squared norms of the Jacobian's rows, in one pass for two traces.
 
@@ -204,6 +197,24 @@ class Statistics:
         """(N, C, C) the per-sample diagonal blocks of the Gram matrix."""
         return torch.stack(list(self.layer_blocks.values())).sum(0)
 
+    @property
+    def trace(self) -> Estimate:
+        """The trace of the Gram matrix: exact, or an estimate if there are too many outputs."""
+        return self._traces[0]
+
+    @property
+    def layer_traces(self) -> dict[str, Estimate]:
+        """By parameter, its share of that trace, found likewise."""
+        return self._traces[1]
+
+    @cached_property
+    def _traces(self) -> tuple[Estimate, dict[str, Estimate]]:
+        if self.jacobian.outputs > self.exact_outputs:
+            return estimate_trace(self.jacobian, "hutchinson", 8, self.relative_error, self._seed)
+        traces = {name: squares.sum() for name, squares in self._sqnorms[1].items()}
+        whole = torch.stack(list(traces.values())).sum()
+        return exact_estimate(whole), {name: exact_estimate(t) for name, t in traces.items()}
+
     @cached_property
     def eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
@@ -236,7 +247,8 @@ class Statistics:
     @cached_property
     def fisher_sqnorms(self) -> Tensor:
         """(N,) expected squared norms of loss gradients, over targets drawn from the outputs."""
-        if self._needs & {"trace", "layer_traces"} and self.likelihood:
+        exact = self.jacobian.outputs <= self.exact_outputs
+        if exact and self._needs & {"trace", "layer_traces"} and self.likelihood:
             eigenvalues, squares = self._sqnorms
             assert eigenvalues is not None
             return (torch.stack(list(squares.values())).sum(0) * eigenvalues).sum(1)

@@ -25,14 +25,14 @@ def plant(monkeypatch, node, fault):
 
 def scaled(factor, flow):
     if isinstance(factor, Outer):
-        return Outer(factor.left, factor.right * 1.01, factor.rows, factor.moves_left)
+        return Outer(factor.still, factor.moving * 1.01, factor.moves_left)
     return type(factor)(factor.values * 1.01)
 
 
 def transposed(factor, flow):
     if not isinstance(factor, Outer) or flow.slot == 0:
         return factor
-    return Outer(factor.right, factor.left, factor.right.shape[-1], not factor.moves_left)
+    return Outer(factor.still, factor.moving, not factor.moves_left)
 
 
 def one_sample_wrong(factor, flow):
@@ -79,12 +79,20 @@ def test_a_wrong_rule_is_found_and_named(monkeypatch, name, node, fault, paramet
         nt.certify(jacobian(member), seed=seed)
 
 
-@pytest.mark.parametrize("kernel", ["sqnorms", "blocks", "gram", "inner"])
+@pytest.mark.parametrize("kernel", ["sqnorms", "blocks", "traced_gram_", "inner"])
 def test_a_wrong_kernel_is_found(monkeypatch, kernel):
     from nettrace import operator
 
     right = getattr(operator, kernel)
-    monkeypatch.setattr(operator, kernel, lambda *args: 1.01 * right(*args))
+
+    def wrong(*args):
+        if kernel.endswith("_"):  # adds to its first argument
+            right(*args)
+            args[0].mul_(1.01)
+            return None
+        return 1.01 * right(*args)
+
+    monkeypatch.setattr(operator, kernel, wrong)
     with pytest.raises(nt.SpotCheckError):
         nt.certify(jacobian(zoo.build("mlp", torch.float32)))
 

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from nettrace.estimators import Estimate
 from nettrace.measures.registry import Value, measure
-from nettrace.operator import PerLayer
 
 _NTK = "Jacot et al. 2018, arXiv:1806.07572"
 _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
@@ -24,9 +24,10 @@ _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
     convention="sum over samples and outputs",
     source=_NTK,
 )
-def trace(trace: Tensor) -> Tensor:
+def trace(trace: Estimate) -> Value:
     """The sum of squares of all entries of the Jacobian."""
-    return trace
+    error = None if trace.method == "exact" else trace.standard_error
+    return Value(trace.value, error, attributes={"method": trace.method})
 
 
 @measure(
@@ -36,10 +37,17 @@ def trace(trace: Tensor) -> Tensor:
     dims=["layer"],
     source=_NTK,
 )
-def trace_per_layer(layer_traces: PerLayer) -> Value:
+def trace_per_layer(layer_traces: dict[str, Estimate]) -> Value:
     """The trace's share of each parameter."""
-    values = torch.stack(list(layer_traces.values()))
-    return Value(values, coordinates={"layer": list(layer_traces)})
+    values = torch.stack([t.value for t in layer_traces.values()])
+    errors = torch.stack([t.standard_error for t in layer_traces.values()])
+    method = next(iter(layer_traces.values())).method
+    return Value(
+        values,
+        None if method == "exact" else errors,
+        coordinates={"layer": list(layer_traces)},
+        attributes={"method": method},
+    )
 
 
 @measure(
