@@ -117,7 +117,7 @@ def patches(images: Tensor, geometry: Geometry) -> Tensor:
         )
         split = unfolded.view(*images.shape[:2], geometry.groups, -1, unfolded.shape[-1])
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
-    x = F.pad(images, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+    x: Tensor = F.pad(images, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
     for d, (size, step, gap) in enumerate(
         zip(geometry.size, geometry.stride, geometry.dilation, strict=True)
     ):

@@ -144,7 +144,10 @@ def dense(x: Factor) -> Tensor:
     if isinstance(x, Dense):
         return x.values
     if isinstance(x, Sum):
-        return torch.stack([dense(term) for term in x.terms]).sum(0)
+        total = dense(x.terms[0])
+        for term in x.terms[1:]:
+            total += dense(term)
+        return total
     written = torch.stack([x.still.outer(moving, slice(None)) for moving in x.moving])
     return (written if x.moves_left else written.mT).flatten(2)
 
@@ -157,18 +160,19 @@ def _folded(x: Outer | Dense) -> Outer | Dense:
     return Outer(x.still, moving, x.moves_left)
 
 
-def traced_gram_(out: Tensor, x: Factor, y: Factor) -> None:
+def traced_gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
     """Adds the inner products at equal cotangents, summed over these, to `out`, (N, M).
 
-    Where `x is y`, entries with n > m may be left out; `mirror_` fills them in.
+    Where `x is y`, entries with n > m may be left out; `mirror_` fills them in. Temporary results
+    hold `limit` numbers, or fewer.
     """
     if not isinstance(x, Sum) and not isinstance(y, Sum):
         a = _folded(x)
-        gram_(out[:, None, :, None], a, a if x is y else _folded(y))
+        gram_(out[:, None, :, None], a, a if x is y else _folded(y), limit)
         return
     for k in range(_count(x)):
         one = _only(x, k)
-        gram_(out[:, None, :, None], one, one if x is y else _only(y, k))
+        gram_(out[:, None, :, None], one, one if x is y else _only(y, k), limit)
 
 
 def _count(x: Factor) -> int:
@@ -255,15 +259,16 @@ def blocks(x: Factor, y: Factor) -> Tensor:
     return dense(x).movedim(0, 1) @ dense(y).movedim(0, 1).mT
 
 
-def gram_(out: Tensor, x: Factor, y: Factor) -> None:
+def gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
     """Adds the inner products between all gradients of `x` and all of `y` to `out`, (N, K, M, J).
 
-    Where `x is y`, entries with a sample n > m may be left out; `mirror_` fills them in.
+    Where `x is y`, entries with a sample n > m may be left out; `mirror_` fills them in. Temporary
+    results hold `limit` numbers, or fewer.
     """
     if isinstance(x, Sum) and isinstance(y, Sum) and _pays(x, y, pairs=len(out)):
         for one in x.terms:
             for other in y.terms:
-                gram_(out, one, other)
+                gram_(out, one, other, limit)
     elif isinstance(x, Outer) and isinstance(y, Outer):
         k, n, g, t, d, m = x.shape
         j, o, _, s, _, _ = y.shape
@@ -277,12 +282,13 @@ def gram_(out: Tensor, x: Factor, y: Factor) -> None:
         token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
         written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
         if token < written + k * n * j * o * d * m / half:
-            return _gram_by_tokens_(out, x, y)
+            return _gram_by_tokens_(out, x, y, limit)
         each = max(k * n, j * o) * g * d
-        _gram_written_out_(out, _written(x, each), None if x is y else _written(y, each))
+        mine, others = _written(x, each, limit), None if x is y else _written(y, each, limit)
+        _gram_written_out_(out, mine, others)
         if x.still.ones:
             bias = _bias(x)
-            gram_(out, bias, bias if x is y else _bias(y))
+            gram_(out, bias, bias if x is y else _bias(y), limit)
     else:
         a = dense(x)
         _gram_written_out_(out, iter([a]), None if x is y else iter([dense(y)]))
@@ -388,14 +394,14 @@ def _tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def _written(x: Outer, each: int) -> Iterator[Tensor]:
+def _written(x: Outer, each: int, limit: int) -> Iterator[Tensor]:
     """The gradients (K, N, P) without ones, as many columns at a time as of `each` fit a tile.
 
     They lie in the same memory each time: new memory is slow to touch.
     """
     k, n, g, _, d, m = x.shape
     memory: Tensor | None = None
-    for ms in _tiles(m, each, x.still.at_once):
+    for ms in _tiles(m, each, min(limit, x.still.at_once)):
         shape = (k, n, g, ms.stop - ms.start, d)
         if memory is None:
             memory = x.moving.new_empty(shape)
@@ -444,17 +450,17 @@ def _products_of_single_tokens(x: Still, y: Still, group: int) -> Tensor:
     return products(a, slice(None), b, slice(None))[0, 0]
 
 
-def _gram_by_tokens_(out: Tensor, x: Outer, y: Outer) -> None:
+def _gram_by_tokens_(out: Tensor, x: Outer, y: Outer, limit: int) -> None:
     k, n, g, t, d, _ = x.shape
     j, o, _, s, _, m = y.shape
-    for held in _tiles(o, g * s * (d + j * m), 16 * _TILE):
+    for held in _tiles(o, g * s * (d + j * m), min(limit, 16 * _TILE)):
         tokens = y.still.tokens(held)  # which may have to be made
         theirs = Still(tokens, y.still.width, y.still.ones, y.still.dtype)
         columns = y.moving[:, held].permute(1, 2, 3, 0, 4).flatten(3)  # (M, G, S, J M)
         for i in range(held.stop if x is y else n):
             mine = x.moving[:, i].flatten(1).T
             first = max(0, i - held.start) if x is y else 0
-            for tile in _tiles(len(tokens) - first, g * t * (s + j * m), 4 * _TILE):
+            for tile in _tiles(len(tokens) - first, g * t * (s + j * m), min(limit, 4 * _TILE)):
                 ms = slice(first + tile.start, first + tile.stop)
                 met = products(x.still, slice(i, i + 1), theirs, ms)  # (M, G, T, S)
                 weighted = (met @ columns[ms]).unflatten(3, (j, -1)).movedim(3, 1).flatten(2)

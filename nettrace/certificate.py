@@ -186,7 +186,9 @@ def certify(jacobian: Jacobian, *, samples: int = 2, seed: int = 0) -> Certifica
         checked=2 * len(drawn),
         draws=0 if exact else len(signs),
         tolerance=_tolerances(jacobian)[0],
-        bytes_per_pass=jacobian._gradients.bytes_per_cotangent(),
+        bytes_per_pass=jacobian._gradients.bytes_per_cotangent(
+            jacobian._gradients.layers(apart=True)
+        ),
         bytes_per_number=jacobian._gradients.dtype.itemsize,
     )
 

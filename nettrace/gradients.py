@@ -81,14 +81,14 @@ class Gradients(ABC):
         """The route by which each parameter's gradients are found; see `Jacobian.coverage`."""
 
     @abstractmethod
-    def pull(self, cotangents: Tensor) -> Pulled:
-        """Pulls cotangents (K, *outputs.shape) back."""
+    def pull(self, cotangents: Tensor, layers: Sequence[Layer]) -> Pulled:
+        """Pulls cotangents (K, *outputs.shape) back to what `factor` needs for some layers."""
 
     @abstractmethod
-    def bytes_per_cotangent(self) -> int:
+    def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
         """The size of what `pull` returns for one cotangent."""
 
-    def at_once(self) -> int:
+    def at_once(self, layers: Sequence[Layer]) -> int:
         """How many cotangents it is efficient to pull back together."""
         return 1
 
@@ -125,22 +125,23 @@ class RowGradients(Gradients):
         """All "rows"."""
         return dict.fromkeys(self.parameters, "rows")
 
-    def pull(self, cotangents: Tensor) -> Pulled:
+    def pull(self, cotangents: Tensor, layers: Sequence[Layer]) -> Pulled:
         """The rows (K, N, P) of each parameter."""
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        rows: dict[str, list[Tensor]] = {name: [] for (name,) in layers}
         for cotangent in cotangents:
             for n in range(len(cotangent)):
                 one = torch.zeros_like(cotangent)
                 one[n] = cotangent[n]
-                for name, gradient in self.backward(one).items():
-                    rows[name].append(_written_out(gradient.flatten(), self.dtype))
+                gradients = self.backward(one)
+                for name, found in rows.items():
+                    found.append(_written_out(gradients[name].flatten(), self.dtype))
         count = len(cotangents)
         return {name: torch.stack(r).unflatten(0, (count, -1)) for name, r in rows.items()}
 
-    def bytes_per_cotangent(self) -> int:
-        """N rows of P."""
-        entries = len(self.outputs) * sum(map(reals, self.parameters.values()))
-        return entries * self.dtype.itemsize
+    def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
+        """N rows."""
+        columns = sum(reals(self.parameters[name]) for (name,) in layers)
+        return len(self.outputs) * columns * self.dtype.itemsize
 
     def factor(
         self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
@@ -196,11 +197,11 @@ class TapeGradients(Gradients):
             routes[name] = "rule" if known else "node"
         return routes
 
-    def pull(self, cotangents: Tensor) -> Pulled:
+    def pull(self, cotangents: Tensor, layers: Sequence[Layer]) -> Pulled:
         """Gradients at the outputs of the nodes that use a weight, by edge of the tape."""
-        edges = list(self._owned)
+        edges = self._edges(layers)
         places = [GradientEdge(*edge) for edge in edges]
-        if len(cotangents) > 1 and self._batches:
+        if len(cotangents) > 1 and self._batches(layers):
             flows = torch.autograd.grad(
                 self.outputs,
                 places,
@@ -214,52 +215,60 @@ class TapeGradients(Gradients):
                 for edge, flow in zip(edges, flows, strict=True)
                 if flow is not None
             }
-        pulled: list[list[Tensor | None]] = [
-            list(
-                torch.autograd.grad(
-                    self.outputs, places, cotangent, retain_graph=True, allow_unused=True
-                )
+        found: dict[Edge, Tensor] = {}
+        for k, cotangent in enumerate(cotangents):
+            pulled = torch.autograd.grad(
+                self.outputs, places, cotangent, retain_graph=True, allow_unused=True
             )
-            for cotangent in cotangents
-        ]
-        found = {}
-        for i, edge in enumerate(edges):
-            like = next((p[i] for p in pulled if p[i] is not None), None)
-            if like is None:
-                continue
-            each = [torch.zeros_like(like) if g is None else g for g in (p[i] for p in pulled)]
-            flow = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-            found[edge] = flow.to(torch.promote_types(flow.dtype, self.dtype))
-            for p in pulled:  # so that the gradients are not held twice
-                p[i] = None
+            for edge, flow in zip(edges, pulled, strict=True):
+                if flow is None:
+                    continue
+                dtype = torch.promote_types(flow.dtype, self.dtype)
+                if len(cotangents) == 1:
+                    found[edge] = flow.to(dtype).unsqueeze(0)
+                    continue
+                if edge not in found:
+                    found[edge] = flow.new_zeros((len(cotangents), *flow.shape), dtype=dtype)
+                found[edge][k] = flow
         return found
 
-    @cached_property
-    def _batches(self) -> bool:
+    def _batches(self, layers: Sequence[Layer]) -> bool:
         """Whether one pass for many cotangents is faster than one for each."""
-        return self.bytes_per_cotangent() <= _SMALL and all(
+        small = self.bytes_per_cotangent(layers) <= _SMALL
+        return small and all(
             node.name() in _BATCHED for node in self._tape.nodes if node not in self._tape.weights
         )
 
-    def at_once(self) -> int:
+    def at_once(self, layers: Sequence[Layer]) -> int:
         """As many as keep the gradients in a cache."""
-        limit = 16 * _SMALL if self._batches else _SMALL
-        return max(1, limit // max(1, self.bytes_per_cotangent()))
+        limit = 16 * _SMALL if self._batches(layers) else _SMALL
+        return max(1, limit // max(1, self.bytes_per_cotangent(layers)))
 
-    def bytes_per_cotangent(self) -> int:
+    def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
         """Those gradients."""
-        meta = [metadata(node)[nr] for node, nr in self._owned]
+        meta = [metadata(node)[nr] for node, nr in self._edges(layers)]
         return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
+
+    def _edges(self, layers: Sequence[Layer]) -> list[Edge]:
+        """The outputs of the nodes that use the parameters of some layers."""
+        nodes = dict.fromkeys(
+            term.use.node for layer in layers for name in layer for term in self._terms[name]
+        )
+        edges = ((node, nr) for node in nodes for nr in range(len(metadata(node))))
+        return [edge for edge in edges if edge in self._owned]
 
     def forget(self) -> None:
         """Lets go of the sides of factors that cotangents share."""
         self._stills.clear()
 
     def is_written_out(self, layer: Layer) -> bool:
-        """Whether no rule keeps the gradients factored."""
-        return len(layer) == 1 and any(
-            term.view == "computed" or not isinstance(self._probed(term.use), Outer)
-            for term in self._terms[layer[0]]
+        """Whether no rule keeps the gradients factored, or they may be joined written out."""
+        terms = self._terms[layer[0]]
+        forms = {(term.view, term.use.node.name(), term.use.slot) for term in terms}
+        return len(layer) == 1 and (
+            len(forms) > 1
+            or terms[0].view == "computed"
+            or not isinstance(self._probed(terms[0].use), Outer)
         )
 
     def factor(

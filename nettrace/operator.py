@@ -7,7 +7,7 @@ gradients stay factored (see `nettrace.kernels`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, overload
 
 import torch
@@ -91,8 +91,9 @@ class Jacobian(Approximations):
         self._afford(shape, per_layer)
         shares = self._shares(shape, per_layer)
         with torch.no_grad():
-            for ks, pulled, js, others in self._pairs():
-                self._add_blocks(shares, ks, pulled, js, others)
+            for layers in self._parts(per_layer, self.outputs):
+                for ks, pulled, js, others in self._pairs(layers):
+                    self._add_blocks(shares, layers, ks, pulled, js, others)
         return shares if per_layer else shares[_ALL]
 
     def gram_and_layer_blocks(self) -> tuple[Tensor, PerLayer]:
@@ -159,11 +160,13 @@ class Jacobian(Approximations):
         vectors = self._split(u)
         shares = self._shares((self.samples, self.outputs), per_layer)
         with torch.no_grad():
-            for ks, pulled in self._chunks():
-                for (name,) in self._gradients.layers(apart=True):
-                    for ns in self._tiles((name,), ks):
-                        x = self._gradients.factor((name,), pulled, ns, oriented=True)
-                        shares[name if per_layer else _ALL][ns, ks] += inner(x, vectors[name]).T
+            for layers in self._parts(apart=True):
+                for ks, pulled in self._chunks(layers):
+                    for (name,) in layers:
+                        share = shares[name if per_layer else _ALL]
+                        for ns in self._tiles((name,), ks):
+                            x = self._gradients.factor((name,), pulled, ns, oriented=True)
+                            share[ns, ks] += inner(x, vectors[name]).T
         return shares if per_layer else shares[_ALL]
 
     @overload
@@ -249,61 +252,71 @@ class Jacobian(Approximations):
     def _sqnorms(self, per_layer: bool) -> PerLayer:
         shares = self._shares((self.samples, self.outputs), per_layer)
         with torch.no_grad():
-            for ks, pulled in self._chunks():
-                for layer in self._gradients.layers(apart=per_layer):
-                    for ns in self._tiles(layer, ks):
-                        x = self._gradients.factor(layer, pulled, ns)
-                        shares[layer[0] if per_layer else _ALL][ns, ks] += sqnorms(x).T
+            for layers in self._parts(per_layer):
+                for ks, pulled in self._chunks(layers):
+                    for layer in layers:
+                        share = shares[layer[0] if per_layer else _ALL]
+                        for ns in self._tiles(layer, ks):
+                            x = self._gradients.factor(layer, pulled, ns)
+                            share[ns, ks] += sqnorms(x).T
         return shares
 
     def _add_blocks(
-        self, shares: PerLayer, ks: slice, pulled: Pulled, js: slice, others: Pulled
+        self,
+        shares: PerLayer,
+        layers: Sequence[Layer],
+        ks: slice,
+        pulled: Pulled,
+        js: slice,
+        others: Pulled,
     ) -> None:
-        per_layer = _ALL not in shares
-        for layer in self._gradients.layers(apart=per_layer):
-            share = shares[layer[0] if per_layer else _ALL]
+        for layer in layers:
             for ns in self._tiles(layer, ks):
                 x = self._gradients.factor(layer, pulled, ns)
                 y = x if ks == js else self._gradients.factor(layer, others, ns)
+                share = shares[layer[0] if _ALL not in shares else _ALL]
                 piece = blocks(x, y)
                 share[ns, ks, js] += piece
                 if ks != js:
                     share[ns, js, ks] += piece.mT
 
     def _add_traced_gram(self, shares: PerLayer) -> None:
-        per_layer = _ALL not in shares
-        for ks, pulled in self._chunks():
-            for layer in self._gradients.layers(apart=per_layer):
-                share = shares[layer[0] if per_layer else _ALL]
-                tiles = self._tiles(layer, ks)
-                for i, ns in enumerate(tiles):
-                    x = self._gradients.factor(layer, pulled, ns)
-                    for ms in tiles[i:]:
-                        y = x if ns == ms else self._gradients.factor(layer, pulled, ms)
-                        traced_gram_(share[ns, ms], x, y)
+        for layers in self._parts(_ALL not in shares):
+            for ks, pulled in self._chunks(layers):
+                for layer in layers:
+                    share = shares[layer[0] if _ALL not in shares else _ALL]
+                    tiles = self._tiles(layer, ks)
+                    for i, ns in enumerate(tiles):
+                        x = self._gradients.factor(layer, pulled, ns)
+                        for ms in tiles[i:]:
+                            y = x if ns == ms else self._gradients.factor(layer, pulled, ms)
+                            traced_gram_(share[ns, ms], x, y, self._limit)
         for share in shares.values():
             mirror_(share)
 
     def _add_gram(self, shares: PerLayer, diagonal: PerLayer | None = None) -> None:
-        """Adds the Gram matrix, and where wanted its diagonal blocks, layer by layer."""
-        per_layer = _ALL not in shares
-        chunks: list[tuple[slice, slice]] = []
-        for ks, pulled, js, others in self._pairs():
-            chunks += [(ks, js)] if ks != js else []
-            if diagonal is not None:
-                self._add_blocks(diagonal, ks, pulled, js, others)
-            for layer in self._gradients.layers(apart=per_layer):
-                share = shares[layer[0] if per_layer else _ALL]
-                tiles = self._tiles(layer, ks)
-                for i, ns in enumerate(tiles):
-                    x = self._gradients.factor(layer, pulled, ns)
-                    for ms in tiles[i:] if ks == js else tiles:
-                        same = (ns, ks) == (ms, js)
-                        y = x if same else self._gradients.factor(layer, others, ms)
-                        gram_(share[ns, ks, ms, js], x, y)
+        """Adds the Gram matrix, and where wanted its diagonal blocks by layer."""
+        for layers in self._parts(_ALL not in shares, self.outputs):
+            for ks, pulled, js, others in self._pairs(layers):
+                if diagonal is not None:
+                    apart = [(name,) for layer in layers for name in layer]
+                    self._add_blocks(diagonal, apart, ks, pulled, js, others)
+                for layer in layers:
+                    share = shares[layer[0] if _ALL not in shares else _ALL]
+                    tiles = self._tiles(layer, ks)
+                    for i, ns in enumerate(tiles):
+                        x = self._gradients.factor(layer, pulled, ns)
+                        for ms in tiles[i:] if ks == js else tiles:
+                            same = (ns, ks) == (ms, js)
+                            y = x if same else self._gradients.factor(layer, others, ms)
+                            if ks == js:
+                                gram_(share[ns, ks, ms, js], x, y, self._limit)
+                                continue
+                            piece = torch.zeros_like(share[ns, ks, ms, js])
+                            gram_(piece, x, y, self._limit)
+                            share[ns, ks, ms, js] += piece
+                            share[ms, js, ns, ks] += piece.permute(2, 3, 0, 1)
         for share in shares.values():
-            for ks, js in chunks:
-                share[:, js, :, ks] = share[:, ks, :, js].permute(2, 3, 0, 1)
             mirror_(share.view(self.samples * self.outputs, -1))
 
     def _shares(self, shape: tuple[int, ...], per_layer: bool) -> PerLayer:
@@ -315,38 +328,58 @@ class Jacobian(Approximations):
         outputs = self._gradients.outputs
         return torch.zeros(shape, dtype=self._gradients.dtype, device=outputs.device)
 
-    def _chunks(self) -> Iterator[tuple[slice, Pulled]]:
-        """Ranges of outputs with their pullbacks, as many as are worked on together efficiently."""
-        yield from self._pulled(min(self._room(1), self._gradients.at_once()))
+    def _parts(self, apart: bool, together: int = 1) -> list[list[Layer]]:
+        """The layers, in parts of which the budget has room for `together` pullbacks.
 
-    def _pairs(self) -> Iterator[tuple[slice, Pulled, slice, Pulled]]:
+        Each part takes backward passes of its own.
+        """
+        parts: list[list[Layer]] = [[]]
+        for layer in self._gradients.layers(apart):
+            if parts[-1] and self._room([*parts[-1], layer]) < together:
+                parts.append([])
+            parts[-1].append(layer)
+        return parts
+
+    def _chunks(self, layers: Sequence[Layer]) -> Iterator[tuple[slice, Pulled]]:
+        """Ranges of outputs with their pullbacks, as many as are worked on together efficiently."""
+        step = min(self._room(layers), self._gradients.at_once(layers))
+        yield from self._pulled(layers, max(1, step))
+
+    def _pairs(self, layers: Sequence[Layer]) -> Iterator[tuple[slice, Pulled, slice, Pulled]]:
         """Every two ranges of outputs once."""
-        step = self._room(1)
+        step = self._room(layers)
         if step < self.outputs:
-            step = self._room(2)
-        for ks, pulled in self._pulled(step):
+            step = max(1, self._room(layers, held=2))
+        for ks, pulled in self._pulled(layers, step):
             yield ks, pulled, ks, pulled
-            for js, others in self._pulled(step, start=ks.stop):
+            for js, others in self._pulled(layers, step, start=ks.stop):
                 yield ks, pulled, js, others
 
-    def _room(self, held: int) -> int:
+    def _room(self, layers: Sequence[Layer], held: int = 1) -> int:
         """How many outputs the budget has room for, where `held` such ranges are held at a time."""
-        each = max(1, self._gradients.bytes_per_cotangent())
-        return max(1, 3 * self._memory // (4 * held * each))
+        each = max(1, self._gradients.bytes_per_cotangent(layers))
+        return self._memory // (3 * held * each)
 
-    def _pulled(self, step: int, start: int = 0) -> Iterator[tuple[slice, Pulled]]:
+    @property
+    def _limit(self) -> int:
+        """How many numbers a temporary result of a contraction may hold."""
+        return self._memory // (8 * self._gradients.dtype.itemsize)
+
+    def _pulled(
+        self, layers: Sequence[Layer], step: int, start: int = 0
+    ) -> Iterator[tuple[slice, Pulled]]:
         try:
             for first in range(start, self.outputs, step):
                 ks = slice(first, min(first + step, self.outputs))
-                yield ks, self._gradients.pull(self._basis(ks))
+                yield ks, self._gradients.pull(self._basis(ks), layers)
         finally:
             self._gradients.forget()
 
     def _tiles(self, layer: Layer, ks: slice) -> list[slice]:
-        """Ranges of samples whose gradients, if written out, the budget has room for twice."""
+        """Ranges of samples whose gradients, if written out, take an eighth of the budget."""
         count = sum(reals(self._gradients.parameters[name]) for name in layer)
         each = (ks.stop - ks.start) * count * self._gradients.dtype.itemsize
-        step = max(1, self._memory // (4 * each))
+        step = max(1, self._memory // (8 * each))
         if step >= self.samples or not self._gradients.is_written_out(layer):
             step = self.samples
         return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]

@@ -26,6 +26,7 @@ from nettrace.kernels import (
 
 #: K cotangents, N samples, G groups, T tokens, D and M columns of the still and the moving side.
 SIZES = st.tuples(*[st.integers(1, 4)] * 3, st.sampled_from([1, 2, 9]), *[st.integers(1, 6)] * 2)
+LIMIT = 10**6
 KINDS = ["right", "left", "lookup", "ones"]
 
 
@@ -61,7 +62,7 @@ def written_out(x):
 def gram(x, y):
     a, b = written_out_if_need_be(x), written_out_if_need_be(y)
     found = torch.zeros(a.shape[1], a.shape[0], b.shape[1], b.shape[0], dtype=a.dtype)
-    gram_(found, x, y)
+    gram_(found, x, y, LIMIT)
     if x is y:
         mirror_(found.view(a.shape[0] * a.shape[1], -1))
     return found
@@ -130,7 +131,7 @@ def check(x, y, z):
 
 def traced(x, y):
     found = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
-    traced_gram_(found, x, y)
+    traced_gram_(found, x, y, LIMIT)
     if x is y:
         mirror_(found)
     return found
@@ -151,7 +152,7 @@ def test_sums_of_different_forms(kinds, writing, monkeypatch):
     a, b, c = map(written_out, (x, y, z))
     u = random(a.shape[2], 7)
     same = torch.zeros(4, 4, dtype=torch.float64)
-    traced_gram_(same, x, x)
+    traced_gram_(same, x, x, LIMIT)
     mirror_(same)
     for found, true in [
         (dense(x), a),

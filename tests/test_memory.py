@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-#: What the allocator keeps, what a backward pass needs for itself and code read for the first time.
+#: What the allocator keeps and code read for the first time.
 ALLOWANCE = 16 * 2**20
 #: Results are sums over parts; apart from the order of the terms they are the same.
 ROUNDING = 1e-5
@@ -34,13 +34,16 @@ def measured(w, quantity, budget):
 
 
 w, small = (eval(text, vars(workloads)) for text in (build, warm))
+small.step(), w.losses()
+_, backward = peak_memory(w.step)
+w.model.zero_grad()
 found = {}
 for quantity in ("norms", "trace", "gram"):
     measured(small, quantity, 2**40)
     whole, need = measured(w, quantity, 2**40)
     part, peak = measured(w, quantity, need // 4)
     error = float((part - whole).abs().max() / whole.abs().max())
-    found[quantity] = {"need": need, "peak": peak, "error": error}
+    found[quantity] = {"need": need, "peak": peak, "error": error, "backward": backward}
 print(json.dumps(found))
 """
 
@@ -54,7 +57,11 @@ WARM = {"resnet": "resnet(samples=2, width=8)", "gpt": "gpt(samples=2, context=8
 
 @cache
 def measured(build: str, warm: str) -> dict[str, dict[str, float]]:
-    """Peak memory above the forward pass without a budget and with a quarter of that, in bytes."""
+    """Peak memory above the forward pass without a budget and with a quarter of that, in bytes.
+
+    Beside them stands what a training step takes, of which every quantity contains the backward
+    pass: no budget can be smaller.
+    """
     path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", CHILD, build, warm],
@@ -73,5 +80,5 @@ def measured(build: str, warm: str) -> dict[str, dict[str, float]]:
 def test_peak_memory_stays_within_a_quarter_of_what_all_at_once_needs(network, quantity, size):
     build = (SMALL if size == "small" else FULL)[network]
     found = measured(build, WARM[network])[quantity]
-    assert found["peak"] < found["need"] / 4 + ALLOWANCE, found
+    assert found["peak"] < found["need"] / 4 + found["backward"] / 3 + ALLOWANCE, found
     assert found["error"] < ROUNDING, found
