@@ -74,21 +74,14 @@ def jacobian(
             "the outputs need no gradient, so there is no tape to read: run the forward pass "
             "outside torch.no_grad() and torch.inference_mode(), and do not detach its result"
         )
-    if bool((outputs == torch.inf).any()):
-        raise ValueError("the outputs hold infinity: check the input and the weights for overflow")
-    if bool(outputs.isnan().any()):
-        bad = outputs.isnan().flatten(1 if outputs.dim() > 1 else 0)
-        samples = (bad.any(1) if outputs.dim() > 1 else bad).nonzero().flatten().tolist()
-        raise ValueError(
-            f"the outputs hold NaN in {len(samples)} of {len(outputs)} samples, first in sample "
-            f"{samples[0]}: check the input and the weights for NaN"
-        )
+    if not bool(outputs.detach().isfinite().all()):
+        _refuse_if_not_finite(outputs.detach())
     constants = (
         [*model_or_params.buffers(), *model_or_params.parameters()]
         if isinstance(model_or_params, nn.Module)
         else []
     )
-    tape = Tape(outputs, parameters, [c.detach() for c in constants])
+    tape = Tape(outputs, parameters, constants)
     if not tape.nodes:
         raise ValueError(
             f"the outputs do not depend on any of the {len(parameters)} parameters given "
@@ -150,6 +143,18 @@ def parse_bytes(size: int | str) -> int:
             f"expected a positive number of bytes, such as 10**9, '500MB' or '2GiB', got {size!r}"
         ) from None
     return result
+
+
+def _refuse_if_not_finite(outputs: Tensor) -> None:
+    """Raises for NaN and plus infinity; minus infinity masks outputs."""
+    if bool((outputs == torch.inf).any()):
+        raise ValueError("the outputs hold infinity: check the input and the weights for overflow")
+    bad = outputs.isnan().reshape(len(outputs), -1).any(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"the outputs hold NaN in {int(bad.sum())} of {len(outputs)} samples, first in sample "
+            f"{int(bad.nonzero()[0])}: check the input and the weights for NaN"
+        )
 
 
 def _named(model_or_params: Parameters) -> dict[str, Tensor]:

@@ -241,21 +241,27 @@ class TapeGradients(Gradients):
 
     def at_once(self, layers: Sequence[Layer]) -> int:
         """As many as keep the gradients in a cache."""
+        if len(self.outputs) == self.outputs.numel():
+            return 1
         limit = 16 * _SMALL if self._batches(layers) else _SMALL
         return max(1, limit // max(1, self.bytes_per_cotangent(layers)))
 
     def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
         """Those gradients."""
-        meta = [metadata(node)[nr] for node, nr in self._edges(layers)]
-        return sum(math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize) for m in meta)
+        return sum(self._sizes[edge] for edge in self._edges(layers))
+
+    @cached_property
+    def _sizes(self) -> dict[Edge, int]:
+        meta = {(node, nr): metadata(node)[nr] for node, nr in self._owned}
+        return {
+            edge: math.prod(m.shape) * max(m.dtype.itemsize, self.dtype.itemsize)
+            for edge, m in meta.items()
+        }
 
     def _edges(self, layers: Sequence[Layer]) -> list[Edge]:
         """The outputs of the nodes that use the parameters of some layers."""
-        nodes = dict.fromkeys(
-            term.use.node for layer in layers for name in layer for term in self._terms[name]
-        )
-        edges = ((node, nr) for node in nodes for nr in range(len(metadata(node))))
-        return [edge for edge in edges if edge in self._owned]
+        nodes = {term.use.node for layer in layers for name in layer for term in self._terms[name]}
+        return [edge for edge in self._owned if edge[0] in nodes]
 
     def forget(self) -> None:
         """Lets go of the sides of factors that cotangents share."""

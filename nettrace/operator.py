@@ -333,8 +333,11 @@ class Jacobian(Approximations):
 
         Each part takes backward passes of its own.
         """
+        layers = self._gradients.layers(apart)
+        if self._room(layers) >= together:
+            return [layers]
         parts: list[list[Layer]] = [[]]
-        for layer in self._gradients.layers(apart):
+        for layer in layers:
             if parts[-1] and self._room([*parts[-1], layer]) < together:
                 parts.append([])
             parts[-1].append(layer)

@@ -79,7 +79,7 @@ class Tape:
         self._parameters = dict(parameters)
         self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
         self._constants = [c for c in constants]
-        self._constants += [p.detach() for p in parameters.values()]
+        self._constants += parameters.values()
         self._storages = {storage_of(c) for c in self._constants} - {0}
         self.nodes = self._walk()
         self._reaching = set(self.nodes)
