@@ -79,6 +79,10 @@ def child(python: str, *arguments: str, folder: str) -> subprocess.CompletedProc
     one_thread = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        # glibc keeps freed memory, as in a training that has run for a while; else each call pays
+        # anew for touching what it allocates, the more the smaller the network.
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
+        "MALLOC_MMAP_THRESHOLD_": str(2**25),
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
     }
     return subprocess.run(

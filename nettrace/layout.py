@@ -107,7 +107,8 @@ def _derived(tape: Tape, node: Node, slot: int, child: Node, nr: int, output: Ve
     "BinaryCrossEntropyWithLogits HuberLoss Addcdiv Addcmul Atan2 Conj Real Imag NanToNum Hypot "
     "LerpBackward1 PowBackward1 ClampBackward1 XlogyBackward1 NativeDropout PreluKernel "
     "EluBackward GeluBackward LeakyReluBackward SigmoidBackward SiluBackward SoftplusBackward "
-    "TanhBackward ThresholdBackward"
+    "TanhBackward ThresholdBackward AddBackward1 DivBackward1 MulBackward1 RsubBackward1 "
+    "SubBackward1"
 )
 def _pointwise(step: _Step) -> Verdict:
     dim = step.layout.dim - len(step.out) + len(step.operand)
@@ -128,7 +129,7 @@ def _reshape(step: _Step) -> Verdict:
     return None
 
 
-@_derives("T Transpose")
+@_derives("T Transpose TransposeBackward1")
 def _transpose(step: _Step) -> Verdict:
     ndim = len(step.out)
     (first,) = step.axes(ndim, "_saved_dim0") or [0]
@@ -141,8 +142,11 @@ def _permute(step: _Step) -> Verdict:
     return step.at(step.axes(len(step.out), "_saved_dims")[step.layout.dim])
 
 
-@_derives("Softmax LogSoftmax Cumsum Flip Roll Slice Split SplitWithSizes UnsafeSplit Cat Glu")
-@_derives("Narrow Tile SortBackward0 TopkBackward0 FftC2C FftC2R FftR2C Unfold IndexSelect Gather")
+@_derives(
+    "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Flip Roll Slice Split SplitWithSizes UnsafeSplit Cat Glu"
+)
+@_derives("Narrow Tile SortBackward0 TopkBackward0 FftC2C FftC2R FftR2C Unfold")
+@_derives("IndexSelect Gather")
 def _along(step: _Step) -> Verdict:
     """What happens along other axes is within a sample."""
     dim = step.layout.dim
@@ -162,6 +166,13 @@ def _reduced(step: _Step) -> Verdict:
     if len(step.out) == len(step.operand):  # reduced axes are kept, with length 1
         return None if step.layout.dim in axes else step.at(step.layout.dim)
     return step.at([d for d in range(len(step.operand)) if d not in axes][step.layout.dim])
+
+
+@_derives("ViewAsComplex ViewAsReal")
+def _as_pairs(step: _Step) -> Verdict:
+    """A last axis of length 2 comes or goes."""
+    dim = step.layout.dim
+    return step.at(dim) if dim < min(len(step.out), len(step.operand)) else None
 
 
 @_derives("Stack")
@@ -185,7 +196,8 @@ def _matmul(step: _Step) -> Verdict:
 
 @_derives("Convolution MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D Col2Im Im2Col")
 @_derives("AdaptiveAvgPool2D AdaptiveAvgPool3D UpsampleNearest1D UpsampleNearest2D")
-@_derives("UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D NativeGroupNorm")
+@_derives("UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearest3D")
+@_derives("UpsampleTrilinear3D NativeGroupNorm")
 @_derives("ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D NllLoss NllLoss2D")
 @_derives("ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention")
 @_derives("ScaledDotProductFlashAttention ScaledDotProductCudnnAttention")
