@@ -16,6 +16,7 @@ from nettrace.kernels.factors import (
     inner,
     mirror_,
     sqnorms,
+    total,
     traced_gram_,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "mirror_",
     "patches",
     "sqnorms",
+    "total",
     "traced_gram_",
 ]

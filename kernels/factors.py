@@ -21,7 +21,7 @@ and the moving side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -93,12 +93,22 @@ class Still:
         tokens = self.tokens(ns)
         if not self.is_lookup:
             return torch.matmul(moving.mT, tokens, out=out)
-        n, g, t, m = moving.shape
-        found = moving.new_zeros((n * g * self.width, m))
+        n, g, _, m = moving.shape
+        found = moving.new_zeros((n, g, self.width, m))
+        self._add_rows(found, moving, tokens)
+        return found.mT if out is None else out.copy_(found.mT)
+
+    def _add_rows(self, out: Tensor, moving: Tensor, tokens: Tensor) -> None:
+        """Adds moving (N, G, T, M) to the rows of out (N, G, D, M) that lookups number."""
+        n, g, _, m = moving.shape
         first = torch.arange(n * g, device=tokens.device).view(n, g, 1) * self.width
-        found.index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
-        found = found.view(n, g, self.width, m).mT
-        return found if out is None else out.copy_(found)
+        out.view(-1, m).index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
+
+    def add_lookups_(self, out: Tensor, moving: Tensor) -> None:
+        """Adds gradients of lookups, for moving (K, N, G, T, M), to those written out (K, N, P)."""
+        for found, each in zip(out, moving, strict=True):
+            shape = (*each.shape[:2], self.width, each.shape[-1])
+            self._add_rows(found.view(shape), each, self.tokens())
 
 
 @dataclass(frozen=True)
@@ -144,12 +154,25 @@ def dense(x: Factor) -> Tensor:
     if isinstance(x, Dense):
         return x.values
     if isinstance(x, Sum):
-        total = dense(x.terms[0])
-        for term in x.terms[1:]:
-            total += dense(term)
-        return total
+        return total(x.terms)
     written = torch.stack([x.still.outer(moving, slice(None)) for moving in x.moving])
     return (written if x.moves_left else written.mT).flatten(2)
+
+
+def total(factors: Sequence[Factor]) -> Tensor:
+    """The sum of gradients of one weight, written out, (K, N, P)."""
+    # Those of lookups are mostly zero: they are added to the others, not written out themselves.
+    lookups = [
+        x for x in factors if isinstance(x, Outer) and x.still.is_lookup and not x.moves_left
+    ]
+    others = [x for x in factors if not any(x is lookup for lookup in lookups)] or [lookups.pop()]
+    found = dense(others[0])
+    found = found + dense(others[1]) if len(others) > 1 else found.clone()
+    for x in others[2:]:
+        found += dense(x)
+    for x in lookups:
+        x.still.add_lookups_(found, x.moving)
+    return found
 
 
 def _folded(x: Outer | Dense) -> Outer | Dense:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from nettrace import rules
-from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense
+from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense, total
 from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
 from nettrace.tape import Tape, Use, edge_key, metadata, shape_of
@@ -299,7 +299,7 @@ class TapeGradients(Gradients):
                 return joined[0]
             if all(f.still.groups == 1 for f in joined):
                 return Sum(tuple(joined))
-        return Dense(torch.stack([dense(f) for f in found]).sum(0))
+        return Dense(total(found))
 
     @cached_property
     def _owned(self) -> dict[Edge, Ownership]:

@@ -142,9 +142,8 @@ def _permute(step: _Step) -> Verdict:
     return step.at(step.axes(len(step.out), "_saved_dims")[step.layout.dim])
 
 
-@_derives(
-    "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Flip Roll Slice Split SplitWithSizes UnsafeSplit Cat Glu"
-)
+@_derives("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Flip Roll Slice Split SplitWithSizes")
+@_derives("UnsafeSplit Cat Glu")
 @_derives("Narrow Tile SortBackward0 TopkBackward0 FftC2C FftC2R FftR2C Unfold")
 @_derives("IndexSelect Gather")
 def _along(step: _Step) -> Verdict:

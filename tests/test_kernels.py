@@ -21,6 +21,7 @@ from nettrace.kernels import (
     mirror_,
     patches,
     sqnorms,
+    total,
     traced_gram_,
 )
 
@@ -164,6 +165,21 @@ def test_sums_of_different_forms(kinds, writing, monkeypatch):
         (same, torch.einsum("knp,kmp->nm", a, a)),
     ]:
         torch.testing.assert_close(found, true)
+
+
+@pytest.mark.parametrize(
+    "kinds", ["lookup right", "lookup lookup", "right left", "lookup written", "right", "written"]
+)
+def test_the_total_leaves_its_summands_as_they_are(kinds):
+    def make(i, kind):
+        if kind == "written":
+            return Dense(random((3, 4, 16), i))
+        return outer(kind, (3, 4, 1, 2 + i, 4, 4), 4, i)
+
+    summands = [make(i, kind) for i, kind in enumerate(kinds.split())]
+    true = sum(map(written_out_if_need_be, summands))
+    for _ in range(2):
+        torch.testing.assert_close(total(summands), true)
 
 
 GEOMETRIES = [
