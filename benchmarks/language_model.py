@@ -26,7 +26,7 @@ import nettrace as nt
 
 VOCABULARY, TOKENS, SAMPLES = 32_000, 256, 8
 WIDTH, LAYERS, HEADS = 192, 6, 6
-STEPS, GOAL = 200, 0.01
+STEPS, GOAL, PROBES = 200, 0.01, 12
 RESULTS = Path(__file__).parent / "results" / "language_model.md"
 
 
@@ -105,7 +105,9 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, repeats: int) -> list[str]:
         loss(model, x, y).backward()
         middle = time.process_time()
         model.zero_grad()
-        found = nt.jacobian(model(x), model).estimate_trace(relative_error=GOAL, seed=seed)
+        found = nt.jacobian(model(x), model).estimate_trace(
+            probes=PROBES, relative_error=GOAL, seed=seed
+        )
         if seed >= 0:
             units.append(middle - start)
             costs.append(time.process_time() - middle)
