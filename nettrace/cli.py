@@ -21,6 +21,7 @@ from nettrace.certificate import Certificate
 from nettrace.differentiate import parse_bytes
 from nettrace.measures import available
 from nettrace.probe import Probe
+from nettrace.statistics import Statistics
 from nettrace.tracer import Tracer
 
 
@@ -126,6 +127,7 @@ def _costs(certificate: Certificate, parameters: int, memory: int) -> str:
         ("norms or Gram matrix of loss gradients", "1", _bytes(n * n * item)),
         ("vjp", "1", _bytes(parameters * item)),
         ("jvp, norms, trace, exact Fisher trace", f"{c:,}", _bytes(n * c * item)),
+        ("estimate of the trace with an error", "8 or more", _bytes(item)),
         ("blocks", f"{c:,}", _bytes(n * c * c * item)),
         ("Gram matrix summed over outputs", f"{c:,}", _bytes(n * n * item)),
         ("Gram matrix", f"{c:,}", _bytes((n * c) ** 2 * item)),
@@ -133,18 +135,24 @@ def _costs(certificate: Certificate, parameters: int, memory: int) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {r:>{widths[2]}}" for a, b, r in rows]
     rule = "-" * len(lines[0])
-    held = max(1, memory // 2 // max(1, certificate.bytes_per_pass))
+    # As `Jacobian` divides its budget: a third for what passes pull back.
+    held = max(1, memory // 3 // max(1, certificate.bytes_per_pass))
     tail = (
         f"A pass pulls back {_bytes(certificate.bytes_per_pass)}; the budget of {_bytes(memory)} "
         f"has room for {min(held, c):,} of {c:,} at a time."
     )
+    if c > Statistics.exact_outputs:
+        tail += (
+            f" As there are more than {Statistics.exact_outputs} outputs, the measure ntk/trace is "
+            f"an estimate to {Statistics.relative_error:.0%}; Jacobian.trace() is exact."
+        )
     if (n * c) ** 2 * item > memory:
         tail += (
             " The Gram matrix is larger than the budget: sum it over outputs, or take fewer "
             "samples."
         )
-    elif held // 2 < c:
-        tail += " Blocks and the Gram matrix pull some back again, for each pair of chunks."
+    elif held < c:
+        tail += " For blocks and the Gram matrix, each part of the layers takes passes of its own."
     return "\n".join([lines[0], rule, *lines[1:], rule, _wrapped(tail)])
 
 
