@@ -189,30 +189,21 @@ def traced_gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
     Where `x is y`, entries with n > m may be left out; `mirror_` fills them in. Temporary results
     hold `limit` numbers, or fewer.
     """
-    if not isinstance(x, Sum) and not isinstance(y, Sum):
-        a = _folded(x)
-        gram_(out[:, None, :, None], a, a if x is y else _folded(y), limit)
-        return
-    for k in range(_count(x)):
-        one = _only(x, k)
-        gram_(out[:, None, :, None], one, one if x is y else _only(y, k), limit)
+    if isinstance(x, Sum) and isinstance(y, Sum):  # whose terms carry cotangents on either side
+        for a, b in zip(_each(x), _each(y), strict=True):
+            gram_(out[:, None, :, None], a, a if x is y else b, limit)
+    else:
+        assert not isinstance(x, Sum) and not isinstance(y, Sum)
+        folded = _folded(x)
+        gram_(out[:, None, :, None], folded, folded if x is y else _folded(y), limit)
 
 
-def _count(x: Factor) -> int:
-    return len(x.values if isinstance(x, Dense) else _moving(x))
-
-
-def _moving(x: Outer | Sum) -> Tensor:
-    return x.moving if isinstance(x, Outer) else x.terms[0].moving
-
-
-def _only(x: Factor, k: int) -> Factor:
-    """The gradients for cotangent `k` alone."""
-    if isinstance(x, Dense):
-        return Dense(x.values[k : k + 1])
-    if isinstance(x, Sum):
-        return Sum(tuple(Outer(t.still, t.moving[k : k + 1], t.moves_left) for t in x.terms))
-    return Outer(x.still, x.moving[k : k + 1], x.moves_left)
+def _each(x: Sum) -> list[Sum]:
+    """The gradients for each cotangent alone."""
+    return [
+        Sum(tuple(Outer(t.still, t.moving[k : k + 1], t.moves_left) for t in x.terms))
+        for k in range(len(x.terms[0].moving))
+    ]
 
 
 def sqnorms(x: Factor) -> Tensor:
