@@ -193,7 +193,8 @@ def traced_gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
         for a, b in zip(_each(x), _each(y), strict=True):
             gram_(out[:, None, :, None], a, a if x is y else b, limit)
     else:
-        assert not isinstance(x, Sum) and not isinstance(y, Sum)
+        assert not isinstance(x, Sum)
+        assert not isinstance(y, Sum)
         folded = _folded(x)
         gram_(out[:, None, :, None], folded, folded if x is y else _folded(y), limit)
 
