@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from shutil import which
 
 import oracle
 import pytest
@@ -19,9 +20,12 @@ SMALL = {"mlp": 3_000, "cnn": 60_000, "gpt": 400_000, "router": 20_000, "fourier
 
 
 # Inductor compiles C++, which takes a minute.
+COMPILED = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (which("g++") or which("clang++")), reason="needs a C++ compiler"),
+]
 MEMBERS = [
-    pytest.param(name, marks=pytest.mark.slow if name == "compiled-inductor" else ())
-    for name in zoo.ZOO
+    pytest.param(name, marks=COMPILED if name == "compiled-inductor" else ()) for name in zoo.ZOO
 ]
 
 
