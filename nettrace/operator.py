@@ -392,12 +392,9 @@ class Jacobian(Approximations):
         outputs = self._gradients.outputs
         if self._cotangents is not None:
             return self._cotangents[ks].view(-1, *outputs.shape)
-        numbers = torch.arange(ks.start, ks.stop, device=outputs.device)
-        basis = torch.zeros(
-            (len(numbers), self.samples, self.outputs), dtype=outputs.dtype, device=outputs.device
-        )
-        basis.scatter_(2, numbers.view(-1, 1, 1).expand(-1, self.samples, 1), 1)
-        return basis.view(-1, *outputs.shape)
+        units = outputs.new_zeros((ks.stop - ks.start, 1, self.outputs))
+        units[:, 0, ks].fill_diagonal_(1)
+        return units.expand(-1, self.samples, -1).reshape(-1, *outputs.shape)
 
     def _afford(self, shape: tuple[int, ...], per_layer: bool) -> None:
         copies = len(self._gradients.parameters) if per_layer else 1
