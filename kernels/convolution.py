@@ -17,9 +17,9 @@ from nettrace.kernels.factors import Still
 class Geometry:
     """How a filter moves over an image; one entry for each axis of the image."""
 
+    padding: tuple[int, ...]
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 

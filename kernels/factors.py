@@ -155,6 +155,7 @@ def dense(x: Factor) -> Tensor:
         return x.values
     if isinstance(x, Sum):
         return total(x.terms)
+    assert not x.still.ones, "a bias has no place in the weight's layout"
     written = torch.stack([x.still.outer(moving, slice(None)) for moving in x.moving])
     return (written if x.moves_left else written.mT).flatten(2)
 
@@ -372,6 +373,7 @@ def _alike(x: Outer, y: Outer) -> bool:
 
 def _products_across(x: Outer, i: int, y: Outer, ms: slice) -> Tensor:
     """(K, M, J) inner products of sample `i` of `x` with `y`, which moves on the other side."""
+    assert not x.still.ones, "a bias has no other side"
     found = []
     own = Still(x.moving[:, i], 0)  # (K, G, T, .)
     for c in range(*ms.indices(y.moving.shape[1])):

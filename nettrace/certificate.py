@@ -135,7 +135,8 @@ def certify(jacobian: Jacobian, *, samples: int = 2, seed: int = 0) -> Certifica
     Compared are their squared norms, their inner products with each other, with another sample's
     row and with a random vector, and last the squared norm of the sum over all samples, which no
     sample that was not drawn escapes. It costs 2 `samples` + 1 backward passes of plain autograd,
-    and about 10 without weight gradients, however many outputs there are. Where there are more than
+    and about 16 without weight gradients, however many outputs there are. What all parameters give
+    together is compared too, for it is not summed from their shares. Where there are more than
     4, the shares of the trace are estimated from 4 combinations of them with random signs.
 
     What rounding may make is taken to be eps^0.6 of the parameter's share of a row's norm plus
@@ -319,14 +320,70 @@ def _compare(
                     ratio,
                     f"the spot check failed for the parameter {name!r}, found by the route "
                     f"{routes[name]!r}: {what} is {float(value):.6g}, by plain autograd "
-                    f"{true:.6g}; rounding can make {allowed:.1e}. No number that rests on its "
+                    f"{true:.6g}; rounding can make {allowed:.1e}. {_hooked(jacobian, name)}No "
+                    "number that rests on its "
                     "derivatives is right: report the model, please, and meanwhile freeze the "
                     "parameter by requires_grad_(False), or take nettrace.jacobian(outputs, model, "
                     "coupled='rows'), which is plain autograd",
                 )
     if worst[1]:
         raise SpotCheckError(worst[1])
+    _compare_wholes(chosen, summed, truth, total, relative)
     return errors
+
+
+def _compare_wholes(
+    chosen: Jacobian,
+    summed: Jacobian,
+    truth: Mapping[tuple[int, int], PerLayer],
+    total: PerLayer,
+    relative: float,
+) -> None:
+    """Compares what all parameters give together, which is not summed from their shares.
+
+    Args:
+        chosen: two rows of each sample.
+        summed: the second of them.
+        truth: some of those rows, by sample and number.
+        total: the sum of the second rows of all samples.
+        relative: what rounding may make, relative to the norms of the rows.
+    """
+    rows = {at: torch.cat(list(shares.values())) for at, shares in truth.items()}
+    norms = chosen.norms().double()
+    blocks = _if_it_fits(lambda **_: {"": chosen.blocks()})
+    gram = _if_it_fits(lambda **_: {"": chosen.gram()})
+    traced = _if_it_fits(lambda **_: {"": summed.gram(trace_outputs=True)})
+    found: list[tuple[str, float, float, float]] = []
+    for (n, k), row in rows.items():
+        norm = _dot(row, row) ** 0.5
+        found.append((f"the norm of a row of sample {n}", float(norms[n, k]), norm, norm))
+        for (m, j), other in rows.items():
+            true, bound = _dot(row, other), norm * _dot(other, other) ** 0.5
+            what = f"the inner product of rows of the samples {n} and {m}"
+            if blocks and n == m:
+                found.append((what, float(blocks[""][n, k, j]), true, bound))
+            if gram:
+                found.append((what, float(gram[""][n, k, m, j]), true, bound))
+    if traced:
+        whole = torch.cat(list(total.values()))
+        reach = float(norms[:, 1].sum()) ** 2
+        what = "the squared norm of the sum over samples"
+        found.append((what, float(traced[""].double().sum()), _dot(whole, whole), reach))
+    for what, value, true, bound in found:
+        difference = abs(value - true)
+        if math.isfinite(true) and not difference <= 3 * relative * bound:
+            raise SpotCheckError(
+                f"the spot check failed for all parameters together: {what} is {value:.6g}, by "
+                f"plain autograd {true:.6g}. No number of the whole network is right: report the "
+                "model, please, and meanwhile take results by layer, or nettrace.jacobian(outputs, "
+                "model, coupled='rows'), which is plain autograd"
+            )
+
+
+def _hooked(jacobian: Jacobian, name: str) -> str:
+    if not jacobian._gradients.parameters[name]._backward_hooks:
+        return ""
+    return "The parameter has a hook (Tensor.register_hook), which plain autograd obeys. "
 
 
 def _tolerances(jacobian: Jacobian) -> tuple[float, float]:

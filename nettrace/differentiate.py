@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from nettrace.gradients import RowGradients, TapeGradients
 from nettrace.operator import Jacobian
@@ -81,6 +82,7 @@ def jacobian(
         if isinstance(model_or_params, nn.Module)
         else []
     )
+    _refuse_if_nested(parameters)
     tape = Tape(outputs, parameters, constants)
     if not tape.nodes:
         raise ValueError(
@@ -145,6 +147,24 @@ def parse_bytes(size: int | str) -> int:
     return result
 
 
+def _refuse_if_nested(parameters: Mapping[str, Tensor]) -> None:
+    """Raises if one parameter is computed from another, whose path through it would be cut."""
+    for name, p in parameters.items():
+        if p.grad_fn is None:
+            continue
+        others = {other: q for other, q in parameters.items() if q is not p}
+        edges = [get_gradient_edge(q) for q in others.values()]
+        found = torch.autograd.grad(
+            p, edges, torch.zeros_like(p), retain_graph=True, allow_unused=True
+        )
+        for other, gradient in zip(others, found, strict=True):
+            if gradient is not None:
+                raise ValueError(
+                    f"the parameter {name!r} is computed from {other!r}: the derivative by one "
+                    "would leave out or count twice what goes through the other; give one of them"
+                )
+
+
 def _refuse_if_not_finite(outputs: Tensor) -> None:
     """Raises for NaN and plus infinity; minus infinity masks outputs."""
     if bool((outputs == torch.inf).any()):
@@ -192,6 +212,13 @@ def _named(model_or_params: Parameters) -> dict[str, Tensor]:
             f"{what} has {len(given)} parameters ({_some(given)}), but none requires a gradient: "
             "call requires_grad_() on those to differentiate by"
         )
+    names: dict[int, str] = {}
+    for name, p in needed.items():
+        if id(p) in names:
+            raise ValueError(
+                f"the parameters {names[id(p)]!r} and {name!r} are the same tensor: give it once"
+            )
+        names[id(p)] = name
     return needed
 
 

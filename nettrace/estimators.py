@@ -50,6 +50,15 @@ class Estimate:
     probes: int
     method: str
 
+    def __str__(self) -> str:
+        found = _short(self.value)
+        error = f" +- {_short(self.standard_error)}" if self.method != "exact" else ""
+        return f"{found}{error} ({self.method}, {self.probes} probes)"
+
+
+def _short(value: Tensor) -> str:
+    return f"{float(value):.5g}" if value.dim() == 0 else f"tensor{tuple(value.shape)}"
+
 
 def estimate_trace(
     jacobian: Jacobian, method: TraceMethod, probes: int, relative_error: float | None, seed: int

@@ -317,14 +317,20 @@ class TapeGradients(Gradients):
 
     @cached_property
     def _biases(self) -> dict[str, str]:
-        """By weight, the bias that is added wherever the weight is used."""
+        """By weight, the bias that is added wherever the weight is used.
+
+        All uses must have one form, so that they make one factor.
+        """
         pairs: dict[tuple[Node, ...], list[str | None]] = {}
         for name, terms in self._terms.items():
             nodes = tuple(t.use.node for t in terms)
             slots = [rules.slots_of_weight_and_bias(node, self._owned[node, 0]) for node in nodes]
+            forms = {(t.view, t.use.slot, getattr(t.use.node, "_saved_groups", 1)) for t in terms}
+            if len(forms) > 1 or terms[0].view not in ("same", "swapped"):
+                continue
             for place in (0, 1):
                 if all(
-                    s is not None and s[place] == t.use.slot and t.view in ("same", "swapped")
+                    s is not None and s[place] == t.use.slot
                     for s, t in zip(slots, terms, strict=True)
                 ):
                     pairs.setdefault(nodes, [None, None])[place] = name

@@ -10,11 +10,12 @@ To add a rule, write a function with the signature of `Rule` and register it und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, dense, patches
@@ -65,11 +66,19 @@ RULES: dict[str, Rule] = {}
 _MEAN_OF_BAG, _MAX_OF_BAG = 1, 2
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for the autograd nodes `names`, given without the ending `Backward0`."""
+def rule(*names: str, slots: Collection[int] = range(9)) -> Callable[[Rule], Rule]:
+    """Registers a rule for the autograd nodes `names`, given without the ending `Backward0`.
+
+    Args:
+        names: of the nodes.
+        slots: the inputs at which the rule knows what to do with a weight.
+    """
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys([name + "Backward0" for name in names], function))
+        def known(flow: Flow) -> Factor | None:
+            return function(flow) if flow.slot in slots else None
+
+        RULES.update(dict.fromkeys([name + "Backward0" for name in names], known))
         return function
 
     return register
@@ -224,24 +233,21 @@ def _convolution(flow: Flow) -> Factor | None:
     if sides is None:
         return None
     a, g = sides[0], sides[1].movedim(2, 0)  # (N, S, C_in, ...), (K, N, S, C_out, ...)
-    geometry = Geometry(
-        flow.shape[2:],
-        node._saved_stride,
-        node._saved_padding,
-        node._saved_dilation,
-        node._saved_groups,
-    )
+    padding, groups = node._saved_padding, node._saved_groups
+    rest = (flow.shape[2:], node._saved_stride, node._saved_dilation, groups)
     if node._saved_transposed:  # input and output change places
-        still = (
-            a.flatten(3).unflatten(2, (geometry.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
-        )
-        moving = patches(g.flatten(0, 1), geometry).unflatten(0, g.shape[:2])
+        ends = zip(padding, node._saved_output_padding, strict=True)
+        g = F.pad(g, [n for p, extra in reversed(list(ends)) for n in (p, p - extra)])
+        moving = patches(g.flatten(0, 1), Geometry((0,) * len(padding), *rest))
+        still = a.flatten(3).unflatten(2, (groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+        moving = moving.unflatten(0, g.shape[:2])
         return Outer(Still(still, still.shape[-1]), moving, moves_left=False)
-    moving = g.flatten(4).unflatten(3, (geometry.groups, -1)).permute(0, 1, 3, 2, 5, 4)
+    geometry = Geometry(padding, *rest)
+    moving = g.flatten(4).unflatten(3, (groups, -1)).permute(0, 1, 3, 2, 5, 4)
     return Outer(Patches(a, geometry), moving.flatten(3, 4), moves_left=True)
 
 
-@rule("Embedding")
+@rule("Embedding", slots=(0,))
 def _embedding(flow: Flow) -> Factor | None:
     node = flow.node
     if node._saved_scale_grad_by_freq:  # the count runs over the whole batch
@@ -252,7 +258,7 @@ def _embedding(flow: Flow) -> Factor | None:
     return _lookup(flow, indices, g)
 
 
-@rule("EmbeddingBag")
+@rule("EmbeddingBag", slots=(0,))
 def _embedding_bag(flow: Flow) -> Factor | None:
     node, axis = flow.node, flow.ownership.axes.get(0)
     if axis is None or node._saved_mode == _MAX_OF_BAG or node._saved_scale_grad_by_freq:
@@ -271,7 +277,7 @@ def _embedding_bag(flow: Flow) -> Factor | None:
     return _lookup(replace(flow, ownership=Ownership({0: words}, None)), indices, g)
 
 
-@rule("Index")
+@rule("Index", slots=(0,))
 def _index(flow: Flow) -> Factor | None:
     indices = flow.node._saved_indices
     if any(i is None or i.dtype == torch.bool for i in indices):
@@ -282,7 +288,7 @@ def _index(flow: Flow) -> Factor | None:
     return _lookup(replace(flow, shape=(rows, *flow.shape[len(indices) :])), flat, flow.cotangent)
 
 
-@rule("IndexSelect")
+@rule("IndexSelect", slots=(0,))
 def _index_select(flow: Flow) -> Factor | None:
     if flow.node._saved_dim % len(flow.shape) != 0:
         return None
@@ -300,7 +306,7 @@ def _lookup(flow: Flow, indices: Tensor, g: Tensor) -> Factor | None:
     return None
 
 
-@rule("NativeLayerNorm")
+@rule("NativeLayerNorm", slots=(1, 2))
 def _layer_norm(flow: Flow) -> Factor | None:
     node, g = flow.node, flow.cotangent
     if flow.slot == 1:
@@ -308,7 +314,7 @@ def _layer_norm(flow: Flow) -> Factor | None:
     return _broadcast(flow, g)
 
 
-@rule("NativeGroupNorm")
+@rule("NativeGroupNorm", slots=(1, 2))
 def _group_norm(flow: Flow) -> Factor | None:
     node, g = flow.node, flow.cotangent
     if flow.slot == 1:
@@ -318,7 +324,7 @@ def _group_norm(flow: Flow) -> Factor | None:
     return _broadcast(flow, g.flatten(3) if g.dim() > 3 else g.unsqueeze(3), channel=True)
 
 
-@rule("NativeBatchNorm")
+@rule("NativeBatchNorm", slots=(1, 2))
 def _batch_norm(flow: Flow) -> Factor | None:
     node, g = flow.node, flow.cotangent
     if flow.slot == 1:
@@ -369,7 +375,7 @@ def _where(flow: Flow) -> Factor | None:
     return _broadcast(flow, flow.cotangent * (taken if flow.slot == 0 else ~taken))
 
 
-@rule("PreluKernel")
+@rule("PreluKernel", slots=(1,))
 def _prelu(flow: Flow) -> Factor | None:
     return _broadcast(flow, flow.cotangent * flow.node._saved_self.clamp(max=0))
 

@@ -36,6 +36,12 @@ X, Y = torch.randn(6, 3), torch.arange(6) % 2
         (lambda m: nt.jacobian(m(X), m, memory_budget=0), ValueError, "got 0"),
         (lambda m: nt.jacobian(m(X), m, coupled="yes"), ValueError, "'refuse' or 'rows'"),
         (lambda m: nt.jacobian(m(X), [1.0]), TypeError, "got float for '0'"),
+        (lambda m: nt.jacobian(m(X), [m[0].bias, m[0].bias]), ValueError, "same tensor.*once"),
+        (
+            lambda m: nt.jacobian(X @ (w := 2 * m[0].weight).T, {"v": m[0].weight, "w": w}),
+            ValueError,
+            "'w' is computed from 'v'.*one of them",
+        ),
         (lambda m: nt.loss_jacobian(m(X), m), ValueError, r"shape \(N,\).*reduction='none'"),
         (lambda m: nt.jacobian(m(X), m).vjp(torch.ones(3)), ValueError, r"shape \(6, 2\)"),
         (lambda m: nt.jacobian(m(X), m).jvp(torch.ones(3)), ValueError, r"shape \(26,\)"),

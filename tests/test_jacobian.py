@@ -7,6 +7,7 @@ from shutil import which
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from oracle import relative_error
 from torch import Tensor
@@ -281,3 +282,81 @@ def test_a_budget_below_the_result_is_refused_with_a_way_out():
     with pytest.raises(MemoryError, match="trace_outputs=True"):
         found.gram()
     assert found.gram(trace_outputs=True).shape == (zoo.N, zoo.N)
+
+
+def transposed_with_bias(p):
+    return F.linear(F.linear(p("x", 4, 3), p.w(3, 3), p.b(3)).tanh(), p.w(3, 3).t(), p.b(3))
+
+
+def convolved_in_groups(p):
+    y = F.conv1d(p("x", 4, 2, 5), p.w(4, 2, 1), p.b(4)).tanh()
+    return F.conv1d(y, p.w(4, 2, 1), p.b(4), groups=2).mean(2)
+
+
+def normalised_parameter(p):
+    return F.layer_norm(p.w(4, 3), (4, 3), weight=p("x", 4, 3) * p.b(3))
+
+
+def rectified_parameter(p):
+    return F.prelu(p.w(1, 4, 3), p("x", 4, 2) @ p.b(2))[0]
+
+
+def weighted_bags(p):
+    words = torch.arange(8) % 5
+    return F.embedding_bag(
+        words, p.w(5, 3), torch.arange(4) * 2, mode="sum", per_sample_weights=p.b(8)
+    )
+
+
+def padded_transposition(p):
+    out = F.conv_transpose2d(
+        p("x", 4, 2, 4, 4), p.w(2, 3, 3, 3), p.b(6), 2, 0, (2, 1), groups=2, dilation=3
+    )
+    return out.tanh().mean((2, 3))
+
+
+def lookup_and_head(p):
+    h = p.w(6, 3)[torch.arange(8).view(4, 2) % 6]
+    return F.linear(torch.tanh(h), p.w(6, 3), p.b(6)).sum(1)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        transposed_with_bias,
+        convolved_in_groups,
+        normalised_parameter,
+        rectified_parameter,
+        weighted_bags,
+        padded_transposition,
+        lookup_and_head,
+    ],
+)
+def test_unusual_uses_of_weights_and_biases(use):
+    class Drawn(dict):
+        def __call__(self, name, *shape):
+            if name not in self:
+                self[name] = torch.randn(shape, dtype=torch.float64)
+            return self[name]
+
+        def w(self, *shape):
+            return self("w", *shape).requires_grad_()
+
+        def b(self, *shape):
+            return self("b", *shape).requires_grad_()
+
+    torch.manual_seed(0)
+    drawn = Drawn()
+    outputs = use(drawn)
+    parameters = {name: drawn[name] for name in "wb"}
+    j = torch.cat(list(oracle.jacobian(outputs, parameters).values()), 2)
+    found = nt.jacobian(outputs, parameters)
+    for value, true in [
+        (found.gram(), oracle.gram(j)),
+        (found.gram(trace_outputs=True), torch.einsum("ncp,mcp->nm", j, j)),
+        (found.blocks(), torch.einsum("ncp,ndp->ncd", j, j)),
+        (found.norms(), j.norm(dim=2)),
+        (sum(found.trace(per_layer=True).values()), j.square().sum()),
+    ]:
+        assert relative_error(value, true) < TOLERANCE
+    nt.certify(found)

@@ -183,10 +183,10 @@ def test_the_total_leaves_its_summands_as_they_are(kinds):
 
 
 GEOMETRIES = [
-    Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1),
-    Geometry((3, 2), (2, 1), (0, 1), (1, 2), 2),
-    Geometry((3,), (2,), (1,), (1,), 1),
-    Geometry((2, 1, 2), (1, 1, 1), (0, 0, 1), (1, 1, 1), 2),
+    Geometry((1, 1), (3, 3), (1, 1), (1, 1), 1),
+    Geometry((0, 1), (3, 2), (2, 1), (1, 2), 2),
+    Geometry((1,), (3,), (2,), (1,), 1),
+    Geometry((0, 0, 1), (2, 1, 2), (1, 1, 1), (1, 1, 1), 2),
 ]
 
 
