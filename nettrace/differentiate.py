@@ -36,7 +36,9 @@ def jacobian(
         model_or_params: a module, whose parameters that require a gradient are taken, or tensors,
             by name or in order.
         memory_budget: bytes, or a text such as "500MB" or "2GiB", that pulled-back gradients and
-            the temporary results of contractions may take beside the forward pass and the result.
+            the temporary results of contractions may take beside the forward pass, the result and
+            what a single backward pass takes. Norms and traces are bitwise the same for every
+            budget; Gram matrices are but for the order of sums.
         coupled: what to do where one sample's output depends on another sample. "refuse" raises
             `CoupledSamplesError` when a per-sample quantity is asked for; "rows" computes the
             Jacobian of the coupled outputs by one backward pass a row.
