@@ -32,8 +32,9 @@ REPEATS = 7
 SLOW = 2
 #: CPU seconds that one timed block takes, at least: calls are repeated within.
 BLOCK = 0.1
-#: Relative error against float64 above which a method counts as wrong (a deep network in float32).
-WRONG = 5e-4
+#: Relative error against float64 above which a method counts as wrong. In float32 a ReLU of a deep
+#: network may flip, and then plain autograd is off by as much: 1.2e-3 in the ResNet's kernel.
+WRONG = 3e-3
 
 
 def seconds(call: Callable[[], object], count: int = 1) -> float:

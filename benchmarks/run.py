@@ -277,7 +277,8 @@ def write(figures: Figures) -> None:
         f"{REPEATS} repeats, each right after U in the same process; calls above {LONG} s are not "
         f"repeated, and at {CAP} s of CPU time or {ROOM / 2**30:.0f} GiB a process is stopped. "
         "Ratios of neural-tangents, without compilation, are to the U of torch. What is off by "
-        f"more than {WRONG:.0e} from float64 is not counted as exact; estimates carry their error. "
+        f"more than {WRONG:.0e} from float64 is not counted as exact (in float32 a ReLU of a deep "
+        "network may flip: plain autograd is then off by 1e-03); estimates carry their error. "
         "A dash means that the method computes something else there, or was not measured.",
         "",
         *(f"- {LABELS[n]}: {found[n]['title']}." for n in names),
