@@ -152,7 +152,7 @@ def parse_bytes(size: int | str) -> int:
 def _refuse_if_nested(parameters: Mapping[str, Tensor]) -> None:
     """Raises if one parameter is computed from another, whose path through it would be cut."""
     for name, p in parameters.items():
-        if p.grad_fn is None:
+        if p.grad_fn is None or len(parameters) == 1:
             continue
         others = {other: q for other, q in parameters.items() if q is not p}
         edges = [get_gradient_edge(q) for q in others.values()]

@@ -121,3 +121,9 @@ def test_log_spacing_is_even_in_the_logarithm():
     steps = np.array([step for step in range(1, 100_001) if nt.log_spaced(4)(step)])
     assert np.abs(np.diff(np.log10(steps[steps > 10])) - 0.25).max() < 0.03
     assert set(10 ** np.arange(6)) <= set(steps)
+
+
+def test_a_computed_tensor_can_be_the_parameter():
+    weight = 2 * torch.randn(2, 3, requires_grad=True)
+    kernel = nt.jacobian(X @ weight.T, weight).gram(trace_outputs=True)
+    torch.testing.assert_close(kernel, 2 * X @ X.T)
