@@ -35,6 +35,10 @@ _TILE = 2**19
 _WRITE = 16
 
 
+#: How many products are added up in the precision of the gradients.
+_ADDED = 2**14
+
+
 class Still:
     """The side of the outer products that all cotangents share.
 
@@ -430,18 +434,20 @@ def _written(x: Outer, each: int, limit: int) -> Iterator[Tensor]:
 
 def _gram_written_out_(out: Tensor, x: Iterator[Tensor], y: Iterator[Tensor] | None) -> None:
     n, k, o, j = out.shape
-    found = out.new_zeros((k * n, j * o))
+    # In float64, of products over few columns: a long sum of squares in one float32 drifts.
+    found = out.new_zeros((k * n, j * o), dtype=torch.float64)
     for a in x:
         rows = a.flatten(0, 1)
         columns = rows if y is None else next(y).flatten(0, 1)
-        step = max(32, -(-len(rows) // 8)) if y is None else len(rows)
-        for start in range(0, len(rows), step):
-            stop = start + step
-            first = start if y is None else 0
-            found[start:stop, first:].addmm_(rows[start:stop], columns[first:].T)
+        step = max(32, -(-len(rows) // 4)) if y is None else len(rows)
+        for left, right in zip(rows.split(_ADDED, 1), columns.split(_ADDED, 1), strict=True):
+            for start in range(0, len(rows), step):
+                stop = start + step
+                first = start if y is None else 0
+                found[start:stop, first:] += left[start:stop] @ right[first:].T
     if y is None:
         found = found.triu() + found.triu(1).T
-    out += found.view(k, n, j, o).permute(1, 0, 3, 2)
+    out += found.view(k, n, j, o).permute(1, 0, 3, 2).to(out.dtype)
 
 
 def _gram_of_single_tokens_(out: Tensor, x: Outer, y: Outer) -> None:
