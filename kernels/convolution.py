@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nettrace.kernels.factors import Still
+from nettrace.kernels.factors import Still, tiles
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,15 @@ class Patches(Still):
     def outer(self, moving: Tensor, ns: slice, out: Tensor | None = None) -> Tensor:
         """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times patches."""
         n, g, t, m = moving.shape
-        # One convolution with samples as groups makes no patches. Where the images are small or
-        # the channels many, it is slower than making them.
-        if t < 64 or m * self.width > 50_000 or len(self._geometry.size) != 2:
-            return super().outer(moving, ns, out)
         images, geometry = self._images[ns], self._geometry
+        # One convolution with samples as groups makes no patches. Where the images are small, or
+        # the channels few or many, it is slower than making them.
+        many = 16 <= images.shape[2] // g and m * self.width <= 50_000
+        if not many or t < 128 or len(geometry.size) != 2:
+            found = moving.new_empty((n, g, m, self.width)) if out is None else out
+            for part in tiles(n, g * t * self.width):
+                torch.matmul(moving[part].mT, patches(images[part], geometry), out=found[part])
+            return found
         _, s, c, *space = images.shape
         places = [
             (length + 2 * p - d * (size - 1) - 1) // stride + 1
@@ -98,30 +102,21 @@ class Patches(Still):
             n * g,
             [False, True, False],
         )[1]
-        found: Tensor = weight.view(n, g, m, self.width)
-        if out is not None:
-            out.copy_(found)
-        return found
+        found = weight.view(n, g, m, self.width)
+        return found if out is None else out.copy_(found)
 
 
 def patches(images: Tensor, geometry: Geometry) -> Tensor:
     """(N, G, T, C / G x filter size) what a filter meets at each place of images (N, S, C, ...)."""
     axes = len(geometry.size)
-    if axes == 2 and images.is_floating_point():  # far faster than copying a view
-        unfolded: Tensor = F.unfold(
-            images.flatten(0, 1),
-            geometry.size,
-            dilation=geometry.dilation,
-            padding=geometry.padding,
-            stride=geometry.stride,
-        )
-        split = unfolded.view(*images.shape[:2], geometry.groups, -1, unfolded.shape[-1])
-        return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
-    x: Tensor = F.pad(images, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
+    x: Tensor = images
+    if any(geometry.padding):
+        x = F.pad(x, [p for pad in reversed(geometry.padding) for p in (pad, pad)])
     for d, (size, step, gap) in enumerate(
         zip(geometry.size, geometry.stride, geometry.dilation, strict=True)
     ):
         x = x.unfold(3 + d, gap * (size - 1) + 1, step)[..., ::gap]
-    # (N, S, C, *places, *size)
-    x = x.unflatten(2, (geometry.groups, -1)).flatten(4, 3 + axes)  # (N, S, G, C / G, places, ...)
-    return x.flatten(5).permute(0, 2, 1, 4, 3, 5).flatten(4).flatten(2, 3)
+    # (N, S, C, *places, *size): places last, along which memory is read in order.
+    order = [0, 2, *range(3 + axes, 3 + 2 * axes), 1, *range(3, 3 + axes)]
+    n, s, c = images.shape[:3]
+    return x.permute(order).reshape(n, geometry.groups, -1, s * math.prod(x.shape[3 : 3 + axes])).mT

@@ -85,7 +85,7 @@ class Still:
             norms: Tensor = torch.linalg.vector_norm(self.tokens(), dim=-1, keepdim=True)
             return norms.square() + self.ones
         each = self.groups * self.length * (self.length + self.width)
-        return torch.cat([products(self, ns, self, ns) for ns in _tiles(self.samples, each)])
+        return torch.cat([products(self, ns, self, ns) for ns in tiles(self.samples, each)])
 
     @property
     def gram_cost(self) -> int:
@@ -231,12 +231,12 @@ def sqnorms(x: Factor) -> Tensor:
     found = x.moving.new_empty((k, n))
     if t * t * (x.still.gram_cost + k * m + k * _WRITE) < k * (t + _WRITE) * d * m:
         gram = x.still.gram
-        for ns in _tiles(n, g * t * t):
+        for ns in tiles(n, g * t * t):
             for i in range(k):
                 moving = x.moving[i, ns]
                 found[i, ns] = (moving @ moving.mT).mul_(gram[ns]).sum((1, 2, 3))
         return found
-    for ns in _tiles(n, g * d * m):
+    for ns in tiles(n, g * d * m):
         for i in range(k):
             written = x.still.outer(x.moving[i, ns], ns)
             found[i, ns] = _sqnorm(written.flatten(1))
@@ -262,14 +262,14 @@ def blocks(x: Factor, y: Factor) -> Tensor:
             return ((a @ b.mT) * still).sum(1)
         token = t * s * (x.still.gram_cost + min(k, j) * m) + k * j * min(t, s) * m
         if token < (k * t + j * s) * d * m + (k * j + (k + j) * _WRITE) * d * m:
-            for ns in _tiles(n, g * t * (s + j * m)):
+            for ns in tiles(n, g * t * (s + j * m)):
                 tokens = products(x.still, ns, y.still, ns) if still is None else still[ns]
                 a = x.moving[:, ns].movedim(0, 1).flatten(2)
                 for i in range(j):
                     weighted = (tokens @ y.moving[i, ns]).flatten(1)
                     found[ns, :, i] = (a @ weighted.unsqueeze(-1)).squeeze(-1)
             return found
-        for ns in _tiles(n, g * (k + j) * d * m):
+        for ns in tiles(n, g * (k + j) * d * m):
             a = torch.stack([x.still.outer(moving, ns) for moving in x.moving[:, ns]], 1).flatten(2)
             b = a
             if y is not x:
@@ -334,7 +334,7 @@ def inner(x: Factor, u: Tensor) -> Tensor:
     matrix = u.to(x.moving.dtype).reshape((g, m, d) if x.moves_left else (g, d, m))
     matrix = matrix.mT if x.moves_left else matrix  # (G, D, M)
     found = x.moving.new_empty((k, n))
-    for ns in _tiles(n, g * t * (d + m)):
+    for ns in tiles(n, g * t * (d + m)):
         tokens = x.still.tokens(ns)
         if x.still.is_lookup:
             image = matrix[torch.arange(g, device=u.device).view(1, g, 1), tokens]
@@ -408,7 +408,7 @@ def _sqnorm(values: Tensor) -> Tensor:
     return norms.square()
 
 
-def _tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
+def tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
     """Ranges of `count` things of `each` numbers of which at most `limit` are held."""
     step = max(1, limit // max(1, each))
     for start in range(0, count, step):
@@ -422,7 +422,7 @@ def _written(x: Outer, each: int, limit: int) -> Iterator[Tensor]:
     """
     k, n, g, _, d, m = x.shape
     memory: Tensor | None = None
-    for ms in _tiles(m, each, min(limit, x.still.at_once)):
+    for ms in tiles(m, each, min(limit, x.still.at_once)):
         shape = (k, n, g, ms.stop - ms.start, d)
         if memory is None:
             memory = x.moving.new_empty(shape)
@@ -476,14 +476,14 @@ def _products_of_single_tokens(x: Still, y: Still, group: int) -> Tensor:
 def _gram_by_tokens_(out: Tensor, x: Outer, y: Outer, limit: int) -> None:
     k, n, g, t, d, _ = x.shape
     j, o, _, s, _, m = y.shape
-    for held in _tiles(o, g * s * (d + j * m), min(limit, 16 * _TILE)):
+    for held in tiles(o, g * s * (d + j * m), min(limit, 16 * _TILE)):
         tokens = y.still.tokens(held)  # which may have to be made
         theirs = Still(tokens, y.still.width, y.still.ones, y.still.dtype)
         columns = y.moving[:, held].permute(1, 2, 3, 0, 4).flatten(3)  # (M, G, S, J M)
         for i in range(held.stop if x is y else n):
             mine = x.moving[:, i].flatten(1).T
             first = max(0, i - held.start) if x is y else 0
-            for tile in _tiles(len(tokens) - first, g * t * (s + j * m), min(limit, 4 * _TILE)):
+            for tile in tiles(len(tokens) - first, g * t * (s + j * m), min(limit, 4 * _TILE)):
                 ms = slice(first + tile.start, first + tile.stop)
                 met = products(x.still, slice(i, i + 1), theirs, ms)  # (M, G, T, S)
                 weighted = (met @ columns[ms]).unflatten(3, (j, -1)).movedim(3, 1).flatten(2)

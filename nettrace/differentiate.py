@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -79,11 +80,9 @@ def jacobian(
         )
     if not bool(outputs.detach().isfinite().all()):
         _refuse_if_not_finite(outputs.detach())
-    constants = (
-        [*model_or_params.buffers(), *model_or_params.parameters()]
-        if isinstance(model_or_params, nn.Module)
-        else []
-    )
+    constants: Iterable[Tensor] = ()
+    if isinstance(model_or_params, nn.Module):
+        constants = chain(model_or_params.buffers(), model_or_params.parameters())
     _refuse_if_nested(parameters)
     tape = Tape(outputs, parameters, constants)
     if not tape.nodes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -78,33 +78,42 @@ class Tape:
         self.samples = outputs.shape[0]
         self._parameters = dict(parameters)
         self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
-        self._constants = [c for c in constants]
-        self._constants += parameters.values()
-        self._storages = {storage_of(c) for c in self._constants} - {0}
+        self._given = constants
         self.nodes = self._walk()
         self._reaching = set(self.nodes)
         self.weights: set[Node] = set()
         self.absorb(())
 
+    @cached_property
+    def _constants(self) -> list[Tensor]:
+        """The tensors known to hold no samples; most tapes never ask."""
+        return [*self._given, *self._parameters.values()]
+
+    @cached_property
+    def _storages(self) -> set[int]:
+        return {storage_of(c) for c in self._constants} - {0}
+
     def _walk(self) -> list[Node]:
         """The nodes from which a parameter can be reached, inputs before their consumers."""
         order: list[Node] = []
-        reaches: dict[Node, bool] = {}
+        leaves = self._edges
+        reaches: dict[Node | None, bool] = {}
         stack: list[tuple[Node, bool]] = [(self.root, False)]
         while stack:
             node, done = stack.pop()
             if done:
-                reaches[node] = any(
-                    self._is_leaf(child, nr) or reaches.get(child, False)
-                    for child, nr in edges(node)
-                )
-                if reaches[node]:
-                    order.append(node)
+                for edge in node.next_functions:
+                    if edge in leaves or reaches.get(edge[0], False):
+                        reaches[node] = True
+                        order.append(node)
+                        break
             elif node not in reaches:
                 reaches[node] = False
                 stack.append((node, True))
                 stack += [
-                    (child, False) for child, nr in edges(node) if not self._is_leaf(child, nr)
+                    (edge[0], False)
+                    for edge in node.next_functions
+                    if edge[0] is not None and edge not in leaves
                 ]
         return order
 
