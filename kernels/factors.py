@@ -236,10 +236,10 @@ def sqnorms(x: Factor) -> Tensor:
                 moving = x.moving[i, ns]
                 found[i, ns] = (moving @ moving.mT).mul_(gram[ns]).sum((1, 2, 3))
         return found
-    for ns in tiles(n, g * d * m):
-        for i in range(k):
-            written = x.still.outer(x.moving[i, ns], ns)
-            found[i, ns] = _sqnorm(written.flatten(1))
+    moving = _folded(x).moving[0]
+    for ns in tiles(n, k * g * d * m):
+        written = x.still.outer(moving[ns], ns).unflatten(2, (k, m))
+        found[:, ns] = _sqnorm(written.flatten(3)).sum(1).T
     return found + sqnorms(_bias(x)) if x.still.ones else found
 
 

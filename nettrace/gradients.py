@@ -34,6 +34,8 @@ View: TypeAlias = Literal["same", "swapped", "view", "computed"]
 
 #: Bytes of pulled-back gradients up to which the cost of a pass is that of starting it.
 _SMALL = 2**21
+#: Bytes of pulled-back gradients that are worked on together.
+_TOGETHER = 2**24
 #: Operations whose backward is as fast for a batch of cotangents.
 _BATCHED = frozenset(
     name + "Backward0"
@@ -227,8 +229,9 @@ class TapeGradients(Gradients):
                 if len(cotangents) == 1:
                     found[edge] = flow.to(dtype).unsqueeze(0)
                     continue
-                if edge not in found:
-                    found[edge] = flow.new_zeros((len(cotangents), *flow.shape), dtype=dtype)
+                if edge not in found:  # one beside the other, as columns of one matrix
+                    shape = (*flow.shape[:1], len(cotangents), *flow.shape[1:])
+                    found[edge] = flow.new_zeros(shape, dtype=dtype).movedim(min(flow.dim(), 1), 0)
                 found[edge][k] = flow
         return found
 
@@ -243,8 +246,7 @@ class TapeGradients(Gradients):
         """As many as keep the gradients in a cache."""
         if len(self.outputs) == self.outputs.numel():
             return 1
-        limit = 16 * _SMALL if self._batches(layers) else _SMALL
-        return max(1, limit // max(1, self.bytes_per_cotangent(layers)))
+        return max(1, _TOGETHER // max(1, self.bytes_per_cotangent(layers)))
 
     def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
         """Those gradients."""
