@@ -236,9 +236,9 @@ def sqnorms(x: Factor) -> Tensor:
                 moving = x.moving[i, ns]
                 found[i, ns] = (moving @ moving.mT).mul_(gram[ns]).sum((1, 2, 3))
         return found
-    moving = _folded(x).moving[0]
+    folded = x.moving.movedim(0, -2).flatten(-2)
     for ns in tiles(n, k * g * d * m):
-        written = x.still.outer(moving[ns], ns).unflatten(2, (k, m))
+        written = x.still.outer(folded[ns], ns).unflatten(2, (k, m))
         found[:, ns] = _sqnorm(written.flatten(3)).sum(1).T
     return found + sqnorms(_bias(x)) if x.still.ones else found
 
