@@ -6,6 +6,7 @@ import operator
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
+from nettrace.past import Past
 from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
@@ -89,6 +91,7 @@ class Tracer:
         self._writer = None if to is None else TraceWriter(to, probe=probe.fingerprint())
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
+        self._past = Past()
 
     def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
         """Measures the network if the schedule says so.
@@ -129,6 +132,7 @@ class Tracer:
         records: list[Record] = []
         checks: list[Record] = []
         seed = self._seed * 1_000_003 + step
+        needs = {need for measure in measures for need in measure.needs}
 
         def check(jacobian: Jacobian) -> None:
             try:
@@ -146,7 +150,9 @@ class Tracer:
                     found = Statistics(
                         model,
                         self.probe,
-                        {need for m in measures for need in m.needs},
+                        needs,
+                        step=step,
+                        past=self._past,
                         seed=seed,
                         memory_budget=self._memory_budget,
                         check=check,
@@ -155,6 +161,9 @@ class Tracer:
                 except Exception as error:
                     found = error
                 records = self._take(measures, step, found)
+                if not isinstance(found, Exception):
+                    with suppress(Exception):  # which the measures that ask for it report
+                        self._past.keep(found, needs)
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             records = self._take(measures, step, error)

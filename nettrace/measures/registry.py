@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -47,7 +48,8 @@ class Measure:
 
     Args:
         name: "group/quantity".
-        needs: the properties of `Statistics` that the function takes, in order.
+        needs: the properties of `Statistics` that the function takes, in order; "first.gram" is
+            that of the first look, "previous.gram" that of the one before.
         function: from those to a value.
         convention: what is summed or averaged over what, in words; kept with every value.
         dims: names of the value's axes.
@@ -68,7 +70,7 @@ class Measure:
 
     def __call__(self, statistics: Statistics) -> Value:
         """The measure of a network, from its statistics."""
-        found = self.function(*(getattr(statistics, need) for need in self.needs))
+        found = self.function(*(attrgetter(need)(statistics) for need in self.needs))
         return found if isinstance(found, Value) else Value(found)
 
 
@@ -87,7 +89,8 @@ def measure(
 
     Args:
         name: "group/quantity".
-        needs: the properties of `nettrace.statistics.Statistics` that the function takes, in order.
+        needs: the properties of `nettrace.statistics.Statistics` that the function takes, in order;
+            "first.gram" is that of the first look, "previous.gram" that of the one before.
         convention: what is summed or averaged over what, in words.
         dims: names of the value's axes.
         source: the paper and equation that define it.
@@ -101,10 +104,11 @@ def measure(
         raise ValueError(f"expected a measure's name of the form 'group/quantity', got {name!r}")
     if name in _MEASURES:
         raise ValueError(f"a measure named {name!r} exists already")
+    known = [n for n in [*dir(Statistics), "samples", "step"] if not n.startswith("_")]
     for need in needs:
-        if need.startswith("_") or not hasattr(Statistics, need):
-            known = [n for n in vars(Statistics) if not n.startswith("_")]
-            raise ValueError(f"unknown statistic {need!r}{_nearest(need, known)}")
+        when, _, statistic = need.rpartition(".")
+        if when not in ("", "first", "previous") or statistic not in known:
+            raise ValueError(f"unknown statistic {need!r}{_nearest(statistic, known)}")
 
     def register(function: F) -> F:
         _MEASURES[name] = Measure(name, needs, function, convention, tuple(dims), source)

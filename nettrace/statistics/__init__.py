@@ -1,0 +1,15 @@
+"""What measures share: each statistic of one look at a network is computed once, when first needed.
+
+A statistic is a property of `Statistics`; a measure names those that it needs. All are plain sums
+or raw arrays: measures divide, and say by what.
+"""
+
+from nettrace.statistics.information import InformationStatistics
+from nettrace.statistics.look import Inapplicable, Unavailable
+
+
+class Statistics(InformationStatistics):
+    """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
+
+
+__all__ = ["Inapplicable", "Statistics", "Unavailable"]

@@ -1,0 +1,94 @@
+"""Statistics of the neural tangent kernel, the Gram matrix of the Jacobian."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.operator import PerLayer
+from nettrace.statistics.look import Look
+
+
+class KernelStatistics(Look):
+    """The kernel, its trace and its spectrum."""
+
+    @cached_property
+    def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
+        """Squared norms of the Jacobian's rows, in one pass for two traces.
+
+        Where the Fisher information is wanted too, the rows are turned onto the eigenvectors of
+        each sample's information about its outputs. That changes no trace, and the trace of the
+        Fisher information is then the sum of the squared norms, weighted with the eigenvalues.
+
+        Returns:
+            The eigenvalues (N, C), if rows are turned, and the squared norms (N, C) by parameter,
+            or by the empty name for all together.
+        """
+        rows, eigenvalues = self.jacobian, None
+        if self._needs & {"fisher_sqnorms", "hessian_traces"} and self.assumed_likelihood:
+            eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
+            rows = rows.project(vectors.permute(2, 0, 1))
+        per_layer = "layer_traces" in self._needs
+        norms = rows.norms(per_layer=True) if per_layer else {"": rows.norms()}
+        return eigenvalues, {name: norm.double().square() for name, norm in norms.items()}
+
+    @cached_property
+    def _kernel(self) -> tuple[Tensor | None, PerLayer]:
+        if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
+            return self.jacobian.gram_and_layer_blocks()
+        return None, self.jacobian.blocks(per_layer=True)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(N, C, N, C) the Gram matrix of the Jacobian: the neural tangent kernel."""
+        found, _ = self._kernel
+        return self.jacobian.gram() if found is None else found
+
+    @cached_property
+    def layer_blocks(self) -> PerLayer:
+        """By parameter, its share of the per-sample diagonal blocks of the kernel, (N, C, C)."""
+        return self._kernel[1]
+
+    @cached_property
+    def blocks(self) -> Tensor:
+        """(N, C, C) the per-sample diagonal blocks of the Gram matrix."""
+        return torch.stack(list(self.layer_blocks.values())).sum(0)
+
+    @property
+    def trace(self) -> Estimate:
+        """The trace of the Gram matrix: exact, or an estimate if there are too many outputs."""
+        return self._traces[0]
+
+    @property
+    def layer_traces(self) -> dict[str, Estimate]:
+        """By parameter, its share of that trace, found likewise."""
+        return self._traces[1]
+
+    @cached_property
+    def _traces(self) -> tuple[Estimate, dict[str, Estimate]]:
+        if self.jacobian.outputs > self.exact_outputs:
+            return estimate_trace(self.jacobian, "hutchinson", 8, self.relative_error, self._seed)
+        traces = {name: squares.sum() for name, squares in self._sqnorms[1].items()}
+        whole = torch.stack(list(traces.values())).sum()
+        return exact_estimate(whole), {name: exact_estimate(t) for name, t in traces.items()}
+
+    @cached_property
+    def eigenvalues(self) -> Tensor:
+        """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
+        order = self.samples * self.jacobian.outputs
+        return _eigenvalues(self.gram.reshape(order, order))
+
+    @cached_property
+    def traced_eigenvalues(self) -> Tensor:
+        """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
+        return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
+
+
+def _eigenvalues(kernel: Tensor) -> Tensor:
+    if not bool(kernel.isfinite().all()):
+        raise ValueError("the kernel is not finite: the gradients overflow")
+    values: Tensor = torch.linalg.eigvalsh(kernel.double())
+    return values.flip(0)

@@ -1,0 +1,179 @@
+"""One look at a network: what its outputs, losses and derivatives are on a probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from nettrace.certificate import SpotCheckError
+from nettrace.differentiate import jacobian, parse_bytes
+from nettrace.likelihood import Likelihood
+from nettrace.operator import Jacobian
+from nettrace.ownership import check_rows
+from nettrace.past import Kept, Past
+from nettrace.probe import Probe
+
+
+class Unavailable(Exception):
+    """A statistic that this probe does not define; the message says what to add."""
+
+
+class Inapplicable(Exception):
+    """A measure that has no meaning for this kind of network; it is left out without a word."""
+
+
+class Look:
+    """A network on a probe, at one instant: outputs, losses and the Jacobian.
+
+    Args:
+        model: the network, in the mode in which it is to be measured.
+        probe: the samples.
+        needs: the statistics that will be asked for, so that they can share work.
+        step: how many updates the weights have had.
+        past: what earlier looks left.
+        seed: for those that draw random numbers.
+        memory_budget: as in `nettrace.jacobian`.
+        check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
+            not to be had if it raises `SpotCheckError`.
+
+    Attributes:
+        samples: N.
+        step: how many updates the weights have had.
+    """
+
+    #: Above this number of outputs, the kernel's trace is estimated.
+    exact_outputs = 256
+    #: The standard error aimed at then, relative to the trace.
+    relative_error = 0.01
+    #: The statistics that depend on the distribution that the outputs parametrise.
+    of_likelihood = frozenset(
+        "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
+        "fisher_metric drawn_sqnorms hessian_traces".split()
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        needs: Iterable[str] = (),
+        *,
+        step: int = 0,
+        past: Past | None = None,
+        seed: int = 0,
+        memory_budget: int | str = "2GiB",
+        check: Callable[[Jacobian], None] = lambda jacobian: None,
+    ) -> None:
+        self._outputs = probe.look(model)
+        self._probe = probe
+        self._model = model
+        self._needs = frozenset(need.rpartition(".")[2] for need in needs)
+        self._seed = seed
+        self._memory = memory_budget
+        self._check = check
+        self._past = past or Past()
+        self.samples = len(self._outputs)
+        self.step = step
+
+    @property
+    def first(self) -> Kept:
+        """Statistics of the first look, by name; of this one, if it is the first."""
+        return self._past.first or Kept(self)
+
+    @property
+    def previous(self) -> Kept:
+        """Statistics of the look before this one, by name."""
+        if self._past.previous is None:
+            raise Inapplicable("there is no earlier look to compare with")
+        return self._past.previous
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """(N, ...) the outputs."""
+        return self._outputs.detach()
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The probe's targets."""
+        if not isinstance(self._probe.targets, Tensor):
+            raise Unavailable("the probe has no targets: pass Probe(inputs, targets)")
+        return self._probe.targets
+
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        """The distribution that the outputs parametrise."""
+        likelihood = self.assumed_likelihood
+        if likelihood is None:
+            raise Unavailable(
+                "the output distribution is not known: pass Probe(..., likelihood='categorical') "
+                f"or 'gaussian'{self._shapes}"
+            )
+        return likelihood
+
+    @cached_property
+    def assumed_likelihood(self) -> Likelihood | None:
+        """The distribution that the outputs parametrise, None if it is not known."""
+        return self._probe.distribution(self._outputs)
+
+    @property
+    def _shapes(self) -> str:
+        targets = self._probe.targets
+        if not isinstance(targets, Tensor):
+            return ""
+        return (
+            f"; outputs of shape {tuple(self._outputs.shape)} and {targets.dtype} targets of shape "
+            f"{tuple(targets.shape)} fit neither by themselves"
+        )
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """(N,) the loss of each sample."""
+        return self._losses.detach()
+
+    @cached_property
+    def _losses(self) -> Tensor:
+        losses = self._probe.per_sample_losses(self._outputs)
+        if losses is None:
+            raise Unavailable(
+                "the loss is not known: pass Probe(inputs, targets), and losses=... where neither "
+                f"cross-entropy nor squared error is meant{self._shapes}"
+            )
+        return losses
+
+    @property
+    def jacobian(self) -> Jacobian:
+        """The Jacobian of the outputs."""
+        if isinstance(self._checked, SpotCheckError):
+            raise self._checked
+        return self._checked
+
+    @cached_property
+    def _checked(self) -> Jacobian | SpotCheckError:
+        try:
+            self._check(self._unchecked)
+        except SpotCheckError as error:
+            return error
+        return self._unchecked
+
+    @cached_property
+    def _unchecked(self) -> Jacobian:
+        return jacobian(self._outputs, self._model, memory_budget=self._memory)
+
+    @property
+    def routes(self) -> dict[str, str]:
+        """How each parameter's gradients are found; see `nettrace.Jacobian.coverage`."""
+        return self._unchecked.coverage()
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(N, C) the gradient of each sample's loss by its outputs."""
+        check_rows(self._losses, self._outputs, parse_bytes(self._memory))
+        (gradient,) = torch.autograd.grad(self._losses.sum(), self._outputs, retain_graph=True)
+        return gradient.detach().reshape(self.samples, -1)
+
+    @cached_property
+    def fisher_metric(self) -> Tensor:
+        """(N, C, C) the information of the output distribution about the outputs."""
+        return self.likelihood.metric(self.outputs)
