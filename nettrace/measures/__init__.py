@@ -1,11 +1,12 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import collective, fisher, hessian, loss, ntk
+from nettrace.measures import alignment, collective, fisher, hessian, loss, ntk, spectrum
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
     "Measure",
     "Value",
+    "alignment",
     "available",
     "collective",
     "fisher",
@@ -14,4 +15,5 @@ __all__ = [
     "measure",
     "ntk",
     "resolve",
+    "spectrum",
 ]

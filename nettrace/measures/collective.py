@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nettrace.measures.ntk import shannon
 from nettrace.measures.registry import measure
+from nettrace.measures.spectrum import shannon
 
 _PAPYRUS = "Tovey et al. 2024, arXiv:2410.07451; papyrus"
 _IDENTITY = "Nikolaou et al. 2026, arXiv:2605.31244; perspic"

@@ -16,23 +16,25 @@ _SOURCE = "Amari 1998; Kunstner et al. 2019, arXiv:1905.12558"
 @measure(
     "fisher/trace",
     needs=["fisher_sqnorms"],
-    convention="mean over samples; expectation over targets exact; logits not centred",
+    convention="mean over samples; expectation over targets exact; logits not centred; standard "
+    "error over samples",
     source=_SOURCE,
 )
-def trace(fisher_sqnorms: Tensor) -> Tensor:
+def trace(fisher_sqnorms: Tensor) -> Value:
     """The trace of the true Fisher, summing over all outcomes of the targets."""
-    return fisher_sqnorms.double().mean()
+    return Value.mean(fisher_sqnorms)
 
 
 @measure(
     "fisher/trace_ntk",
     needs=["fisher_metric", "blocks"],
-    convention="mean over samples of tr(M Theta_nn), M the information about the outputs",
+    convention="mean over samples of tr(M Theta_nn), M the information about the outputs; "
+    "standard error over samples",
     source=_SOURCE,
 )
-def trace_ntk(fisher_metric: Tensor, blocks: Tensor) -> Tensor:
+def trace_ntk(fisher_metric: Tensor, blocks: Tensor) -> Value:
     """The trace of the true Fisher through the diagonal blocks of the neural tangent kernel."""
-    return (fisher_metric.double() * blocks.double()).sum((1, 2)).mean()
+    return Value.mean((fisher_metric.double() * blocks.double()).sum((1, 2)))
 
 
 @measure(
@@ -53,7 +55,8 @@ def trace_mc(drawn_sqnorms: Tensor) -> Value:
 @measure(
     "fisher/trace_empirical",
     needs=["loss_gradient_sqnorms"],
-    convention="mean over samples of squared loss gradients, at the probe's own targets",
+    convention="mean over samples of squared loss gradients, at the probe's own targets; "
+    "standard error over samples",
     source=_SOURCE,
 )
 def trace_empirical(loss_gradient_sqnorms: Tensor) -> Value:

@@ -1,53 +1,73 @@
 """The empirical neural tangent kernel: the Gram matrix of the Jacobian of the outputs.
 
-Jacot, Gabriel and Hongler, Neural tangent kernel (2018), arXiv:1806.07572. Its entropy as that of a
-density matrix: Tovey, Krippendorf, Nikolaou and Holm (2023), arXiv:2305.00995.
+Jacot, Gabriel and Hongler, Neural tangent kernel (2018), arXiv:1806.07572.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nettrace.estimators import Estimate
+from nettrace.jackknife import infinitesimal_error
 from nettrace.measures.registry import Value, measure
 
 _NTK = "Jacot et al. 2018, arXiv:1806.07572"
-_ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
+_ERROR = (
+    "standard error over samples: its scatter over probes of this size; where the trace is "
+    "estimated, that of the estimator alone; the attribute error_of says which"
+)
 
 
 @measure(
     "ntk/trace",
-    needs=["trace"],
-    convention="sum over samples and outputs",
+    needs=["trace", "sample_traces"],
+    convention="sum over samples and outputs; " + _ERROR,
     source=_NTK,
 )
-def trace(trace: Estimate) -> Value:
+def trace(whole: Estimate, sample_traces: Mapping[str, Tensor] | None) -> Value:
     """The sum of squares of all entries of the Jacobian."""
-    error = None if trace.method == "exact" else trace.standard_error
-    return Value(trace.value, error, attributes={"method": trace.method})
+    shares = None if sample_traces is None else torch.stack(list(sample_traces.values())).sum(0)
+    return _with_error(whole.value, whole.standard_error, whole.method, shares)
+
+
+@measure(
+    "ntk/trace_per_output",
+    needs=["trace", "sample_traces", "outputs"],
+    convention="ntk/trace over N C: mean over samples and outputs; " + _ERROR,
+    source=_NTK,
+)
+def trace_per_output(
+    whole: Estimate, sample_traces: Mapping[str, Tensor] | None, outputs: Tensor
+) -> Value:
+    """The mean squared norm of the gradient of an output."""
+    found, count = trace(whole, sample_traces), outputs.numel()
+    error = None if found.standard_error is None else found.standard_error / count
+    return Value(found.value / count, error, attributes=found.attributes)
 
 
 @measure(
     "ntk/trace_per_layer",
-    needs=["layer_traces"],
-    convention="sum over samples and outputs; the layers add up to ntk/trace",
+    needs=["layer_traces", "sample_traces"],
+    convention="sum over samples and outputs; the layers add up to ntk/trace; " + _ERROR,
     dims=["layer"],
     source=_NTK,
 )
-def trace_per_layer(layer_traces: dict[str, Estimate]) -> Value:
+def trace_per_layer(
+    layer_traces: dict[str, Estimate], sample_traces: Mapping[str, Tensor] | None
+) -> Value:
     """The trace's share of each parameter."""
     values = torch.stack([t.value for t in layer_traces.values()])
     errors = torch.stack([t.standard_error for t in layer_traces.values()])
     method = next(iter(layer_traces.values())).method
-    return Value(
-        values,
-        None if method == "exact" else errors,
-        coordinates={"layer": list(layer_traces)},
-        attributes={"method": method},
-    )
+    shares = None
+    if sample_traces is not None:
+        shares = torch.stack([sample_traces[name] for name in layer_traces], 1)
+    found = _with_error(values, errors, method, shares)
+    return replace(found, coordinates={"layer": list(layer_traces)})
 
 
 @measure(
@@ -62,89 +82,11 @@ def gram(gram: Tensor) -> Tensor:
     return gram
 
 
-@measure(
-    "ntk/spectrum",
-    needs=["eigenvalues"],
-    convention="eigenvalues of the (N C, N C) kernel, not divided, largest first",
-    dims=["mode"],
-    source=_NTK,
-)
-def spectrum(eigenvalues: Tensor) -> Tensor:
-    """The kernel's eigenvalues."""
-    return eigenvalues
-
-
-@measure(
-    "ntk/entropy",
-    needs=["eigenvalues"],
-    convention="nats, of eigenvalues of the (N C, N C) kernel over their sum",
-    source=_ENTROPY,
-)
-def entropy(eigenvalues: Tensor) -> Tensor:
-    """The von Neumann entropy, -sum p ln p."""
-    return shannon(eigenvalues)
-
-
-@measure(
-    "ntk/entropy_normalised",
-    needs=["eigenvalues"],
-    convention="ntk/entropy over ln(N C), in [0, 1]",
-    source=_ENTROPY,
-)
-def entropy_normalised(eigenvalues: Tensor) -> Tensor:
-    """The von Neumann entropy in units of its maximum."""
-    return _normalised(eigenvalues)
-
-
-@measure(
-    "ntk/entropy_traced",
-    needs=["traced_eigenvalues"],
-    convention="nats, of eigenvalues of the (N, N) kernel summed over outputs, over their sum",
-    source=_ENTROPY,
-)
-def entropy_traced(traced_eigenvalues: Tensor) -> Tensor:
-    """The entropy of the traced kernel; its change can differ in sign from the full one's."""
-    return shannon(traced_eigenvalues)
-
-
-@measure(
-    "ntk/entropy_traced_normalised",
-    needs=["traced_eigenvalues"],
-    convention="ntk/entropy_traced over ln N, in [0, 1]",
-    source=_ENTROPY,
-)
-def entropy_traced_normalised(traced_eigenvalues: Tensor) -> Tensor:
-    """The entropy of the traced kernel in units of its maximum."""
-    return _normalised(traced_eigenvalues)
-
-
-@measure(
-    "ntk/effective_rank",
-    needs=["eigenvalues"],
-    convention="exponential of ntk/entropy, between 1 and N C",
-    source="Roy and Vetterli 2007, The effective rank",
-)
-def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """How many modes the kernel has, as the exponential of its entropy."""
-    return shannon(eigenvalues).exp()
-
-
-def shannon(weights: Tensor) -> Tensor:
-    """-sum p ln p in nats for p = weights over their sum; negative weights, rounding, count as 0.
-
-    Raises:
-        ValueError: if the weights are zero or not finite throughout.
-    """
-    weights = weights.double().clamp_min(0)
-    total = weights.sum()
-    if not bool(total > 0) or not bool(total.isfinite()):
-        raise ValueError(
-            f"the entropy of weights that sum to {float(total)} is not defined: the kernel is zero "
-            "or not finite"
-        )
-    p = weights / total
-    return -torch.xlogy(p, p).sum()
-
-
-def _normalised(eigenvalues: Tensor) -> Tensor:
-    return shannon(eigenvalues) / math.log(max(len(eigenvalues), 2))
+def _with_error(value: Tensor, estimator: Tensor, method: str, shares: Tensor | None) -> Value:
+    """Sums over samples with their error: over samples by their shares (N, ...), if known."""
+    if shares is not None:
+        attributes = {"method": method, "error_of": "samples"}
+        return Value(value, infinitesimal_error(shares), attributes=attributes)
+    if method == "exact":
+        return Value(value, attributes={"method": method})
+    return Value(value, estimator, attributes={"method": method, "error_of": "estimator"})

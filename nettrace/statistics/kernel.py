@@ -15,6 +15,11 @@ from nettrace.statistics.look import Look
 class KernelStatistics(Look):
     """The kernel, its trace and its spectrum."""
 
+    #: The statistics that are made of the Gram matrix.
+    _of_gram = frozenset(
+        "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors".split()
+    )
+
     @cached_property
     def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
         """Squared norms of the Jacobian's rows, in one pass for two traces.
@@ -37,7 +42,7 @@ class KernelStatistics(Look):
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
-        if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
+        if self._needs & self._of_gram:
             return self.jacobian.gram_and_layer_blocks()
         return None, self.jacobian.blocks(per_layer=True)
 
@@ -76,19 +81,69 @@ class KernelStatistics(Look):
         return exact_estimate(whole), {name: exact_estimate(t) for name, t in traces.items()}
 
     @cached_property
+    def sample_traces(self) -> PerLayer | None:
+        """By parameter, or by the empty name for all together, each sample's share of the trace.
+
+        (N,) each; None where the trace is estimated.
+        """
+        if self.jacobian.outputs > self.exact_outputs:
+            return None
+        return {name: squares.sum(1) for name, squares in self._sqnorms[1].items()}
+
+    @cached_property
+    def traced_gram(self) -> Tensor:
+        """(N, N) the Gram matrix summed over outputs."""
+        return self.gram.diagonal(dim1=1, dim2=3).sum(-1)
+
+    @cached_property
     def eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
-        order = self.samples * self.jacobian.outputs
-        return _eigenvalues(self.gram.reshape(order, order))
+        if "eigenvectors" in self._needs:
+            return self._eigensystem[0]
+        return _eigenvalues(self._matrix)
+
+    @cached_property
+    def eigenvectors(self) -> Tensor:
+        """(N, C, N C) orthonormal eigenvectors of the Gram matrix along the last axis, likewise."""
+        return self._eigensystem[1].view(self.samples, self.jacobian.outputs, -1)
 
     @cached_property
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
-        return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
+        if "traced_eigenvectors" in self._needs:
+            return self._traced_eigensystem[0]
+        return _eigenvalues(self.traced_gram)
+
+    @cached_property
+    def traced_eigenvectors(self) -> Tensor:
+        """(N, N) orthonormal eigenvectors of the Gram matrix summed over outputs, likewise."""
+        return self._traced_eigensystem[1]
+
+    @property
+    def _matrix(self) -> Tensor:
+        order = self.samples * self.jacobian.outputs
+        return self.gram.reshape(order, order)
+
+    @cached_property
+    def _eigensystem(self) -> tuple[Tensor, Tensor]:
+        return _eigensystem(self._matrix)
+
+    @cached_property
+    def _traced_eigensystem(self) -> tuple[Tensor, Tensor]:
+        return _eigensystem(self.traced_gram)
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(_finite(kernel))
+    return values.flip(0)
+
+
+def _eigensystem(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(_finite(kernel))
+    return values.flip(0), vectors.flip(1)
+
+
+def _finite(kernel: Tensor) -> Tensor:
     if not bool(kernel.isfinite().all()):
         raise ValueError("the kernel is not finite: the gradients overflow")
-    values: Tensor = torch.linalg.eigvalsh(kernel.double())
-    return values.flip(0)
+    return kernel.double()
