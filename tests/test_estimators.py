@@ -290,9 +290,16 @@ def test_the_measure_says_whether_it_is_an_estimate(outputs, method):
     assert layers.value.sum() == pytest.approx(float(whole.value), rel=1e-12)
     true = torch.stack(list(exact.values())).numpy()
     if method == "exact":
-        assert whole.standard_error is layers.standard_error is None
+        assert whole.attributes["error_of"] == layers.attributes["error_of"] == "samples"
+        rows = nt.jacobian(model(x), model).norms(per_layer=True)
+        shares = torch.stack([r.square().sum(1) for r in rows.values()]).numpy()
+        error = shares.std(1, ddof=1) * zoo.N**0.5  # of a sum over the samples
+        assert layers.standard_error == pytest.approx(error, rel=1e-9)
+        error = shares.sum(0).std(ddof=1) * zoo.N**0.5
+        assert whole.standard_error == pytest.approx(error, rel=1e-9)
         assert layers.value == pytest.approx(true, rel=1e-12)
     else:
+        assert whole.attributes["error_of"] == layers.attributes["error_of"] == "estimator"
         assert 0 < whole.standard_error < 0.01 * whole.value
         assert abs(whole.value - true.sum()) < 4 * whole.standard_error
         assert (abs(layers.value - true) <= 5 * layers.standard_error + 1e-9 * true).all()

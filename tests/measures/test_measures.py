@@ -16,7 +16,7 @@ from scipy.special import digamma
 from torch import nn
 
 import nettrace as nt
-from nettrace.measures import collective, ntk
+from nettrace.measures import collective, spectrum
 
 N, C = 5, 3
 
@@ -328,6 +328,18 @@ def test_fisher_reaches_half_the_kernel():
 # Entropies ----------------------------------------------------------------------------------------
 
 
+ENTROPIES = [
+    f"ntk/{name}"
+    for name in (
+        "entropy",
+        "entropy_traced",
+        "entropy_normalised",
+        "entropy_traced_normalised",
+        "effective_rank",
+    )
+]
+
+
 def geometric(n, q):
     """Inputs with the kernel diag(q^k), and the entropy of its spectrum in closed form."""
     mean = q / (1 - q) - n * q**n / (1 - q**n)
@@ -354,7 +366,7 @@ def test_entropy_of_known_spectrum(spectrum, outputs):
     # A linear network's kernel is X X^T for each of the outputs, which add ln C if not summed over.
     x, true = SPECTRA[spectrum]()
     model = linear(x.shape[1], outputs)
-    found = {k: r.value for k, r in measured(model, nt.Probe(x), "ntk").items()}
+    found = {k: r.value for k, r in measured(model, nt.Probe(x), *ENTROPIES).items()}
     total = true + math.log(outputs)
     assert found["ntk/entropy"] == pytest.approx(total, abs=1e-11)
     assert found["ntk/entropy_traced"] == pytest.approx(true, abs=1e-11)
@@ -376,7 +388,7 @@ def test_traced_and_full_entropy_of_a_network():
     j = jacobian_of(model, x)
     full = j.flatten(0, 1) @ j.flatten(0, 1).T
     traced = torch.einsum("ncp,mcp->nm", j, j)
-    found = measured(model, nt.Probe(x), "ntk")
+    found = measured(model, nt.Probe(x), *ENTROPIES)
     assert found["ntk/entropy"].value == pytest.approx(numpy_entropy(full), abs=1e-11)
     assert found["ntk/entropy_traced"].value == pytest.approx(numpy_entropy(traced), abs=1e-11)
 
@@ -388,14 +400,15 @@ def test_traced_and_full_entropy_of_a_network():
 def test_entropy_does_not_see_scale(weights, scale):
     p = np.array(weights) / np.sum(weights)
     true = -(p * np.log(p)).sum()
-    found = float(ntk.entropy(torch.tensor(weights, dtype=torch.float64) * scale))
+    found = float(spectrum.shannon(torch.tensor(weights, dtype=torch.float64) * scale))
     assert found == pytest.approx(true, abs=1e-12)
 
 
 def test_entropy_does_not_see_order_of_samples():
     model, x, order = mlp(), normal(N, 4), [3, 0, 4, 2, 1]
-    a, b = (measured(model, nt.Probe(v), "ntk") for v in (x, x[order]))
-    for name in ("ntk/spectrum", "ntk/entropy", "ntk/entropy_traced", "ntk/trace"):
+    names = ("ntk/spectrum", "ntk/entropy", "ntk/entropy_traced", "ntk/trace")
+    a, b = (measured(model, nt.Probe(v), *names, "ntk/gram") for v in (x, x[order]))
+    for name in names:
         assert a[name].value == pytest.approx(b[name].value, rel=1e-10, abs=1e-10 * N)
     shuffled = a["ntk/gram"].value[order][:, :, order]
     assert b["ntk/gram"].value == pytest.approx(shuffled, rel=1e-10)
@@ -403,7 +416,7 @@ def test_entropy_does_not_see_order_of_samples():
 
 
 def test_entropy_counts_rounding_below_zero_as_zero():
-    assert float(ntk.entropy(torch.tensor([3.0, 1.0, -1e-17]))) == pytest.approx(
+    assert float(spectrum.shannon(torch.tensor([3.0, 1.0, -1e-17]))) == pytest.approx(
         0.75 * math.log(4 / 3) + 0.25 * math.log(4), abs=1e-15
     )
 
@@ -411,7 +424,7 @@ def test_entropy_counts_rounding_below_zero_as_zero():
 @pytest.mark.parametrize("weights", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_entropy_of_no_kernel_is_refused(weights):
     with pytest.raises(ValueError, match="not defined"):
-        ntk.entropy(torch.tensor(weights))
+        spectrum.shannon(torch.tensor(weights))
 
 
 def test_entropy_of_random_kernel_is_pages():
@@ -419,7 +432,7 @@ def test_entropy_of_random_kernel_is_pages():
     m, n, repeats = 10, 30, 600
     true = digamma(m * n + 1) - digamma(n + 1) - (m - 1) / (2 * n)
     a = torch.randn(repeats, m, n, dtype=torch.complex128)
-    found = np.array([float(ntk.entropy(e)) for e in torch.linalg.eigvalsh(a @ a.mH)])
+    found = np.array([float(spectrum.shannon(e)) for e in torch.linalg.eigvalsh(a @ a.mH)])
     error = found.std(ddof=1) / repeats**0.5
     assert error < 1e-3
     assert abs(found.mean() - true) < 3 * error
@@ -453,7 +466,7 @@ def test_papyrus_entropy_clips_before_it_normalises(scale, true):
     assert np.linalg.eigvalsh(K)[::-1] == pytest.approx(EIGENVALUES, abs=1e-14)
     eigenvalues = torch.tensor(EIGENVALUES, dtype=torch.float64) * scale
     assert float(collective.entropy(eigenvalues)) == pytest.approx(true, abs=1e-12)
-    assert float(ntk.entropy(eigenvalues)) == pytest.approx(ENTROPY, abs=1e-12)
+    assert float(spectrum.shannon(eigenvalues)) == pytest.approx(ENTROPY, abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-14])
