@@ -3,9 +3,11 @@
 The samples of a probe are taken as drawn independently of each other; the error says how well the
 value is known for their source, at this number of samples. So the error of a mean is s / sqrt(N)
 and that of a sum s sqrt(N), with s the standard deviation of the samples' shares: the same error
-relative to the value. It does not see the bias of small samples; and where the kernel has as many
-modes that matter as there are samples, it is too wide, by up to two thirds for participation
-ratios.
+relative to the value.
+
+It does not see the bias of small samples. Of entropies of few modes it is 5 % too narrow for 60
+samples and 10 % for 24; where as many modes matter as there are samples, it is too wide, by a third
+for entropies, two thirds for participation ratios.
 
 Left out one by one, or weighed with weights w_n infinitesimally off 1, the samples say by
 themselves how far the value depends on each: Tukey (1958), Jaeckel (1972), Efron, Estimation and
