@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nettrace.measures.registry import measure
+from nettrace.measures.registry import Value, measure
 
 
 @measure(
     "hessian/trace",
     needs=["hessian_traces"],
     convention="of the mean loss over samples; exact, for networks that are piecewise linear in "
-    "each weight",
+    "each weight; standard error over samples",
     source="Martens 2020, arXiv:1412.1193, section 8",
 )
-def trace(hessian_traces: Tensor) -> Tensor:
+def trace(hessian_traces: Tensor) -> Value:
     """The trace of the Hessian of the mean loss by the parameters."""
-    return hessian_traces.double().mean()
+    return Value.mean(hessian_traces)
