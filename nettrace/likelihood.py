@@ -192,8 +192,9 @@ class Poisson:
     def sampled_scores(self, outputs: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """The differences e^f - y for counts y drawn at that rate."""
         rates = _flat(outputs).double().cpu().exp().expand(count, -1, -1)
-        # Above it, not every count is a float64; the deviates are normal to 1e-8 by then.
-        large = 2.0**53
+        # Chances of large counts lose their digits in the difference of large logarithms: from here
+        # on deviates are drawn as normal, which they are to 1e-5.
+        large = 2.0**30
         scores = rates - torch.poisson(rates.clamp_max(large), generator)
         normal = torch.randn(rates.shape, generator=generator, dtype=torch.float64)
         return torch.where(rates < large, scores, rates.sqrt() * normal).to(outputs)
