@@ -50,12 +50,21 @@ class Categorical:
     """Classes, by logits along one axis of the outputs; independent over any further axes.
 
     Args:
-        axis: the one along which the classes run, counted from 1, as axis 0 counts samples.
+        axis: the one along which the classes run, from 1 on, as axis 0 counts samples.
+
+    Raises:
+        ValueError: if the axis is below 1.
     """
 
     axis: int
     name: str = "categorical"
     loss: str = "cross-entropy in nats, summed over positions"
+
+    def __post_init__(self) -> None:
+        if self.axis < 1:
+            raise ValueError(
+                f"expected a class axis of at least 1, as axis 0 counts samples, got {self.axis}"
+            )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies.

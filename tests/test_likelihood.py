@@ -313,6 +313,7 @@ def test_labels_may_have_an_axis_more():
         (lambda: nt.Bernoulli().losses(normal(N, C), 2 * torch.ones(N, C)), "0 to 1.*got 2"),
         (lambda: nt.Bernoulli().losses(normal(N, C), torch.full((N, C), math.nan)), "got nan"),
         (lambda: nt.Bernoulli().losses(normal(N, C), torch.ones(N)), r"\(4, 3\), got shape \(4,\)"),
+        (lambda: nt.Categorical(-1), "at least 1.*got -1"),
         (lambda: nt.Gaussian(-1.0), "least variance is -1"),
         (lambda: nt.Gaussian(math.nan), "least variance is nan"),
         (lambda: nt.Gaussian(torch.tensor([1.0, 0.0])), "least variance is 0"),

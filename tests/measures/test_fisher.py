@@ -276,6 +276,22 @@ def test_fisher_and_centred_trace_do_not_see_a_shift_of_all_logits(layout):
     assert true < before["ntk/trace"].value
 
 
+def test_numbers_of_an_independent_script():
+    """That script contracts Jacobians by torch.func.jacrev; N = 20, C = 4, seed 0."""
+    torch.manual_seed(0)
+    x, first, second = normal(20, 6), normal(16, 6) / 6**0.5, normal(4, 16) / 4
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4, bias=False)).double()
+    model.load_state_dict({"0.weight": first, "0.bias": torch.zeros(16), "2.weight": second})
+    for network, kernel in [(model, 44.02), (Shifted(model), 175.62)]:
+        probe = nt.Probe(x, torch.zeros(20).long())
+        found = measured(network, probe, "fisher", "ntk/trace", "ntk/trace_centred")
+        for name in ("fisher/trace", "fisher/trace_ntk"):
+            assert found[name].value == pytest.approx(7.831481236008, abs=1e-11)
+        assert found["fisher/spectrum"].value.sum() == pytest.approx(7.831481236008, abs=1e-11)
+        assert found["ntk/trace"].value / 20 == pytest.approx(kernel, abs=0.005)
+        assert found["ntk/trace_centred"].value / 20 == pytest.approx(34.437686, abs=5e-7)
+
+
 def test_a_shift_of_logits_is_seen_where_outputs_are_no_classes():
     case = Case("bernoulli")
     before = measured(case.model, case.probe, "fisher/trace")["fisher/trace"].value
@@ -293,7 +309,7 @@ def test_centred_trace_is_for_classes_alone(kind):
 
 
 def test_centred_trace_of_many_outputs_is_an_estimate(monkeypatch):
-    model = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 16)).double()
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 16)).double()
     probe = nt.Probe(normal(N, 4), torch.arange(N))
     exact = measured(model, probe, "ntk/trace_centred")["ntk/trace_centred"]
     assert exact.standard_error is None
