@@ -107,9 +107,22 @@ class NTKTrace(Trace):
 
 
 class FisherTrace(Trace):
-    """`Trace` of the trace of the Fisher information, exact, estimated and empirical."""
+    """`Trace` of the trace of the Fisher information, exact, estimated and empirical.
 
-    def __init__(self, measures: str | Iterable[str] = "fisher", **options: Any) -> None:
+    The rest of the group has as many numbers as weights, and is left to who asks for it.
+    """
+
+    def __init__(
+        self,
+        measures: str | Iterable[str] = (
+            "fisher/trace",
+            "fisher/trace_per_layer",
+            "fisher/trace_ntk",
+            "fisher/trace_mc",
+            "fisher/trace_empirical",
+        ),
+        **options: Any,
+    ) -> None:
         super().__init__(measures, **options)
 
 

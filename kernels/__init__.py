@@ -3,6 +3,7 @@
 if __name__ != "nettrace.kernels":  # the repository root is on sys.path
     raise ImportError(f"import `nettrace.kernels`, not `{__name__}`", name=__name__)
 
+from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.factors import (
     Dense,
@@ -29,6 +30,7 @@ __all__ = [
     "Still",
     "Sum",
     "blocks",
+    "column_sqnorms",
     "dense",
     "gram_",
     "inner",

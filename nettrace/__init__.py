@@ -3,6 +3,7 @@
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
+from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -14,12 +15,17 @@ from nettrace.store import open
 from nettrace.tracer import MissingMeasureWarning, Tracer
 
 __all__ = [
+    "Bernoulli",
+    "Categorical",
     "Certificate",
     "CoupledSamplesError",
     "Estimate",
+    "Gaussian",
     "Jacobian",
+    "Likelihood",
     "LossJacobian",
     "MissingMeasureWarning",
+    "Poisson",
     "Probe",
     "Record",
     "SpotCheckError",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nettrace.approximations import Approximations
 from nettrace.gradients import Gradients, Layer, Pulled, reals
-from nettrace.kernels import blocks, gram_, inner, mirror_, sqnorms, traced_gram_
+from nettrace.kernels import blocks, column_sqnorms, gram_, inner, mirror_, sqnorms, traced_gram_
 
 PerLayer: TypeAlias = dict[str, Tensor]
 #: In place of a parameter's name, all of them together.
@@ -136,6 +136,36 @@ class Jacobian(Approximations):
         """
         traces = {name: s.sum() for name, s in self._sqnorms(per_layer).items()}
         return traces if per_layer else traces[_ALL]
+
+    @overload
+    def column_sqnorms(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def column_sqnorms(self, *, per_layer: Literal[True]) -> PerLayer: ...
+    def column_sqnorms(self, *, per_layer: bool = False) -> Tensor | PerLayer:
+        """The squared norms of the columns: by parameter, squares summed over all N C rows.
+
+        They are the diagonal of J^T J, and sum to the trace of the Gram matrix.
+
+        Returns:
+            (P,), in the order of the parameters; or each parameter's share, in its shape, with a
+            last axis of length two if it is complex.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+        """
+        parameters = self._gradients.parameters
+        shares = {name: self._zeros((reals(p),)) for name, p in parameters.items()}
+        with torch.no_grad():
+            for layers in self._parts(apart=True):
+                for ks, pulled in self._chunks(layers):
+                    for (name,) in layers:
+                        for ns in self._tiles((name,), ks):
+                            x = self._gradients.factor((name,), pulled, ns, oriented=True)
+                            shares[name] += column_sqnorms(x)
+        if not per_layer:
+            return torch.cat(list(shares.values()))
+        real = {n: torch.view_as_real(p) if p.is_complex() else p for n, p in parameters.items()}
+        return {name: share.view(real[name].shape) for name, share in shares.items()}
 
     @overload
     def jvp(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
-from nettrace.likelihood import Likelihood, infer
+from nettrace.inference import LikelihoodName, check_likelihood, infer
+from nettrace.likelihood import Likelihood
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Tensor]
 Losses: TypeAlias = Callable[[Tensor, Any], Tensor]
-LikelihoodName: TypeAlias = Literal["categorical", "gaussian"]
 
 
 class Probe:
@@ -30,14 +30,16 @@ class Probe:
             likelihood.
         likelihood: the distribution whose parameters the outputs are, which also defines the Fisher
             information: "categorical" for logits of classes (cross-entropy in nats, summed over
-            positions) or "gaussian" for means at unit variance (half the squared error, summed over
-            outputs). By default, where `losses` is not given, integer targets mean the first and
-            floating targets of the outputs' shape the second.
+            positions), "gaussian" for means at unit variance (half the squared error, summed over
+            outputs), "bernoulli" for logits of independent labels, "poisson" for logarithms of
+            rates, or an object such as `nettrace.Gaussian(covariance=4.0)`. By default, where
+            `losses` is not given, integer targets mean the first and floating targets of the
+            outputs' shape the second.
         class_axis: the axis of the outputs along which the classes run. By default 1 or the last,
             whichever fits the targets.
 
     Raises:
-        ValueError: if there are no samples, or not as many targets.
+        ValueError: if there are no samples, or not as many targets, or no such likelihood.
 
     Example:
         >>> import torch, nettrace as nt
@@ -53,13 +55,10 @@ class Probe:
         *,
         forward: Forward | None = None,
         losses: Losses | None = None,
-        likelihood: LikelihoodName | None = None,
+        likelihood: LikelihoodName | Likelihood | None = None,
         class_axis: int | None = None,
     ) -> None:
-        if likelihood not in (None, "categorical", "gaussian"):
-            raise ValueError(
-                f"expected likelihood 'categorical', 'gaussian' or None, got {likelihood!r}"
-            )
+        check_likelihood(likelihood)
         first = next(_tensors(inputs), None)
         if first is None and inputs is not None and inputs != {}:
             raise TypeError(

@@ -51,7 +51,7 @@ X, Y = torch.randn(6, 3), torch.arange(6) % 2
         (lambda m: nt.Probe(X[:0]), ValueError, "probe is empty"),
         (lambda m: nt.Probe({}), ValueError, "probe is empty"),
         (lambda m: nt.Probe(X, Y[:4]), ValueError, "4 targets and 6 inputs"),
-        (lambda m: nt.Probe(X, likelihood="poisson"), ValueError, "got 'poisson'"),
+        (lambda m: nt.Probe(X, likelihood="student"), ValueError, "got 'student'"),
         (lambda m: nt.Probe.from_dataset([], 4), ValueError, "probe is empty.*0 samples"),
         (lambda m: nt.Probe.from_dataset(iter([1])), TypeError, r"stream.*probe=nettrace\.Probe"),
         (lambda m: nt.Probe(X.to("meta")).look(m), ValueError, r"meta.*call probe\.to\('cpu'\)"),

@@ -103,6 +103,7 @@ def check(case, budget):
         (found.blocks(), torch.einsum("ncnd->ncd", kernel)),
         (found.norms(), j.norm(dim=2)),
         (found.trace(), j.square().sum()),
+        (found.column_sqnorms(), j.square().sum((0, 1))),
         (found.jvp(u), j @ u),
         (found.vjp(v), torch.einsum("nc,ncp->p", v, j)),
         (found.rows(n - 1), j[-1]),
@@ -136,13 +137,17 @@ def test_layers_are_each_right_and_sum_to_the_whole(case):
         assert case.agrees(torch.stack(list(shares.values())).sum(0), whole)
         for layer, j in truth.items():
             assert case.agrees(shares[layer], true(j))
-    norms, products, pulled = (
+    norms, columns, products, pulled = (
         found.norms(per_layer=True),
+        found.column_sqnorms(per_layer=True),
         found.jvp(u, per_layer=True),
         found.vjp(v, per_layer=True),
     )
     for layer, j in truth.items():
         assert case.agrees(norms[layer], j.norm(dim=2))
+        pairs = (2,) * u[layer].is_complex()
+        assert columns[layer].shape == (*u[layer].shape, *pairs)
+        assert case.agrees(columns[layer].flatten(), j.square().sum((0, 1)))
         assert case.agrees(products[layer], j @ flat_u[layer])
         share = pulled[layer]
         assert share.shape == u[layer].shape
@@ -234,6 +239,8 @@ def test_projection_combines_outputs_sample_by_sample():
     true = torch.einsum("knc,ncp->nkp", v, j)
     projected = found.project(v)
     w = torch.randn(2, zoo.N, 3).double()
+    columns = true.square().sum((0, 1))
+    assert relative_error(projected.column_sqnorms(), columns) < TOLERANCE
     assert relative_error(projected.gram(), oracle.gram(true)) < TOLERANCE
     assert relative_error(projected.rows(1), true[1]) < TOLERANCE
     assert (
@@ -356,6 +363,7 @@ def test_unusual_uses_of_weights_and_biases(use):
         (found.gram(trace_outputs=True), torch.einsum("ncp,mcp->nm", j, j)),
         (found.blocks(), torch.einsum("ncp,ndp->ncd", j, j)),
         (found.norms(), j.norm(dim=2)),
+        (found.column_sqnorms(), j.square().sum((0, 1))),
         (sum(found.trace(per_layer=True).values()), j.square().sum()),
     ]:
         assert relative_error(value, true) < TOLERANCE

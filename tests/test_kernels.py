@@ -15,6 +15,7 @@ from nettrace.kernels import (
     Still,
     Sum,
     blocks,
+    column_sqnorms,
     dense,
     gram_,
     inner,
@@ -120,6 +121,8 @@ def check(x, y, z):
         u = random(a.shape[2], 7)
         pairs += [
             (dense(x), a),
+            (column_sqnorms(x), a.square().sum((0, 1))),
+            (column_sqnorms(Dense(a)), a.square().sum((0, 1))),
             (inner(x, u), a @ u),
             (inner(Dense(a), u), a @ u),
             (gram(x, Dense(b)), torch.einsum("knp,jmp->nkmj", a, b)),
@@ -158,6 +161,7 @@ def test_sums_of_different_forms(kinds, writing, monkeypatch):
     for found, true in [
         (dense(x), a),
         (sqnorms(x), a.square().sum(2)),
+        (column_sqnorms(x), a.square().sum((0, 1))),
         (gram(x, y), torch.einsum("knp,jmp->nkmj", a, b)),
         (gram(x, x), torch.einsum("knp,jmp->nkmj", a, a)),
         (blocks(x, z), torch.einsum("knp,jnp->nkj", a, c)),

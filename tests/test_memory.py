@@ -38,7 +38,7 @@ small.step(), w.losses()
 _, backward = peak_memory(w.step)
 w.model.zero_grad()
 found = {}
-for quantity in ("norms", "trace", "gram"):
+for quantity in ("norms", "trace", "column_sqnorms", "gram"):
     measured(small, quantity, 2**40)
     whole, need = measured(w, quantity, 2**40)
     part, peak = measured(w, quantity, need // 4)
@@ -74,7 +74,7 @@ def measured(build: str, warm: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("quantity", ["norms", "trace", "gram"])
+@pytest.mark.parametrize("quantity", ["norms", "trace", "column_sqnorms", "gram"])
 @pytest.mark.parametrize("network", ["resnet", "gpt"])
 @pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.slow)])
 def test_peak_memory_stays_within_a_quarter_of_what_all_at_once_needs(network, quantity, size):

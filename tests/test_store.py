@@ -40,7 +40,7 @@ def test_a_tracer_fills_it_with_labels_and_conventions(tmp_path):
     assert data.fisher_trace_mc_standard_error[2] == estimate.standard_error > 0
     about = data.fisher_trace_mc.attrs
     assert about["name"] == "fisher/trace_mc"
-    assert about["draws"] == 8
+    assert about["n_probes"] == 8
     assert "mean over samples" in about["convention"]
     assert about["mode"] == "eval"
     assert data.attrs["probe"] == probe.fingerprint()

@@ -71,6 +71,25 @@ def trace_per_layer(
 
 
 @measure(
+    "ntk/trace_centred",
+    needs=["centred_trace"],
+    convention="sum over samples and outputs, of logits less their mean over classes: unlike "
+    "ntk/trace, it is independent of what is added to all logits of a sample alike",
+    source=_NTK,
+)
+def trace_centred(centred_trace: Estimate) -> Value:
+    """The trace of the kernel of centred logits, tr(Pi Theta Pi) with Pi = 1 - 11^T / C."""
+    method, probes = centred_trace.method, centred_trace.probes
+    if method == "exact":
+        return Value(centred_trace.value, attributes={"method": method})
+    return Value(
+        centred_trace.value,
+        centred_trace.standard_error,
+        attributes={"method": method, "n_probes": probes},
+    )
+
+
+@measure(
     "ntk/gram",
     needs=["gram"],
     convention="not summed or divided",

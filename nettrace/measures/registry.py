@@ -32,10 +32,11 @@ class Value:
 
     @classmethod
     def mean(cls, values: Tensor) -> Value:
-        """The mean of independent values (N,), with the standard error of the mean."""
+        """The mean of independent values (N, ...), with the standard error of the mean."""
         values = values.double()
-        error = values.std(correction=1) if len(values) > 1 else values.new_tensor(torch.nan)
-        return cls(values.mean(), error / len(values) ** 0.5)
+        mean = values.mean(0)
+        error = values.std(0, correction=1) if len(values) > 1 else mean.new_full((), torch.nan)
+        return cls(mean, error.expand_as(mean) / len(values) ** 0.5)
 
 
 Function: TypeAlias = Callable[..., Value | Tensor | float]

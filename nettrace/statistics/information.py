@@ -7,17 +7,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nettrace.differentiate import jacobian
+from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.likelihood import CANONICAL, Categorical
+from nettrace.operator import Jacobian, PerLayer
 from nettrace.piecewise import check_piecewise_linear
-from nettrace.statistics.kernel import KernelStatistics
-from nettrace.statistics.look import Unavailable
+from nettrace.statistics.kernel import KernelStatistics, _eigenvalues
+from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.tape import Tape
 
 
 class InformationStatistics(KernelStatistics):
-    """Squared norms of loss gradients: those of the probe's targets, expected and drawn ones."""
+    """Squares of loss gradients, at the probe's targets, expected and drawn; Fisher spectra."""
 
     #: How many targets are drawn for each sample in Monte Carlo estimates.
     draws = 8
+    #: How many eigenvalues of each layer's block of the Fisher information are given.
+    modes = 8
 
     @cached_property
     def mean_gradient_sqnorm(self) -> Tensor:
@@ -31,15 +37,82 @@ class InformationStatistics(KernelStatistics):
         return self.jacobian.project(self.scores.unsqueeze(0)).norms().square()[:, 0]
 
     @cached_property
+    def loss_gradient_column_sqnorms(self) -> Tensor:
+        """(P,) squares of the per-sample loss gradients, summed over samples."""
+        return self.jacobian.project(self.scores.unsqueeze(0)).column_sqnorms()
+
+    @cached_property
     def fisher_sqnorms(self) -> Tensor:
         """(N,) expected squared norms of loss gradients, over targets drawn from the outputs."""
+        return torch.stack(list(self._fisher_shares.values())).sum(0)
+
+    @property
+    def fisher_layer_sqnorms(self) -> PerLayer:
+        """By parameter, its share of those, (N,)."""
+        return self._fisher_shares
+
+    @cached_property
+    def _fisher_shares(self) -> PerLayer:
+        """By parameter, or by the empty name for all together."""
         exact = self.jacobian.outputs <= self.exact_outputs
         if exact and self._needs & {"trace", "layer_traces"} and self.likelihood:
             eigenvalues, squares = self._sqnorms
             assert eigenvalues is not None
-            return (torch.stack(list(squares.values())).sum(0) * eigenvalues).sum(1)
-        roots = self.likelihood.weighted_scores(self.outputs)
-        return self.jacobian.project(roots).norms().square().sum(1)
+            return {name: (share * eigenvalues).sum(1) for name, share in squares.items()}
+        per_layer = "fisher_layer_sqnorms" in self._needs
+        norms = self._roots.norms(per_layer=True) if per_layer else {"": self._roots.norms()}
+        return {name: norm.double().square().sum(1) for name, norm in norms.items()}
+
+    @cached_property
+    def fisher_column_sqnorms(self) -> Tensor:
+        """(P,) expected squares of loss gradients, over drawn targets, summed over samples."""
+        return self._roots.column_sqnorms()
+
+    @property
+    def fisher_eigenvalues(self) -> Tensor:
+        """(N C,) eigenvalues of the samples' summed Fisher information, but for further zeros.
+
+        In float64, the largest first.
+        """
+        return self._fisher_spectra[0]
+
+    @property
+    def fisher_layer_eigenvalues(self) -> PerLayer:
+        """By parameter, the `modes` largest eigenvalues of its diagonal block of that matrix."""
+        return self._fisher_spectra[1]
+
+    @cached_property
+    def _fisher_spectra(self) -> tuple[Tensor, PerLayer]:
+        """Those spectra, through Gram matrices: R^T Theta R with R R^T = M has the same, but zeros.
+
+        The second is empty unless it is asked for.
+        """
+        if "fisher_layer_eigenvalues" in self._needs:
+            grams = self._roots.gram(per_layer=True)
+        else:
+            grams = {"": self._roots.gram()}
+        grams = {name: gram.flatten(2).flatten(0, 1) for name, gram in grams.items()}
+        blocks = {n: _eigenvalues(g)[: self.modes] for n, g in grams.items() if n}
+        return _eigenvalues(sum(grams.values(), torch.zeros(()))), blocks
+
+    @property
+    def _roots(self) -> Jacobian:
+        """The rows R^T J, of which the Fisher information is the sum of outer products."""
+        return self.jacobian.project(self.likelihood.weighted_scores(self.outputs))
+
+    @cached_property
+    def centred_trace(self) -> Estimate:
+        """The trace of the kernel of logits less their mean over classes: exact, or an estimate."""
+        likelihood = self.assumed_likelihood
+        if not isinstance(likelihood, Categorical):
+            raise Inapplicable("logits have a mean to take off where they are those of classes")
+        estimated = self.jacobian.outputs > self.exact_outputs
+        logits = self._outputs
+        centred = logits - logits.mean(likelihood.axis, keepdim=True)
+        found = jacobian(centred, self._model, memory_budget=self._memory)
+        if estimated:
+            return estimate_trace(found, "hutchinson", 8, self.relative_error, self._seed)[0]
+        return exact_estimate(found.norms().double().square().sum())
 
     @cached_property
     def hessian_traces(self) -> Tensor:
@@ -53,6 +126,12 @@ class InformationStatistics(KernelStatistics):
                 "the exact trace of the Hessian is known for the losses of a likelihood alone: "
                 "leave out Probe(..., losses=...) if cross-entropy or half the squared error, "
                 "summed over outputs, is meant"
+            )
+        if not isinstance(self.likelihood, CANONICAL):
+            raise Unavailable(
+                f"the Hessian of the loss of {self.likelihood.name!r} by the outputs is not known "
+                "to be the Fisher metric, as it is for nettrace's own likelihoods: take "
+                "'fisher/trace' if that is meant"
             )
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         check_piecewise_linear(Tape(self._outputs, parameters, ()))

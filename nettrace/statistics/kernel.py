@@ -33,10 +33,11 @@ class KernelStatistics(Look):
             or by the empty name for all together.
         """
         rows, eigenvalues = self.jacobian, None
-        if self._needs & {"fisher_sqnorms", "hessian_traces"} and self.assumed_likelihood:
+        fisher = {"fisher_sqnorms", "fisher_layer_sqnorms", "hessian_traces"}
+        if self._needs & fisher and self.assumed_likelihood:
             eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
             rows = rows.project(vectors.permute(2, 0, 1))
-        per_layer = "layer_traces" in self._needs
+        per_layer = bool(self._needs & {"layer_traces", "fisher_layer_sqnorms"})
         norms = rows.norms(per_layer=True) if per_layer else {"": rows.norms()}
         return eigenvalues, {name: norm.double().square() for name, norm in norms.items()}
 

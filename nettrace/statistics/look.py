@@ -50,8 +50,10 @@ class Look:
     relative_error = 0.01
     #: The statistics that depend on the distribution that the outputs parametrise.
     of_likelihood = frozenset(
-        "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms fisher_sqnorms "
-        "fisher_metric drawn_sqnorms hessian_traces".split()
+        "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms "
+        "loss_gradient_column_sqnorms fisher_sqnorms fisher_layer_sqnorms fisher_column_sqnorms "
+        "fisher_eigenvalues fisher_layer_eigenvalues fisher_metric drawn_sqnorms hessian_traces "
+        "centred_trace".split()
     )
 
     def __init__(
@@ -107,8 +109,8 @@ class Look:
         likelihood = self.assumed_likelihood
         if likelihood is None:
             raise Unavailable(
-                "the output distribution is not known: pass Probe(..., likelihood='categorical') "
-                f"or 'gaussian'{self._shapes}"
+                "the output distribution is not known: pass Probe(..., likelihood='categorical'), "
+                f"'bernoulli', 'poisson' or 'gaussian'{self._shapes}"
             )
         return likelihood
 

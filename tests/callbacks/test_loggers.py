@@ -162,8 +162,13 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     ours = {key for row in run.rows for key in row if not key.startswith(("_", "trainer/"))}
     media = {key.rpartition(".")[0] for key in ours if key.endswith("._type")}
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
-    arrays = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
-    assert media == {"probe/collective/magnitude_distribution", *(f"ntk/{a}" for a in arrays)}
+    kernel = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
+    fisher = "diagonal diagonal_empirical spectrum block_spectrum".split()
+    assert media == {
+        "probe/collective/magnitude_distribution",
+        *(f"ntk/{name}" for name in kernel),
+        *(f"probe/fisher/{name}" for name in fisher),
+    }
     assert (plain | media) - {"nettrace/step"} == bound
 
 

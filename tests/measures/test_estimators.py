@@ -54,7 +54,7 @@ def test_drawn_fisher_is_unbiased_and_its_error_calibrated(kind):
     for seed in range(12):
         tracer = nt.Tracer(probe, "fisher/trace_mc", seed=seed)
         records += [tracer(model, step)[0] for step in range(25)]
-    assert records[0].attributes["draws"] == 8
+    assert records[0].attributes["n_probes"] == 8
     found = np.array([float(r.value) for r in records])
     errors = np.array([float(r.standard_error) for r in records])
     repeats = len(found)
@@ -72,7 +72,7 @@ def test_error_of_drawn_fisher_by_hand():
     found = fisher.trace_mc(torch.tensor([[1.0, 3.0], [2.0, 6.0]]))
     assert float(found.value) == 3
     assert float(found.standard_error) == pytest.approx(5**0.5 / 2, rel=1e-14)
-    assert found.attributes == {"draws": 2}
+    assert found.attributes == {"n_probes": 2}
 
 
 def test_drawn_fisher_is_the_same_for_the_same_seed_and_step():

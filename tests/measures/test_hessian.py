@@ -98,6 +98,11 @@ def probes():
     x = torch.randn(N, 16, dtype=torch.float64)
     yield nt.Probe(x, torch.arange(N) % C)
     yield nt.Probe(x, torch.randn(N, C, dtype=torch.float64))
+    yield nt.Probe(x, torch.rand(N, C, dtype=torch.float64), likelihood="bernoulli")
+    yield nt.Probe(x, torch.arange(N * C).view(N, C) % 4, likelihood="poisson")
+    variances = torch.tensor([0.5, 1, 3])
+    y = torch.randn(N, C, dtype=torch.float64)
+    yield nt.Probe(x, y, likelihood=nt.Gaussian(covariance=variances))
 
 
 def dense_trace(model, probe):
@@ -109,9 +114,15 @@ def dense_trace(model, probe):
         parts = w.split([v.numel() for v in values])
         named = {n: p.view_as(v) for n, p, v in zip(names, parts, values, strict=True)}
         outputs = functional_call(model, named, (probe.inputs,))
-        if probe.targets.is_floating_point():
-            return 0.5 * (outputs - probe.targets).square().sum(1).mean()
-        return F.cross_entropy(outputs, probe.targets)
+        y = probe.targets
+        if probe.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(outputs, y, reduction="sum") / N
+        if probe.likelihood == "poisson":
+            return F.poisson_nll_loss(outputs, y, reduction="sum") / N
+        if y.is_floating_point():
+            variances = 1.0 if probe.likelihood is None else probe.likelihood.covariance
+            return 0.5 * ((outputs - y).square() / variances).sum(1).mean()
+        return F.cross_entropy(outputs, y)
 
     return float(hessian(loss, flat).trace())
 
@@ -144,7 +155,7 @@ def test_what_bends_is_refused_and_rightly_so(names):
 
 
 def test_it_is_missing_with_the_reason_where_it_is_not_known():
-    classes, _ = probes()
+    classes, *_ = probes()
     tanh = nn.Sequential(nn.Linear(16, 3), nn.Tanh()).double()
     with pytest.warns(nt.MissingMeasureWarning, match="TanhBackward0"):
         (record, *_) = nt.Tracer(classes, "hessian")(tanh, 0)
@@ -164,5 +175,5 @@ def test_frozen_weights_may_bend():
         model = build(REFUSED["GeluBackward0"])
         model.layer.requires_grad_(False)
         x = F.gelu(model.layer(probe.inputs[:, :4])).detach()
-        head = nt.Probe(x, probe.targets)
+        head = nt.Probe(x, probe.targets, likelihood=probe.likelihood)
         assert abs(found(model, probe) - dense_trace(model.head, head)) < 1e-10
