@@ -1,6 +1,6 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import collective, fisher, hessian, loss, ntk
+from nettrace.measures import collective, fisher, hessian, loss, ntk, schools
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "measure",
     "ntk",
     "resolve",
+    "schools",
 ]

@@ -11,6 +11,9 @@ from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.operator import PerLayer
 from nettrace.statistics.look import Look
 
+#: Statistics that are made of the whole Gram matrix.
+_OF_GRAM = {"gram", "eigenvalues", "traced_eigenvalues", "cosine_eigenvalues"}
+
 
 class KernelStatistics(Look):
     """The kernel, its trace and its spectrum."""
@@ -37,7 +40,7 @@ class KernelStatistics(Look):
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
-        if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
+        if self._needs & _OF_GRAM:
             return self.jacobian.gram_and_layer_blocks()
         return None, self.jacobian.blocks(per_layer=True)
 
@@ -85,6 +88,18 @@ class KernelStatistics(Look):
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
         return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
+
+    @cached_property
+    def cosine_eigenvalues(self) -> Tensor:
+        """(N C,) eigenvalues of the cosines between the Jacobian's rows, in float64, largest first.
+
+        The cosines of a row that is zero are zero.
+        """
+        order = self.samples * self.jacobian.outputs
+        kernel = self.gram.reshape(order, order).double()
+        norms = kernel.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0)
+        return _eigenvalues(inverse[:, None] * kernel * inverse)
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             Poison(),
             NTKTrace(every=2, to=folder / "trace"),
             Trace(
-                ["fisher", "collective/magnitude_distribution"],
+                ["fisher", "collective/magnitude_distribution_papyrus"],
                 every=3,
                 to=folder / "trace",
                 prefix="probe/",
@@ -162,7 +162,7 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     ours = {key for row in run.rows for key in row if not key.startswith(("_", "trainer/"))}
     media = {key.rpartition(".")[0] for key in ours if key.endswith("._type")}
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
-    assert media == {"ntk/gram", "ntk/spectrum", "probe/collective/magnitude_distribution"}
+    assert media == {"ntk/gram", "ntk/spectrum", "probe/collective/magnitude_distribution_papyrus"}
     assert (plain | media) - {"nettrace/step"} == bound
 
 
