@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import nettrace as nt
@@ -125,6 +127,46 @@ def test_cosines_forget_the_norms():
     found = measured(model, nt.Probe(x.double()), "collective/covariance_entropy_papyrus")
     true = np.log(3) - 2 / 3 * np.log(2)
     assert found["collective/covariance_entropy_papyrus"].value == pytest.approx(true, abs=1e-11)
+
+
+# By symmetry --------------------------------------------------------------------------------------
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def random_blocks(seed):
+    j = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return j @ j.mT
+
+
+@given(SEEDS, st.floats(1e-6, 1e6))
+def test_magnitudes_forget_the_scale_and_the_order(seed, scale):
+    blocks = random_blocks(seed)
+    changed = scale * blocks[torch.randperm(4, generator=torch.Generator().manual_seed(seed))]
+    for function in (schools.self_entropy, schools.magnitude_variance):
+        assert float(function(changed)) == pytest.approx(float(function(blocks)), rel=1e-10)
+    assert 0 <= float(schools.self_entropy(blocks)) <= np.log(12) + 1e-12
+
+
+@given(SEEDS, st.floats(1e-6, 1e6))
+def test_traces_scale_with_the_kernel(seed, scale):
+    blocks = random_blocks(seed)
+    for function in (schools.mean_diagonal, schools.regression_fisher_trace):
+        once, more = function(blocks), function(scale * blocks)
+        assert float(more.value) == pytest.approx(scale * float(once.value), rel=1e-10)
+        error = scale * float(once.standard_error)
+        assert float(more.standard_error) == pytest.approx(error, rel=1e-10)
+
+
+@given(SEEDS)
+def test_covariance_entropy_forgets_each_gradients_norm(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    norms = torch.rand(4, 1, generator=generator, dtype=torch.float64) + 0.1
+    name = "collective/covariance_entropy_znnl"
+    model = linear(6, 1)
+    once, more = (measured(model, nt.Probe(inputs), name)[name].value for inputs in (x, norms * x))
+    assert more == pytest.approx(once, rel=1e-9)
 
 
 # By formulas --------------------------------------------------------------------------------------
