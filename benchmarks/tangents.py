@@ -1,12 +1,17 @@
 """How neural-tangents computes each quantity, in an environment of its own with an older jax.
 
+    python benchmarks/tangents.py FOLDER
+
+writes the kernels of the LeNet in `FOLDER/network.npz` to `FOLDER/kernels.npz`, for `schools.py`.
 It takes functions of jax rather than modules, so the networks are written again here; their weights
 and inputs are those of `workloads`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +70,20 @@ def prepare(
         return {"ntk": found.transpose(0, 2, 1, 3)}  # (N, N, C, C)
 
     return call
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    data = np.load(folder / "network.npz")
+    parameters = [jnp.asarray(data[name]) for name in data["names"]]
+    kernels = {
+        name: nt.empirical_ntk_fn(lenet, trace_axes=axes, vmap_axes=0)(
+            jnp.asarray(data["inputs"]), None, parameters
+        )
+        for name, axes in {"traced": (-1,), "full": ()}.items()
+    }
+    np.savez(folder / "kernels.npz", **{name: np.asarray(k) for name, k in kernels.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -13,22 +13,21 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8E5AA8", "#777777"
+STYLE = {
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
 
 
 def draw(data: xr.Dataset, path: Path) -> None:
     """Draws a trace of ntk, fisher, collective and loss measures to a file."""
-    plt.rcParams.update(
-        {
-            "font.size": 9.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titleweight": "bold",
-            "axes.titlesize": 10.5,
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-            "figure.facecolor": "white",
-        }
-    )
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.6), layout="constrained")
     step = data.step.values
     learning(axes[0, 0], data, step)

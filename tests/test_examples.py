@@ -74,6 +74,23 @@ def test_digits_example(tmp_path):
     assert data.loss_accuracy[-1] > data.loss_accuracy[0]
 
 
+def test_entropy_example(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "entropy.py", "--steps", "30", "--seeds", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    changes = re.findall(r"(\d) layers? of \d+ +(\S+) +([\d.]+) -> +([\d.]+)", run.stdout)
+    change = {(layers, name): float(b) - float(a) for layers, name, a, b in changes}
+    assert change["3", "ntk/entropy_normalised"] > 0.02
+    assert change["1", "ntk/entropy_traced_normalised"] < -0.02
+    assert (tmp_path / "runs" / "entropy" / "entropy.png").stat().st_size > 50_000
+    assert nt.open(tmp_path / "runs" / "entropy" / "3 layers of 50, seed 0").step[-1] == 24
+
+
 @pytest.mark.parametrize("quantity", ["norms", "loss_gram", "traces", "mc_fisher", "ntk"])
 @pytest.mark.parametrize("network", ["mlp", "gpt"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap over attention

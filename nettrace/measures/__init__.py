@@ -1,6 +1,6 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import alignment, collective, fisher, hessian, loss, ntk, spectrum
+from nettrace.measures import alignment, collective, fisher, hessian, loss, ntk, schools, spectrum
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "measure",
     "ntk",
     "resolve",
+    "schools",
     "spectrum",
 ]

@@ -1,8 +1,13 @@
 """Collective variables of learning: few numbers that follow the state of a network.
 
-The kernel's variables under the definitions of the papyrus package (Tovey et al., ZnNL and papyrus,
-arXiv:2305.00995, arXiv:2410.07451), and the loss-network-alignment identity of the perspic package:
-the squared gradient is the product of what the loss, the network and their alignment contribute.
+The loss-network-alignment identity of the perspic package: the squared gradient is the product of
+what the loss, the network and their alignment contribute,
+
+    |grad L|^2 = g^T Theta g = chi_loss chi_net chi_align,    g the gradient of L by all outputs,
+
+and the spectral position of the loss, the mean of the kernel's eigenvalues, each weighted with the
+share of g in its mode: kappa = g^T Theta g / |g|^2. The same quantities under the definitions of
+each school are in `schools`.
 """
 
 from __future__ import annotations
@@ -10,63 +15,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from nettrace.measures.registry import measure
-from nettrace.measures.spectrum import shannon
 
-_PAPYRUS = "Tovey et al. 2024, arXiv:2410.07451; papyrus"
 _IDENTITY = "Nikolaou et al. 2026, arXiv:2605.31244; perspic"
-_CLIP = 1e-14  # papyrus clips eigenvalues here before it normalises them
-
-
-@measure(
-    "collective/trace",
-    needs=["blocks"],
-    convention="papyrus: trace of the (N C, N C) kernel over N C",
-    source=_PAPYRUS,
-)
-def trace(blocks: Tensor) -> Tensor:
-    """The mean diagonal entry of the kernel."""
-    return blocks.diagonal(dim1=1, dim2=2).double().mean()
-
-
-@measure(
-    "collective/entropy",
-    needs=["eigenvalues"],
-    convention="papyrus: nats, eigenvalues of the (N C, N C) kernel, clipped at 1e-14, over sum",
-    source=_PAPYRUS,
-)
-def entropy(eigenvalues: Tensor) -> Tensor:
-    """The von Neumann entropy of the kernel."""
-    p = eigenvalues.double().clamp_min(_CLIP)
-    p = p / p.sum()
-    return -(p * p.log()).sum()
-
-
-@measure(
-    "collective/self_entropy",
-    needs=["blocks"],
-    convention="papyrus: nats, of the magnitude distribution",
-    source=_PAPYRUS,
-)
-def self_entropy(blocks: Tensor) -> Tensor:
-    """The Shannon entropy of the magnitude distribution."""
-    return shannon(_magnitudes(blocks))
-
-
-@measure(
-    "collective/magnitude_distribution",
-    needs=["blocks"],
-    convention="papyrus: square roots of the kernel's N C diagonal entries, over their sum",
-    dims=["row"],
-    source=_PAPYRUS,
-)
-def magnitude_distribution(blocks: Tensor) -> Tensor:
-    """How the gradients' norms are spread over samples and outputs; rows count n C + c."""
-    magnitudes = _magnitudes(blocks)
-    return magnitudes / magnitudes.sum()
-
-
-def _magnitudes(blocks: Tensor) -> Tensor:
-    return blocks.diagonal(dim1=1, dim2=2).double().clamp_min(0).sqrt().flatten()
 
 
 @measure(
@@ -94,15 +44,13 @@ def chi_net(blocks: Tensor) -> Tensor:
 @measure(
     "collective/chi_align",
     needs=["mean_gradient_sqnorm", "scores", "blocks"],
-    convention="squared gradient over chi_loss chi_net, in [0, 1]",
+    convention="squared gradient over chi_loss chi_net, in [0, 1]: spectral position over the "
+    "kernel's trace",
     source=_IDENTITY,
 )
 def chi_align(mean_gradient_sqnorm: Tensor, scores: Tensor, blocks: Tensor) -> Tensor:
     """How far the loss pulls along the kernel's leading modes."""
-    factors = chi_loss(scores) * chi_net(blocks)
-    if not bool(factors > 0):
-        raise ValueError("the alignment is not defined: the loss or the network has no gradient")
-    return mean_gradient_sqnorm / factors
+    return _ratio(mean_gradient_sqnorm, chi_loss(scores) * chi_net(blocks))
 
 
 @measure(
@@ -114,3 +62,46 @@ def chi_align(mean_gradient_sqnorm: Tensor, scores: Tensor, blocks: Tensor) -> T
 def gradient_sqnorm(mean_gradient_sqnorm: Tensor) -> Tensor:
     """The squared gradient, by one backward pass."""
     return mean_gradient_sqnorm
+
+
+@measure(
+    "collective/spectral_position",
+    needs=["mean_gradient_sqnorm", "scores"],
+    convention="kappa = g^T Theta g / |g|^2, g the gradient of the mean loss by all outputs; "
+    "between the kernel's smallest and largest eigenvalue, not divided",
+    source=_IDENTITY,
+)
+def spectral_position(mean_gradient_sqnorm: Tensor, scores: Tensor) -> Tensor:
+    """Which eigenvalues drive the loss down: their mean, weighted with the loss gradient."""
+    return _ratio(mean_gradient_sqnorm, chi_loss(scores))
+
+
+@measure(
+    "collective/spectral_position_mean",
+    needs=["mean_gradient_sqnorm", "scores", "blocks"],
+    convention="kappa over the mean of the kernel's N C eigenvalues: 1 on average over directions "
+    "of the loss gradient",
+    source=_IDENTITY,
+)
+def spectral_position_mean(mean_gradient_sqnorm: Tensor, scores: Tensor, blocks: Tensor) -> Tensor:
+    """The spectral position in units of the mean eigenvalue."""
+    return scores.numel() * chi_align(mean_gradient_sqnorm, scores, blocks)
+
+
+@measure(
+    "collective/spectral_position_largest",
+    needs=["mean_gradient_sqnorm", "scores", "eigenvalues"],
+    convention="kappa over the kernel's largest eigenvalue, in [0, 1]",
+    source=_IDENTITY,
+)
+def spectral_position_largest(
+    mean_gradient_sqnorm: Tensor, scores: Tensor, eigenvalues: Tensor
+) -> Tensor:
+    """The spectral position in units of the largest eigenvalue."""
+    return _ratio(mean_gradient_sqnorm, chi_loss(scores) * eigenvalues[0])
+
+
+def _ratio(mean_gradient_sqnorm: Tensor, factors: Tensor) -> Tensor:
+    if not bool(factors > 0):
+        raise ValueError("the alignment is not defined: the loss or the network has no gradient")
+    return mean_gradient_sqnorm / factors

@@ -17,7 +17,8 @@ class KernelStatistics(Look):
 
     #: The statistics that are made of the Gram matrix.
     _of_gram = frozenset(
-        "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors".split()
+        "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors "
+        "cosine_eigenvalues".split()
     )
 
     @cached_property
@@ -132,6 +133,17 @@ class KernelStatistics(Look):
     @cached_property
     def _traced_eigensystem(self) -> tuple[Tensor, Tensor]:
         return _eigensystem(self.traced_gram)
+
+    @cached_property
+    def cosine_eigenvalues(self) -> Tensor:
+        """(N C,) eigenvalues of the cosines between the Jacobian's rows, in float64, largest first.
+
+        The cosines of a row that is zero are zero.
+        """
+        kernel = self._matrix.double()
+        norms = kernel.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0)
+        return _eigenvalues(inverse[:, None] * kernel * inverse)
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:

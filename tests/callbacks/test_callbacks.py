@@ -166,7 +166,7 @@ def test_callbacks_share_one_look_a_step(tmp_path: Path, looks: list[nt.Probe]) 
     kinds = (NTKTrace, FisherTrace, CollectiveVariables)
     training.fit([kind(every=2, to=tmp_path) for kind in kinds])
     assert len(looks) == 3
-    assert {"ntk_trace", "fisher_trace", "collective_trace"} <= nt.open(tmp_path).keys()
+    assert {"ntk_trace", "fisher_trace", "collective_trace_papyrus"} <= nt.open(tmp_path).keys()
 
 
 def test_callbacks_that_share_a_look_keep_their_own_steps_and_folders(

@@ -103,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             Poison(),
             NTKTrace(every=2, to=folder / "trace"),
             Trace(
-                ["fisher", "collective/magnitude_distribution"],
+                ["fisher", "collective/magnitude_distribution_papyrus"],
                 every=3,
                 to=folder / "trace",
                 prefix="probe/",
@@ -165,7 +165,7 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     kernel = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
     fisher = "diagonal diagonal_empirical spectrum block_spectrum".split()
     assert media == {
-        "probe/collective/magnitude_distribution",
+        "probe/collective/magnitude_distribution_papyrus",
         *(f"ntk/{name}" for name in kernel),
         *(f"probe/fisher/{name}" for name in fisher),
     }

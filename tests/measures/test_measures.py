@@ -16,7 +16,7 @@ from scipy.special import digamma
 from torch import nn
 
 import nettrace as nt
-from nettrace.measures import collective, spectrum
+from nettrace.measures import spectrum
 
 N, C = 5, 3
 
@@ -438,70 +438,6 @@ def test_entropy_of_random_kernel_is_pages():
     assert abs(found.mean() - true) < 3 * error
 
 
-# The definitions of papyrus -----------------------------------------------------------------------
-
-PAPYRUS = [
-    f"collective/{q}" for q in ("trace", "entropy", "magnitude_distribution", "self_entropy")
-]
-
-# K = [[1, 2, 0], [2, 4, 0], [0, 0, 9]]: the first block has trace 5 and determinant 0.
-K = [[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 9.0]]
-EIGENVALUES = [9.0, 5.0, 0.0]
-BLOCKS = [[[1.0]], [[4.0]], [[9.0]]]
-ROOT = [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]  # K = ROOT ROOT^T
-
-TRACE = 14 / 3
-MAGNITUDES = [1 / 6, 2 / 6, 3 / 6]  # sqrt(1), sqrt(4), sqrt(9), over their sum
-SELF_ENTROPY = 1.0114042647073518  # ln(6)/6 + ln(3)/3 + ln(2)/2
-ENTROPY = 0.6517565611726531  # p = 9/14, 5/14: (9/14) ln(14/9) + (5/14) ln(14/5)
-# At 1e-14 K the zero is raised to 1e-14, beside 9e-14 and 5e-14: p = 9/15, 5/15, 1/15 and the
-# entropy 0.6 ln(5/3) + ln(3)/3 + ln(15)/15. At 1e-15 K all three are raised to it: ln(3).
-CLIPPED = {1e-14: 0.8532361505557784, 1e-15: 1.0986122886681098}
-
-
-@pytest.mark.parametrize(
-    ("scale", "true"), [(1.0, ENTROPY), (1e6, ENTROPY), *CLIPPED.items()], ids=str
-)
-def test_papyrus_entropy_clips_before_it_normalises(scale, true):
-    assert np.linalg.eigvalsh(K)[::-1] == pytest.approx(EIGENVALUES, abs=1e-14)
-    eigenvalues = torch.tensor(EIGENVALUES, dtype=torch.float64) * scale
-    assert float(collective.entropy(eigenvalues)) == pytest.approx(true, abs=1e-12)
-    assert float(spectrum.shannon(eigenvalues)) == pytest.approx(ENTROPY, abs=1e-12)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-14])
-def test_papyrus_of_blocks_by_hand(scale):
-    blocks = torch.tensor(BLOCKS, dtype=torch.float64) * scale
-    assert float(collective.trace(blocks)) == pytest.approx(TRACE * scale, rel=1e-14)
-    assert collective.magnitude_distribution(blocks).tolist() == pytest.approx(MAGNITUDES)
-    assert float(collective.self_entropy(blocks)) == pytest.approx(SELF_ENTROPY, rel=1e-14)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-14])
-def test_papyrus_of_network_with_that_kernel(scale):
-    model, x = linear(2, 1), torch.tensor(ROOT, dtype=torch.float64) * scale**0.5
-    found = {k: r.value for k, r in measured(model, nt.Probe(x), *PAPYRUS).items()}
-    assert found["collective/trace"] == pytest.approx(TRACE * scale, rel=1e-12)
-    assert found["collective/entropy"] == pytest.approx(CLIPPED.get(scale, ENTROPY), abs=1e-12)
-    assert found["collective/magnitude_distribution"] == pytest.approx(MAGNITUDES, rel=1e-12)
-    assert found["collective/self_entropy"] == pytest.approx(SELF_ENTROPY, rel=1e-12)
-
-
-PAPYRUS = [
-    f"collective/{q}" for q in ("trace", "entropy", "magnitude_distribution", "self_entropy")
-]
-
-
-def test_papyrus_rows_count_outputs_within_samples():
-    # sqrt of the diagonals 1, 4 | 9, 16: 1, 2, 3, 4 of 10; what is off the diagonal is not read
-    blocks = torch.tensor([[[1.0, 7.0], [7.0, 4.0]], [[9.0, -5.0], [-5.0, 16.0]]])
-    assert float(collective.trace(blocks)) == 30 / 4
-    assert collective.magnitude_distribution(blocks).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    # 0.1 ln(10) + 0.2 ln(5) + 0.3 ln(10/3) + 0.4 ln(5/2)
-    assert float(collective.self_entropy(blocks)) == pytest.approx(1.2798542258336676, rel=1e-7)
-    assert float(collective.chi_net(blocks)) == 30
-
-
 # The squared gradient -----------------------------------------------------------------------------
 
 LOSSES = {
@@ -525,14 +461,15 @@ def setting(member, loss):
 
 
 CHI = [f"collective/{q}" for q in ("chi_loss", "chi_net", "chi_align", "gradient_sqnorm")]
+POSITION = [f"collective/spectral_position{unit}" for unit in ("", "_mean", "_largest")]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("member", ["mlp", "cnn", "gpt"])
 def test_squared_gradient_is_product_of_three(member, loss):
     member, targets, losses, probe = setting(member, loss)
-    found = [float(r.value) for r in measured(member.model, probe, *CHI).values()]
-    chi_loss, chi_net, chi_align, sqnorm = found[:4]
+    found = [float(r.value) for r in measured(member.model, probe, *CHI, *POSITION).values()]
+    chi_loss, chi_net, chi_align, sqnorm, position, in_means, in_largest = found[:7]
 
     twin = copy.deepcopy(member.model)
     outputs = member.forward(twin, member.batch)
@@ -554,13 +491,50 @@ def test_squared_gradient_is_product_of_three(member, loss):
     assert chi_align == pytest.approx((values / values.sum()) @ weights, rel=1e-10)
     assert values[0] / values.sum() - 1e-12 <= chi_align <= values[-1] / values.sum() + 1e-12
 
+    # and the spectral position, the mean of lambda_k with those weights
+    assert position == pytest.approx(values @ weights, rel=1e-10)
+    assert in_means == pytest.approx(values @ weights / values.mean(), rel=1e-10)
+    assert in_largest == pytest.approx(values @ weights / values[-1], rel=1e-10)
+
+
+def test_spectral_position_of_a_gradient_in_one_mode_is_its_eigenvalue():
+    # K = x x^T has the eigenvalues 9, 4 and 1 for unit inputs scaled by 3, 2 and 1; half the
+    # squared error of outputs 0 has the gradient -y.
+    model, x = linear(3, 1), torch.diag(torch.tensor([3.0, 2.0, 1.0])).double()
+    nn.init.zeros_(model.weight)
+    for mode, eigenvalue in enumerate([9, 4, 1]):
+        y = torch.eye(3).double()[:, mode : mode + 1] * 0.7
+        found = measured(model, nt.Probe(x, y, likelihood="gaussian"), *POSITION)
+        values = [float(found[name].value) for name in POSITION]
+        assert values == pytest.approx([eigenvalue, eigenvalue / (14 / 3), eigenvalue / 9])
+
+
+def test_spectral_position_averages_to_the_mean_eigenvalue():
+    # over isotropic loss gradients; here over all signs of y, which is exact
+    model, x = linear(4, 1), normal(3, 4)
+    nn.init.zeros_(model.weight)
+    found = [
+        number(model, nt.Probe(x, torch.tensor(y)[:, None].double()), POSITION[1])
+        for y in itertools.product([-0.7, 0.7], repeat=3)
+    ]
+    assert np.mean(found) == pytest.approx(1, rel=1e-12)
+
+
+def test_spectral_position_without_a_gradient_is_refused():
+    model, x = linear(4, 1), normal(3, 4)
+    probe = nt.Probe(x, model(x).detach())
+    for name in POSITION:
+        with pytest.raises(ValueError, match="no gradient"):
+            measured(model, probe, name)
+
 
 @pytest.mark.parametrize("times", [2, 5])
 def test_chi_of_repeated_samples(times):
     model, x, y = mlp(), normal(N, 4), torch.randint(0, C, (N,))
     probes = nt.Probe(x, y), nt.Probe(x.repeat(times, 1), y.repeat(times))
     once, more = (measured(model, p, "collective") for p in probes)
-    for name, factor in zip(CHI, (1 / times, times, 1, 1), strict=True):
+    factors = (1 / times, times, 1, 1, times, times, 1)
+    for name, factor in zip([*CHI, *POSITION], factors, strict=True):
         assert more[name].value == pytest.approx(factor * once[name].value, rel=1e-11), name
 
 
