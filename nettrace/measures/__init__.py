@@ -1,6 +1,6 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import collective, fisher, hessian, loss, ntk
+from nettrace.measures import collective, fisher, hessian, loss, motion, ntk, preconditioned
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "hessian",
     "loss",
     "measure",
+    "motion",
     "ntk",
+    "preconditioned",
     "resolve",
 ]

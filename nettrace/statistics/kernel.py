@@ -82,13 +82,24 @@ class KernelStatistics(Look):
         return _eigenvalues(self.gram.reshape(order, order))
 
     @cached_property
+    def eigenvectors(self) -> Tensor:
+        """(N C, N C) eigenvectors of the Gram matrix in float64, as columns, in that order."""
+        order = self.samples * self.jacobian.outputs
+        vectors: Tensor = torch.linalg.eigh(_finite(self.gram.reshape(order, order))).eigenvectors
+        return vectors.flip(1)
+
+    @cached_property
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
         return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.eigvalsh(_finite(kernel))
+    return values.flip(0)
+
+
+def _finite(kernel: Tensor) -> Tensor:
     if not bool(kernel.isfinite().all()):
         raise ValueError("the kernel is not finite: the gradients overflow")
-    values: Tensor = torch.linalg.eigvalsh(kernel.double())
-    return values.flip(0)
+    return kernel.double()
