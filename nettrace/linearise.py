@@ -24,8 +24,8 @@ def linearised(
     """f_0 + J_0 (theta - theta_0), in the outputs' shape, for the network's weights theta.
 
     The network is evaluated once more, with its former weights theta_0, and the product taken by a
-    backward pass through the backward pass, or else by one an output. Memory: beside that, three
-    times that of the weights for the moment.
+    backward pass through the backward pass, or else by one an output. Memory: beside that, twice
+    that of the weights for the moment.
 
     Args:
         model: the network; it is left as it is, and so is any tape of it.
@@ -38,8 +38,7 @@ def linearised(
         ValueError: if parameters or buffers have other names or shapes now, or the network's
             outputs with its former ones are not what they were.
     """
-    now = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with put_in_place(model, state):
+    with put_in_place(model, state) as now:
         moved = {
             name: p.requires_grad_()
             for name, p in model.named_parameters()
@@ -56,11 +55,14 @@ def linearised(
 
 
 @contextmanager
-def put_in_place(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def put_in_place(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Gives a network copies of other parameters and buffers, and then its own again.
 
     Parameters stay the same objects, wherever modules refer to them; a tape that was recorded
     before is valid again afterwards.
+
+    Yields:
+        The values of its own parameters, by name.
 
     Raises:
         ValueError: if `state` has other names or shapes.
@@ -77,17 +79,18 @@ def put_in_place(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None
         )
     # Copies, because a forward may write to either.
     twins = {id(b): state[name].to(b.device, copy=True) for name, b in buffers.items()}
-    data = [(p, p.data, p.requires_grad) for p in parameters.values()]
-    holders = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    own = {name: (p.data, p.requires_grad) for name, p in parameters.items()}
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    holders = [(module._buffers, dict(module._buffers)) for module in modules]
     try:
         for name, p in parameters.items():
             p.data = state[name].to(p.device, copy=True)
         for holder, found in holders:
             holder.update({key: twins[id(b)] for key, b in found.items() if b is not None})
-        yield
+        yield {name: data for name, (data, _) in own.items()}
     finally:
-        for p, own, requires_grad in data:
-            p.data = own
+        for name, p in parameters.items():
+            p.data, requires_grad = own[name]
             p.requires_grad_(requires_grad)
         for holder, found in holders:
             holder.clear()

@@ -147,27 +147,27 @@ def rotation_previous(vectors: Tensor, earlier: Tensor) -> Value:
 @measure(
     "weights/displacement",
     needs=["weights", "first.weights"],
-    convention="|theta - theta_0| / |theta_0|, norms over all parameters that need a gradient",
+    convention="|theta - theta_0| / |theta_0|, norms over all parameters that need a gradient; "
+    "infinite where theta_0 = 0",
     source=_KUMAR,
 )
 def displacement(weights: dict[str, Tensor], earlier: dict[str, Tensor]) -> Tensor:
     """How far the weights are from those of the first look, relative to those."""
     moved, norms = _moved(weights, earlier)
-    return moved.square().sum().sqrt() / norms.square().sum().sqrt()
+    return _relative(moved.square().sum().sqrt(), norms.square().sum().sqrt())
 
 
 @measure(
     "weights/displacement_per_layer",
     needs=["weights", "first.weights"],
-    convention="|theta - theta_0| / |theta_0| for each parameter; infinite where it was zero",
+    convention="|theta - theta_0| / |theta_0| for each parameter; infinite where theta_0 = 0",
     dims=["layer"],
     source=_KUMAR,
 )
 def displacement_per_layer(weights: dict[str, Tensor], earlier: dict[str, Tensor]) -> Value:
     """The same for each parameter; not shares of the whole."""
     moved, norms = _moved(weights, earlier)
-    found = torch.where(moved > 0, moved / norms, 0.0)
-    return Value(found, coordinates={"layer": list(weights)})
+    return Value(_relative(moved, norms), coordinates={"layer": list(weights)})
 
 
 @measure(
@@ -222,6 +222,10 @@ def _centred(gram: Tensor) -> Tensor:
     kernel = gram.double().reshape(gram.shape[0] * gram.shape[1], -1)
     kernel = kernel - kernel.mean(0)
     return kernel - kernel.mean(1, keepdim=True)
+
+
+def _relative(moved: Tensor, norms: Tensor) -> Tensor:
+    return torch.where(moved > 0, moved / norms, 0.0)
 
 
 def _moved(weights: dict[str, Tensor], earlier: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ class KernelStatistics(Look):
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
-        if self._needs & {"gram", "eigenvalues", "traced_eigenvalues"}:
+        whole = "gram eigenvalues traced_eigenvalues eigenvectors leading_eigenvectors"
+        if self._needs & set(whole.split()):
             return self.jacobian.gram_and_layer_blocks()
         return None, self.jacobian.blocks(per_layer=True)
 

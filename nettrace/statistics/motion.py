@@ -16,7 +16,10 @@ _FIRST: Reference = ("first", "constants", "outputs", "weights")
 
 
 class MotionStatistics(KernelStatistics):
-    """The weights, the leading eigenvectors, and the network linearised at its first look."""
+    """The weights, the leading eigenvectors, and the network linearised at its first look.
+
+    To linearise it, a copy of all parameters and buffers and of the outputs of that look is kept.
+    """
 
     #: By statistic, the earlier look that it makes use of itself, and what of that.
     references: ClassVar[dict[str, Reference]] = dict.fromkeys(

@@ -199,6 +199,11 @@ def test_displacement_by_hand():
     record = layers(model, 1)[0]
     assert record.value.tolist() == [0.8, math.inf]
     assert record.coordinates == {"layer": ["weight", "bias"]}
+    zero = {"w": torch.zeros(3)}
+    assert [float(motion.displacement({"w": torch.full((3,), w)}, zero)) for w in (0.0, 1.0)] == [
+        0,
+        math.inf,
+    ]
 
 
 def test_weights_that_were_thawed_since_say_so():
@@ -389,6 +394,10 @@ def test_weights_frozen_or_thawed_since_are_linearised_too():
     true = plain(model, 1)[0].value
     model[2].weight.requires_grad_(False)
     assert tracer(model, 1)[0].value == pytest.approx(float(true), rel=1e-12)
+    moved = {n: p.detach() + 1 for n, p in model.named_parameters()}
+    with put_in_place(model, moved):
+        outputs = model(x).detach()
+    linearised(model, nt.Probe(x), moved, outputs)
     flags = [p.requires_grad for p in model.parameters()]
     assert flags == [True, True, False, True]
 
