@@ -82,7 +82,8 @@ class Trace(Callback):
         peers = [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
         # The first of them measures for all, so that they share one pass.
         if peers[0] is self:
-            self._session = Session(trainer, pl_module, peers, self._past)
+            past = self._past if trainer.global_step else {}  # a run of its own has none
+            self._session = Session(trainer, pl_module, peers, past)
             self._session.measure(trainer.global_step, batches=0)
 
     def on_train_batch_end(

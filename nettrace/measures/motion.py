@@ -103,14 +103,17 @@ def angular_velocity(gram: Tensor, earlier: Tensor, step: int, earlier_step: int
 @measure(
     "ntk/cka_distance_first",
     needs=["gram", "first.gram"],
-    convention="1 - CKA: as ntk/misalignment_first, rows and columns less their means over all N C",
+    convention="1 - CKA: as ntk/misalignment_first, rows and columns less their means over all "
+    "N C; left out where that leaves rounding alone",
     source=_CKA,
 )
 def cka_distance(gram: Tensor, earlier: Tensor) -> Tensor:
     """How far the centred kernel points from where it did at the first look."""
-    if gram.numel() == 1:
-        raise Inapplicable("centring leaves nothing of one number")
-    return misalignment(_centred(gram), _centred(earlier))
+    centred = [_centred(kernel) for kernel in (gram, earlier)]
+    rounding = 10 * torch.finfo(gram.dtype).eps
+    if any(_norm(c) <= rounding * _norm(k) for c, k in zip(centred, (gram, earlier), strict=True)):
+        raise Inapplicable("centring leaves nothing of a kernel that is the same for all pairs")
+    return misalignment(*centred)
 
 
 @measure(

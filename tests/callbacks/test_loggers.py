@@ -162,7 +162,8 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     ours = {key for row in run.rows for key in row if not key.startswith(("_", "trainer/"))}
     media = {key.rpartition(".")[0] for key in ours if key.endswith("._type")}
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
-    assert media == {"ntk/gram", "ntk/spectrum", "probe/collective/magnitude_distribution"}
+    ntk = {"ntk/gram", "ntk/spectrum", "ntk/rotation_first", "ntk/rotation_previous"}
+    assert media == {*ntk, "probe/collective/magnitude_distribution"}
     assert (plain | media) - {"nettrace/step"} == bound
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call, jvp
 import nettrace as nt
 from nettrace.linearise import linearised, put_in_place
 from nettrace.measures import motion
+from nettrace.statistics import Inapplicable
 
 N, C = 6, 3
 
@@ -173,6 +174,12 @@ def test_as_many_eigenvectors_lead_as_the_convention_says(samples, outputs, k, f
     found = looks(model, nt.Probe(normal(samples, samples)), "ntk/rotation_first", [0])
     assert found["ntk/rotation_first", 0].value.shape == (k,)
     assert k <= samples * outputs / 2
+
+
+def test_kernels_that_are_the_same_for_all_pairs_have_no_centred_direction():
+    for constant in (torch.full((4, 1, 4, 1), 0.3), torch.ones(1, 1, 1, 1)):
+        with pytest.raises(Inapplicable, match="centring leaves nothing"):
+            motion.cka_distance(constant, constant)
 
 
 def test_kernels_that_are_zero_have_no_direction():
