@@ -37,9 +37,16 @@ class Session:
         trainer: the trainer.
         module: the network that it trains.
         callbacks: its callbacks of this package.
+        past: what an earlier session's `state_dict` returned, if it goes on from there.
     """
 
-    def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Trace]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        callbacks: Sequence[Trace],
+        past: Mapping[str, Any] | None = None,
+    ) -> None:
         self._trainer = trainer
         self._module = module
         self._last: int | None = None
@@ -61,6 +68,26 @@ class Session:
             except Exception as error:
                 self._unfired.remove(callback)
                 self._report(callback, "cannot take a probe", error)
+        for tracer, sharing in self._groups.values():
+            compares = [c for c in sharing if any(m.reference for m in c.measures)]
+            if past and compares:
+                try:
+                    tracer.load_state_dict(past)
+                except ValueError as error:
+                    self._report(compares[0], "cannot compare with the run before", error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What looks left for measures that compare them, by the probe's fingerprint."""
+        found: dict[str, Any] = {}
+        for tracer, _ in self._groups.values():
+            for probe, past in tracer.state_dict().items():
+                if past["kept"]:
+                    both = found.setdefault(probe, past)
+                    found[probe] = {
+                        "last": max(both["last"], past["last"]),
+                        "kept": past["kept"] | both["kept"],
+                    }
+        return found
 
     def measure(self, step: int, batches: int) -> None:
         """Measures for the callbacks that are due, once a step.
@@ -79,7 +106,9 @@ class Session:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
                 measures = {m.name: m for callback in due for m in callback.measures}
                 with _silenced(self._module):
-                    records = tracer.measure(self._module, step, list(measures.values()))
+                    records = tracer.measure(
+                        self._module, step, list(measures.values()), self._trainer.optimizers
+                    )
                 self._write(due, records, position, tracer.probe)
                 self._log(due, records, loggers_step(self._trainer) + (batches > 0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ class Trace(Callback):
 
     A measurement at step k sees the weights after k optimizer steps: before the training at step 0,
     else right after the k-th step, so that a checkpoint of that step is judged by its own weights.
-    Several of these callbacks on one trainer share one pass where they share a probe.
+    Several of these callbacks on one trainer share one pass where they share a probe. What measures
+    need of earlier looks is saved with checkpoints, so that a resumed run compares with the first
+    look of all.
 
     Args:
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
@@ -72,13 +74,16 @@ class Trace(Callback):
         self.samples = samples
         self.on_error = on_error
         self._session: Session | None = None
+        #: What the sessions before this left, where this callback measures for all.
+        self._past: Mapping[str, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the probe, together with the trainer's other callbacks of this kind."""
         peers = [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
         # The first of them measures for all, so that they share one pass.
         if peers[0] is self:
-            self._session = Session(trainer, pl_module, peers)
+            past = self._past if trainer.global_step else {}  # a run of its own has none
+            self._session = Session(trainer, pl_module, peers, past)
             self._session.measure(trainer.global_step, batches=0)
 
     def on_train_batch_end(
@@ -92,11 +97,28 @@ class Trace(Callback):
         """Says which callbacks never measured."""
         if self._session is not None:
             self._session.close()
-            self._session = None
+            self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lets go of the run; what was measured is on disk."""
-        self._session = None
+        self._leave()
+
+    # Not in `state_dict`, which is one callback's own: what peers share is saved once.
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Saves what measures need of earlier looks, if any does, as "nettrace"."""
+        past = self._past if self._session is None else self._session.state_dict()
+        if past:
+            checkpoint["nettrace"] = past
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._past = checkpoint.get("nettrace", {})
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._past = self._session.state_dict()
+            self._session = None
 
 
 class NTKTrace(Trace):

@@ -66,9 +66,13 @@ class Gradients(ABC):
             allow_unused=True,
         )
         return {
-            name: torch.zeros_like(p) if g is None else g
+            name: torch.zeros_like(p) if g is None else self.scaled(name, g)
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
+
+    def scaled(self, name: str, gradient: Tensor) -> Tensor:
+        """What autograd's gradient of a parameter is here: that, unless columns are scaled."""
+        return gradient
 
     @abstractmethod
     def layers(self, apart: bool) -> list[Layer]:

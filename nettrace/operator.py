@@ -16,6 +16,7 @@ from torch import Tensor
 from nettrace.approximations import Approximations
 from nettrace.gradients import Gradients, Layer, Pulled, reals
 from nettrace.kernels import blocks, column_sqnorms, gram_, inner, mirror_, sqnorms, traced_gram_
+from nettrace.scaled import ScaledGradients
 
 PerLayer: TypeAlias = dict[str, Tensor]
 #: In place of a parameter's name, all of them together.
@@ -263,6 +264,23 @@ class Jacobian(Approximations):
         if self._cotangents is not None:
             cotangents = torch.einsum("jnk,knc->jnc", cotangents, self._cotangents)
         return Jacobian(self._gradients, self._memory, cotangents)
+
+    def scaled(self, weights: Mapping[str, Tensor]) -> Jacobian:
+        """The Jacobian with its columns scaled: J diag(w).
+
+        The square of the root of a preconditioner's inverse is that inverse, so that the Gram
+        matrix of this is the kernel as a preconditioned optimizer sees it. Gradients are written
+        out for it, so that it costs more than `gram` of the unscaled Jacobian.
+
+        Args:
+            weights: w, a tensor for each parameter by name, in its shape; a complex parameter's
+                real and imaginary parts are scaled apart.
+
+        Raises:
+            ValueError: if names or shapes are wrong.
+        """
+        scales = self._split(weights)
+        return Jacobian(ScaledGradients(self._gradients, scales), self._memory, self._cotangents)
 
     def coverage(self) -> dict[str, str]:
         """How each parameter's per-sample gradients are found; every route is exact.

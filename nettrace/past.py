@@ -1,56 +1,132 @@
-"""What a network's first look and its latest leave for measures that compare looks."""
+"""What earlier looks at a network leave for measures that compare looks.
+
+A measure compares with the first look at which it was taken, or with the one before this. Measures
+may be due at different steps. So what is kept is kept for each `Reference` apart: for all measures
+that ask for the same statistics of the same look, together with the step that they are of.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
+#: "first" or "previous", and the names of the statistics that are wanted of that look, in order.
+Reference: TypeAlias = tuple[str, ...]
+#: A tensor, or one for each parameter.
+Statistic: TypeAlias = Tensor | dict[str, Tensor]
 
+
+class Stepped(Protocol):
+    """A look at a network, with its statistics as attributes."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Kept:
-    """Statistics as attributes.
+    """Statistics of one look.
 
     Args:
-        values: an object that has them.
-        names: those to keep, copied; by default whichever are asked for.
+        step: how many updates the weights had had.
+        values: the statistics, by name.
     """
 
-    def __init__(self, values: object, names: Iterable[str] | None = None) -> None:
-        self._values = values
-        if names is not None:
-            self._values = None
-            vars(self).update({name: _copied(getattr(values, name)) for name in names})
+    step: int
+    values: Mapping[str, Statistic]
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or self._values is None:
-            raise AttributeError(f"an earlier look kept no {name!r}")
-        return getattr(self._values, name)
+    def __getitem__(self, name: str) -> Any:
+        return self.step if name == "step" else self.values[name]
+
+    def to(self, device: torch.device) -> Kept:
+        """The same, with what lies on the CPU, as after loading, on the device."""
+        return Kept(self.step, {name: _moved(v, device) for name, v in self.values.items()})
 
 
 class Past:
-    """What earlier looks left."""
+    """What earlier looks of one run left: statistics of the first, and of the latest two.
+
+    The latest but one serves a look that is taken again at the same step, as on resuming, which
+    then finds the same. A step before the last begins another run, which has no past.
+
+    Memory: for each reference one copy of its statistics, or two of previous ones; those of equal
+    names and steps are shared.
+    """
 
     def __init__(self) -> None:
-        self.first: Kept | None = None
-        self.previous: Kept | None = None
+        self._kept: dict[Reference, list[Kept]] = {}
+        self._last = 0
 
-    def keep(self, look: object, needs: Iterable[str]) -> None:
-        """Keeps of a look what `needs` such as "first.gram" or "previous.step" will ask for."""
-        names: dict[str, set[str]] = {"first": set(), "previous": set()}
-        for need in needs:
-            when, _, name = need.rpartition(".")
-            if when:
-                names[when].add(name)
-        if names["first"] and self.first is None:
-            self.first = Kept(look, names["first"])
-        if names["previous"]:
-            self.previous = Kept(look, names["previous"])
+    def before(self, reference: Reference, step: int) -> Kept | None:
+        """What a reference is to a look at some step; None if there is no earlier look."""
+        if step < self._last:
+            return None
+        earlier = [kept for kept in self._kept.get(reference, ()) if kept.step < step]
+        return earlier[-1] if earlier else None
+
+    def keep(self, look: Stepped, references: Iterable[Reference]) -> None:
+        """Keeps copies of what references will ask for, as far as the look has it."""
+        if look.step < self._last:
+            self._kept.clear()
+        self._last = look.step
+        copies: dict[str, Statistic] = {}
+        for reference in references:
+            when, *names = reference
+            earlier = [kept for kept in self._kept.get(reference, ()) if kept.step < look.step]
+            if when == "first" and earlier:
+                continue
+            try:
+                for name in names:
+                    if name not in copies:
+                        copies[name] = _copied(getattr(look, name))
+            except Exception:  # which the measure that asked for it has reported
+                continue
+            now = Kept(look.step, {name: copies[name] for name in names})
+            self._kept[reference] = [*earlier[-1:], now]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers; not copied."""
+        kept = {
+            " ".join(reference): [{"step": k.step, "values": dict(k.values)} for k in several]
+            for reference, several in self._kept.items()
+        }
+        return {"last": self._last, "kept": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what another past's `state_dict` returned in place of what is here."""
+        self._last = state["last"]
+        self._kept = {
+            tuple(reference.split(" ")): [Kept(k["step"], k["values"]) for k in several]
+            for reference, several in state["kept"].items()
+        }
 
 
-def _copied(value: Any) -> Any:
+def references(needs: Iterable[str], asked: Mapping[str, Reference]) -> set[Reference]:
+    """What needs such as "gram", "first.gram" and "previous.step" ask of earlier looks.
+
+    Args:
+        needs: as given to `nettrace.measures.measure`.
+        asked: by statistic, the reference that it makes use of itself.
+    """
+    needs = list(needs)
+    found = {asked[need] for need in needs if need in asked}
+    for when in ("first", "previous"):
+        names = {need.partition(".")[2] for need in needs if need.startswith(when + ".")}
+        if names:
+            found.add((when, *sorted(names - {"step"})))
+    return found
+
+
+def _copied(value: Statistic) -> Statistic:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(one) for key, one in value.items()}
-    return value
+    return {name: tensor.detach().clone() for name, tensor in value.items()}
+
+
+def _moved(value: Statistic, device: torch.device) -> Statistic:
+    if isinstance(value, Tensor):
+        return value.to(device) if value.device.type == "cpu" else value
+    return {name: t.to(device) if t.device.type == "cpu" else t for name, t in value.items()}

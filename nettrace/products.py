@@ -38,7 +38,7 @@ class Pushforward:
                 allow_unused=True,
             )
         self._pulled = {
-            name: g
+            name: gradients.scaled(name, g)
             for name, g in zip(gradients.parameters, pulled, strict=True)
             if g is not None and g.requires_grad
         }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.freeze import frozen
@@ -27,6 +27,7 @@ from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
 
 OnError = Literal["record", "raise"]
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
 
 class MissingMeasureWarning(UserWarning):
@@ -41,6 +42,10 @@ class Tracer:
     The record "nettrace/spot_check" then holds the largest difference, and as its attribute
     "certificate" the `nettrace.Certificate`, as JSON. Where the check fails, whatever rests on
     derivatives is missing, with the reason, until it passes.
+
+    Measures that compare looks compare with the first at which they were taken and the one before.
+    What they need of those is kept in memory, and `state_dict` saves it with a checkpoint. A step
+    before the last begins another run.
 
     Args:
         probe: the samples to measure on.
@@ -93,12 +98,16 @@ class Tracer:
         self._spot_checks = SpotChecks()
         self._past = Past()
 
-    def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
+    def __call__(
+        self, model: nn.Module, step: int, optimizer: Optimizers = None, **coordinates: float
+    ) -> list[Record]:
         """Measures the network if the schedule says so.
 
         Args:
             model: the network; it is left exactly as it is.
             step: how many updates its weights have had.
+            optimizer: the one that makes them, or several that share them, for measures that need
+                it; it is only read.
             coordinates: what else to note beside the step, such as the epoch.
 
         Returns:
@@ -114,7 +123,7 @@ class Tracer:
             raise ValueError(f"expected a step of at least 0, got {step}")
         if not self.due(step):
             return []
-        records = self.measure(model, step, self.measures)
+        records = self.measure(model, step, self.measures, optimizer)
         if self._writer is not None:
             try:
                 self._writer.write(records, coordinates)
@@ -126,13 +135,21 @@ class Tracer:
                 )
         return records
 
-    def measure(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> list[Record]:
+    def measure(
+        self,
+        model: nn.Module,
+        step: int,
+        measures: Sequence[Measure],
+        optimizer: Optimizers = None,
+    ) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
         seed = self._seed * 1_000_003 + step
         needs = {need for measure in measures for need in measure.needs}
+        references = {measure.reference for measure in measures if measure.reference is not None}
+        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
 
         def check(jacobian: Jacobian) -> None:
             try:
@@ -153,6 +170,7 @@ class Tracer:
                         needs,
                         step=step,
                         past=self._past,
+                        optimizers=optimizers,
                         seed=seed,
                         memory_budget=self._memory_budget,
                         check=check,
@@ -162,8 +180,7 @@ class Tracer:
                     found = error
                 records = self._take(measures, step, found)
                 if not isinstance(found, Exception):
-                    with suppress(Exception):  # which the measures that ask for it report
-                        self._past.keep(found, needs)
+                    self._past.keep(found, references)
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             records = self._take(measures, step, error)
@@ -171,6 +188,28 @@ class Tracer:
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
         timed = Record("nettrace/seconds", step, seconds, attributes=convention)
         return [*records, *checks, timed]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What earlier looks left, by the probe's fingerprint: tensors, numbers and texts alone.
+
+        It can be saved by `torch.save` and loaded with `weights_only=True`.
+        """
+        return {self.probe.fingerprint(): self._past.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a run where `state_dict` was saved, to compare with its first look.
+
+        Raises:
+            ValueError: if that was on other samples.
+        """
+        own = self.probe.fingerprint()
+        if own not in state:
+            raise ValueError(
+                f"expected what was kept of looks on the probe {own}, got that of the probes "
+                f"{sorted(state)}: looks on other samples cannot be compared; give the probe that "
+                "the run began with"
+            )
+        self._past.load_state_dict(state[own])
 
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.

@@ -1,6 +1,17 @@
 """The measures: pure functions of statistics, one family a file."""
 
-from nettrace.measures import alignment, collective, fisher, hessian, loss, ntk, schools, spectrum
+from nettrace.measures import (
+    alignment,
+    collective,
+    fisher,
+    hessian,
+    loss,
+    motion,
+    ntk,
+    preconditioned,
+    schools,
+    spectrum,
+)
 from nettrace.measures.registry import Measure, Value, available, measure, resolve
 
 __all__ = [
@@ -13,7 +24,9 @@ __all__ = [
     "hessian",
     "loss",
     "measure",
+    "motion",
     "ntk",
+    "preconditioned",
     "resolve",
     "schools",
     "spectrum",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from operator import attrgetter
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from nettrace.past import Reference, references
 from nettrace.statistics import Statistics
 
 
@@ -65,14 +66,27 @@ class Measure:
     source: str
 
     @property
+    def reference(self) -> Reference | None:
+        """The earlier look that it compares with, if any, and what it wants of that."""
+        return next(iter(references(self.needs, Statistics.references)), None)
+
+    @property
     def summary(self) -> str:
         """What it is, in a line."""
         return (self.function.__doc__ or "").partition("\n")[0]
 
     def __call__(self, statistics: Statistics) -> Value:
         """The measure of a network, from its statistics."""
-        found = self.function(*(attrgetter(need)(statistics) for need in self.needs))
-        return found if isinstance(found, Value) else Value(found)
+        earlier = None if self.reference is None else statistics.earlier(self.reference)
+        arguments = []
+        for need in self.needs:
+            when, _, name = need.rpartition(".")
+            arguments.append(earlier[name] if when and earlier else getattr(statistics, name))
+        found = self.function(*arguments)
+        found = found if isinstance(found, Value) else Value(found)
+        if earlier is None:
+            return found
+        return replace(found, attributes={**found.attributes, "reference_step": earlier.step})
 
 
 _MEASURES: dict[str, Measure] = {}
@@ -97,7 +111,8 @@ def measure(
         source: the paper and equation that define it.
 
     Raises:
-        ValueError: if the name is not of that form or taken, or a need is no statistic.
+        ValueError: if the name is not of that form or taken, or a need is no statistic, or none
+            that can be kept, or several earlier looks are asked for.
     """
     needs = tuple(needs)
     group, _, quantity = name.partition("/")
@@ -110,6 +125,15 @@ def measure(
         when, _, statistic = need.rpartition(".")
         if when not in ("", "first", "previous") or statistic not in known:
             raise ValueError(f"unknown statistic {need!r}{_nearest(statistic, known)}")
+        if when and statistic != "step" and _type(statistic) not in ("Tensor", "PerLayer"):
+            raise ValueError(
+                f"cannot keep {statistic!r} for {need!r}: expected a statistic that is a tensor or "
+                "one for each parameter"
+            )
+    if len(several := references(needs, Statistics.references)) > 1:
+        raise ValueError(
+            f"expected the measure {name!r} to compare with one earlier look, got {sorted(several)}"
+        )
 
     def register(function: F) -> F:
         _MEASURES[name] = Measure(name, needs, function, convention, tuple(dims), source)
@@ -124,7 +148,7 @@ def available() -> list[Measure]:
 
 
 def resolve(names: str | Iterable[str]) -> list[Measure]:
-    """Measures by name; a group's name stands for all of it.
+    """Measures by name; a group's name stands for all of it that a network and a probe define.
 
     Raises:
         ValueError: if there is no such measure, naming the nearest, or none is asked for.
@@ -136,12 +160,22 @@ def resolve(names: str | Iterable[str]) -> list[Measure]:
         raise ValueError("expected at least one measure, got none")
     found: dict[str, Measure] = {}
     for name in names:
-        group = {n: m for n, m in _MEASURES.items() if n == name or n.startswith(name + "/")}
+        group = {
+            n: m
+            for n, m in _MEASURES.items()
+            if n == name or (n.startswith(name + "/") and not Statistics.of_optimizer & {*m.needs})
+        }
         if not group:
             groups = {n.partition("/")[0] for n in _MEASURES}
             raise ValueError(f"unknown measure {name!r}{_nearest(name, [*_MEASURES, *groups])}")
         found |= group
     return list(found.values())
+
+
+def _type(statistic: str) -> str:
+    found = inspect.getattr_static(Statistics, statistic)
+    function = getattr(found, "func", None) or getattr(found, "fget", None)
+    return str(getattr(function, "__annotations__", {}).get("return", ""))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -6,9 +6,11 @@ or raw arrays: measures divide, and say by what.
 
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
+from nettrace.statistics.motion import MotionStatistics
+from nettrace.statistics.preconditioned import PreconditionedStatistics
 
 
-class Statistics(InformationStatistics):
+class Statistics(InformationStatistics, MotionStatistics, PreconditionedStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -18,7 +18,7 @@ class KernelStatistics(Look):
     #: The statistics that are made of the Gram matrix.
     _of_gram = frozenset(
         "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors "
-        "cosine_eigenvalues".split()
+        "cosine_eigenvalues leading_eigenvectors".split()
     )
 
     @cached_property
@@ -100,7 +100,7 @@ class KernelStatistics(Look):
     @cached_property
     def eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
-        if "eigenvectors" in self._needs:
+        if self._needs & {"eigenvectors", "leading_eigenvectors"}:
             return self._eigensystem[0]
         return _eigenvalues(self._matrix)
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian
 from nettrace.ownership import check_rows
-from nettrace.past import Kept, Past
+from nettrace.past import Kept, Past, Reference
 from nettrace.probe import Probe
 
 
@@ -34,6 +35,7 @@ class Look:
         needs: the statistics that will be asked for, so that they can share work.
         step: how many updates the weights have had.
         past: what earlier looks left.
+        optimizers: those that update the weights, if they are known.
         seed: for those that draw random numbers.
         memory_budget: as in `nettrace.jacobian`.
         check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
@@ -53,7 +55,7 @@ class Look:
         "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms "
         "loss_gradient_column_sqnorms fisher_sqnorms fisher_layer_sqnorms fisher_column_sqnorms "
         "fisher_eigenvalues fisher_layer_eigenvalues fisher_metric drawn_sqnorms hessian_traces "
-        "centred_trace".split()
+        "centred_trace linearised_losses".split()
     )
 
     def __init__(
@@ -64,6 +66,7 @@ class Look:
         *,
         step: int = 0,
         past: Past | None = None,
+        optimizers: Sequence[Optimizer] = (),
         seed: int = 0,
         memory_budget: int | str = "2GiB",
         check: Callable[[Jacobian], None] = lambda jacobian: None,
@@ -76,20 +79,25 @@ class Look:
         self._memory = memory_budget
         self._check = check
         self._past = past or Past()
+        self._optimizers = optimizers
         self.samples = len(self._outputs)
         self.step = step
 
-    @property
-    def first(self) -> Kept:
-        """Statistics of the first look, by name; of this one, if it is the first."""
-        return self._past.first or Kept(self)
+    def earlier(self, reference: Reference) -> Kept:
+        """The look that a measure compares with: the first, which may be this, or the one before.
 
-    @property
-    def previous(self) -> Kept:
-        """Statistics of the look before this one, by name."""
-        if self._past.previous is None:
+        Raises:
+            Inapplicable: if there was none before.
+        """
+        kept = self._past.before(reference, self.step)
+        if kept is not None:
+            return kept.to(self._outputs.device)
+        when, *names = reference
+        # Also where there is nothing to compare yet, so that what is wrong with them is said.
+        values = {name: getattr(self, name) for name in names}
+        if when == "previous":
             raise Inapplicable("there is no earlier look to compare with")
-        return self._past.previous
+        return Kept(self.step, values)
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -136,7 +144,10 @@ class Look:
 
     @cached_property
     def _losses(self) -> Tensor:
-        losses = self._probe.per_sample_losses(self._outputs)
+        return self._losses_of(self._outputs)
+
+    def _losses_of(self, outputs: Tensor) -> Tensor:
+        losses = self._probe.per_sample_losses(outputs)
         if losses is None:
             raise Unavailable(
                 "the loss is not known: pass Probe(inputs, targets), and losses=... where neither "

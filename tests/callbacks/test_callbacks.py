@@ -202,9 +202,9 @@ def test_what_is_not_due_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     measured: dict[int, set[str]] = {}
     measure = nt.Tracer.measure
 
-    def noted(self: nt.Tracer, model: Any, step: int, measures: Any) -> Any:
+    def noted(self: nt.Tracer, model: Any, step: int, measures: Any, *options: Any) -> Any:
         measured[step] = {measure.name.partition("/")[0] for measure in measures}
-        return measure(self, model, step, measures)
+        return measure(self, model, step, measures, *options)
 
     monkeypatch.setattr(nt.Tracer, "measure", noted)
     training.fit([NTKTrace(every=2), FisherTrace(every=3)])

@@ -76,6 +76,8 @@ def test_training_is_bitwise_the_same_with_callbacks(
     given = nt.Probe(samples.inputs, samples.targets) if probe == "given" else None
     options = {"every": 1, "to": tmp_path / "trace", "log": True, "probe": given}
     callbacks = [kind(**options) for kind in (NTKTrace, FisherTrace, CollectiveVariables, Trace)]
+    optimizer_sees = {**options, "every": range(1, 100)}
+    callbacks += [Trace("weights", **options), Trace("ntk/preconditioned_trace", **optimizer_sees)]
     validate = probe != "training"
     found = outcome(namespace, optimizer, callbacks, tmp_path, validate=validate)
     assert training.differences(bare(namespace, optimizer, validate), found) == []
@@ -129,10 +131,10 @@ def test_one_careless_deed_in_one_measurement_is_found(
     disturb, where = CARELESS[deed]
     measure = nt.Tracer.measure
 
-    def careless(self: Any, model: Any, step: int, measures: Any) -> Any:
+    def careless(self: Any, model: Any, step: int, *options: Any) -> Any:
         if step == 1:
             disturb(model)
-        return measure(self, model, step, measures)
+        return measure(self, model, step, *options)
 
     monkeypatch.setattr(nt.Tracer, "measure", careless)
     found = outcome("pytorch_lightning", "AdamW", [NTKTrace(every=1)], tmp_path)

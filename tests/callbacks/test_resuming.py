@@ -1,0 +1,117 @@
+"""A run resumed from a checkpoint compares with its own first look, not with that of resuming."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import training
+import xarray as xr
+
+import nettrace as nt
+from nettrace.callbacks import NTKTrace, Trace
+
+pytestmark = [
+    *[pytest.mark.filterwarnings(warning) for warning in training.HARMLESS],
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists:UserWarning"),  # on purpose
+]
+
+
+def adam(namespace: str = training.NAMESPACES[0]) -> Any:
+    class Adam(training.network(namespace)):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), 0.05)
+
+    return Adam()
+
+
+def run(folder: Path, last: int, checkpoint: Path | None = None, **options: Any) -> xr.Dataset:
+    """Trains with callbacks that share a tracer and are due at different steps."""
+    namespace = options.pop("namespace", training.NAMESPACES[0])
+    callbacks = [
+        Trace(["loss", "ntk/trace"], to=folder / "trace", every=1),
+        NTKTrace(["ntk/distance_first", "ntk/velocity"], to=folder / "trace", every=2),
+        Trace("ntk/rotation_previous", to=folder / "trace", every=[1, 3, 5]),
+        Trace("weights", to=folder / "trace", every=range(1, 20)),
+        Trace("ntk/preconditioned_trace", to=folder / "trace", every=range(1, 20)),
+    ]
+    keep = import_module(f"{namespace}.callbacks").ModelCheckpoint(
+        folder, "{step}", save_top_k=-1, every_n_train_steps=1, enable_version_counter=False
+    )
+    training.fit(
+        [*callbacks, keep],
+        adam(namespace),
+        namespace=namespace,
+        max_steps=last,
+        enable_checkpointing=True,
+        ckpt_path=checkpoint,
+        **options,
+    )
+    return nt.open(folder / "trace")
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+def test_a_resumed_run_compares_as_the_whole_one(namespace: str, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 6, namespace=namespace)
+    run(tmp_path / "parts", 4, namespace=namespace)  # an epoch
+    checkpoint = tmp_path / "parts" / "step=4.ckpt"
+    assert "nettrace" in torch.load(checkpoint, weights_only=True)
+    parts = run(tmp_path / "parts", 6, checkpoint, namespace=namespace)
+    names = "ntk_distance_first ntk_velocity ntk_rotation_previous weights_displacement "
+    names += "weights_linearised_loss weights_lazy_rich_index ntk_preconditioned_trace loss_mean"
+    for name in names.split():
+        values = whole[name].values
+        np.testing.assert_array_equal(parts[name].values, values, err_msg=name)
+        assert np.isfinite(values).any(), name
+        assert parts[name].attrs == whole[name].attrs
+    first = [
+        parts[n].attrs["reference_step"] for n in ("ntk_distance_first", "weights_displacement")
+    ]
+    assert first == [0, 1]
+    assert parts.ntk_rotation_previous.attrs["reference_step"] == 3
+
+
+def test_a_run_that_goes_on_after_its_end_compares_with_its_start(tmp_path: Path) -> None:
+    callback, model = Trace("weights/displacement", every=1, to=tmp_path / "trace"), adam()
+    trainer = training.fit(callback, model, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert "nettrace" in torch.load(tmp_path / "end.ckpt", weights_only=True)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(model, training.loader())
+    found = nt.open(tmp_path / "trace").weights_displacement
+    assert found.step.values.tolist() == [0, 1, 2, 3, 4]
+    assert (np.diff(found.values) > 0).all()
+    training.fit(callback, max_steps=2)  # another run, from the start
+    assert nt.open(tmp_path / "trace").weights_displacement.values[0] == 0
+
+
+def test_checkpoints_are_as_they_were_where_no_measure_compares(tmp_path: Path) -> None:
+    trainer = training.fit(Trace(["ntk/trace", "loss"], every=1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert "nettrace" not in torch.load(tmp_path / "end.ckpt", weights_only=True)
+
+
+def test_a_run_resumed_on_other_samples_says_so(tmp_path: Path) -> None:
+    trainer = training.fit(Trace("weights", every=1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    other = training.loader(training.Samples(seed=5))
+    callback, checkpoint = Trace("weights", every=1), tmp_path / "end.ckpt"
+    with pytest.warns(nt.MissingMeasureWarning, match="looks on other samples cannot be compared"):
+        training.fit(callback, None, other, ckpt_path=checkpoint, max_steps=6)
+
+
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=:UserWarning")
+def test_a_run_that_fails_can_be_saved_with_its_past(tmp_path: Path) -> None:
+    class Failing(training.network()):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.global_step == 2:
+                raise RuntimeError("out of luck")
+
+    keep = import_module("pytorch_lightning.callbacks").OnExceptionCheckpoint(tmp_path, "failed")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        training.fit([Trace("weights", every=1), keep], Failing(), enable_checkpointing=True)
+    assert "nettrace" in torch.load(tmp_path / "failed.ckpt", weights_only=True)
