@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nettrace import Probe
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
-from nettrace.measures import resolve
+from nettrace.probe import check_probes
 from nettrace.schedule import Every, schedule
-from nettrace.tracer import OnError
+from nettrace.tracer import OnError, chosen
 
 
 class Trace(Callback):
@@ -25,8 +25,9 @@ class Trace(Callback):
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
         every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
             themselves, or a function from a step to yes or no.
-        probe: the samples to measure on. By default, evenly spaced samples of the first validation
-            data set, or else of the training data set; the trainer's loaders are never iterated.
+        probe: the samples to measure on, or several by name, as {"train": p, "val": q}. By default,
+            evenly spaced samples of the first validation data set, or else of the training data
+            set; the trainer's loaders are never iterated.
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         log: whether to send numbers to the trainer's loggers and `callback_metrics`, so that they
             can be monitored; kernels and spectra too where a logger is W&B's.
@@ -44,7 +45,7 @@ class Trace(Callback):
         measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
         *,
         every: Every = 100,
-        probe: Probe | None = None,
+        probe: Probe | Mapping[str, Probe] | None = None,
         to: str | Path | None = None,
         log: bool = True,
         prefix: str = "",
@@ -56,14 +57,11 @@ class Trace(Callback):
             raise TypeError(f"expected to= to be a folder's path, got {type(to).__name__}")
         if not isinstance(prefix, str):
             raise TypeError(f"expected prefix= to be a text, got {type(prefix).__name__}")
-        if probe is not None and not isinstance(probe, Probe):
-            raise TypeError(
-                f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as "
-                "Probe(inputs, targets)"
-            )
+        if probe is not None:
+            check_probes(probe)
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
-        self.measures = resolve(measures)
+        self.measures = chosen(measures, probe)
         self.due = schedule(every)
         self.probe = probe
         self.to = to
@@ -89,8 +87,9 @@ class Trace(Callback):
             self._session.measure(trainer.global_step, batches=batch_idx + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says which callbacks never measured."""
+        """Measures last where that is asked for, and says which callbacks never measured."""
         if self._session is not None:
+            self._session.measure_last(trainer.global_step)
             self._session.close()
             self._session = None
 

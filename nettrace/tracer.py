@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -20,9 +21,10 @@ from nettrace.measures import Measure, Value, resolve
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
-from nettrace.probe import Probe
+from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
+from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
 
@@ -43,7 +45,8 @@ class Tracer:
     derivatives is missing, with the reason, until it passes.
 
     Args:
-        probe: the samples to measure on.
+        probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
+            record then has a leading axis "probe", or "pair" if it compares two of them.
         measures: names of measures or of groups of them.
         every: when to measure: a period in steps, "log", the steps themselves, or a function from a
             step to yes or no.
@@ -66,7 +69,7 @@ class Tracer:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Probe | Mapping[str, Probe],
         measures: str | Iterable[str],
         *,
         every: Every = 1,
@@ -77,21 +80,33 @@ class Tracer:
     ) -> None:
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
-        if not isinstance(probe, Probe):
-            raise TypeError(
-                f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as "
-                "Probe(inputs, targets)"
-            )
-        self.probe = probe
-        self.measures = resolve(measures)
+        check_probes(probe)
+        #: The samples, or the first of several probes.
+        self.probe = probe if isinstance(probe, Probe) else next(iter(probe.values()))
+        self.fingerprint = fingerprint(probe)
+        self.measures = chosen(measures, probe)
         self.due = schedule(every)
         self.on_error: OnError = on_error
         self._memory_budget = memory_budget
         self._seed = seed
-        self._writer = None if to is None else TraceWriter(to, probe=probe.fingerprint())
+        self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
+        self._where = ""
+        self._several = None if isinstance(probe, Probe) else Several(self, probe)
+
+    def twin(self, probe: Probe, name: str) -> Tracer:
+        """The same for a probe by that name, with a past of its own, and nothing written."""
+        twin = copy.copy(self)
+        twin.probe, twin._where = probe, f" on {name}"
+        twin._writer = twin._several = None
+        twin._spot_checks, twin._past = SpotChecks(), Past()
+        return twin
+
+    def each(self) -> list[Tracer]:
+        """The tracers of several probes, or this one."""
+        return [self] if self._several is None else list(self._several.tracers.values())
 
     def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
         """Measures the network if the schedule says so.
@@ -128,6 +143,8 @@ class Tracer:
 
     def measure(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
+        if self._several is not None:
+            return self._several.measure(model, step, measures)
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
@@ -175,6 +192,8 @@ class Tracer:
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
 
+        Of several probes, the first is taken.
+
         Raises:
             CoupledSamplesError: if samples are coupled.
             SpotCheckError: if derivatives differ from those of plain autograd.
@@ -184,6 +203,14 @@ class Tracer:
             statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
             self._examine(model, statistics)
             return certify(statistics.jacobian, seed=self._seed)
+
+    def refuse(self, measures: Sequence[Measure], step: int, error: Exception) -> list[Record]:
+        """The records of measures that cannot be taken, for one reason.
+
+        Raises:
+            Exception: the reason, if `on_error="raise"`.
+        """
+        return self._take(measures, step, error)
 
     def _take(
         self, measures: Sequence[Measure], step: int, found: Statistics | Exception
@@ -254,7 +281,7 @@ class Tracer:
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        self._warn(reason, f"{measure.name} is missing at step {step}: {reason}")
+        self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
         shape = (0,) * len(measure.dims)
         value = np.full(shape, np.nan)
         return Record(
@@ -265,6 +292,19 @@ class Tracer:
         if once not in self._warned:
             self._warned.add(once)
             warnings.warn(text, MissingMeasureWarning, stacklevel=5)
+
+
+def chosen(
+    measures: str | Iterable[str], probe: Probe | Mapping[str, Probe] | None
+) -> list[Measure]:
+    """Measures by name; of a group, those that compare probes only if there are several.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    names = [measures] if isinstance(measures, str) else list(measures or ())
+    several = isinstance(probe, Mapping) and len(probe) > 1
+    return [m for m in resolve(names) if several or m.name in names or not of_pairs(m)]
 
 
 def _same(found: Tensor, expected: Tensor, noise: Tensor) -> bool:
@@ -284,7 +324,12 @@ def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -
         None if found.standard_error is None else _array(found.standard_error),
         measure.dims,
         found.coordinates,
-        {**_about(measure), **_loss(measure, statistics), **found.attributes},
+        {
+            **_about(measure),
+            **({"outputs": statistics.selected} if statistics.selected else {}),
+            **_loss(measure, statistics),
+            **found.attributes,
+        },
     )
 
 

@@ -15,6 +15,7 @@ from nettrace.estimators import Estimate
 from nettrace.measures.registry import Value, measure
 
 _NTK = "Jacot et al. 2018, arXiv:1806.07572"
+_ALIGNMENT = "Cristianini et al. 2001, On kernel-target alignment"
 _ENTROPY = "Tovey et al. 2023, arXiv:2305.00995"
 
 
@@ -127,6 +128,34 @@ def entropy_traced_normalised(traced_eigenvalues: Tensor) -> Tensor:
 def effective_rank(eigenvalues: Tensor) -> Tensor:
     """How many modes the kernel has, as the exponential of its entropy."""
     return shannon(eigenvalues).exp()
+
+
+@measure(
+    "ntk/cross",
+    needs=["cross_kernels"],
+    convention="between the samples of two probes, summed over equal outputs; not divided",
+    dims=["sample", "sample_2"],
+    source=_NTK,
+)
+def cross(cross_kernels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The kernel between two probes."""
+    return cross_kernels[0]
+
+
+@measure(
+    "ntk/cross_alignment",
+    needs=["cross_kernels"],
+    convention="squared norm of ntk/cross over the norms of the two probes' own kernels, summed "
+    "over equal outputs, in [0, 1]",
+    source=_ALIGNMENT,
+)
+def cross_alignment(cross_kernels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The cosine between the second moments of the gradients on two probes."""
+    between, *own = (kernel.double().square().sum() for kernel in cross_kernels)
+    norms = (own[0] * own[1]).sqrt()
+    if not bool(norms > 0):
+        raise ValueError("the alignment is not defined: the kernel of a probe is zero")
+    return between / norms
 
 
 def shannon(weights: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.operator import PerLayer
-from nettrace.statistics.look import Look
+from nettrace.statistics.look import Look, Unavailable
 
 
 class KernelStatistics(Look):
     """The kernel, its trace and its spectrum."""
+
+    #: The statistics of two probes that were joined.
+    of_pairs = frozenset({"cross_kernels"})
 
     @cached_property
     def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
@@ -85,6 +88,26 @@ class KernelStatistics(Look):
     def traced_eigenvalues(self) -> Tensor:
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
         return _eigenvalues(self.gram.diagonal(dim1=1, dim2=3).sum(-1))
+
+    @cached_property
+    def cross_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of two probes: (N, M) the kernel between them, (N, N) and (M, M) those of each.
+
+        All are summed over equal outputs.
+        """
+        cut = self._probe.cut
+        if cut is None:
+            raise Unavailable(
+                "this compares two probes, and there is one: pass "
+                'Tracer({"train": probe, "val": other}, ...)'
+            )
+        if self.samples != len(self._probe):
+            raise Unavailable(
+                f"{len(self._probe)} inputs give {self.samples} rows of outputs, so that it cannot "
+                "be told which belong to which probe: make each row of outputs one sample"
+            )
+        kernel = self.jacobian.gram(trace_outputs=True)
+        return kernel[:cut, cut:], kernel[:cut, :cut], kernel[cut:, cut:]
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:

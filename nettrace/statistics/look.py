@@ -42,6 +42,7 @@ class Look:
     Attributes:
         samples: N.
         step: how many updates the weights have had.
+        selected: which outputs these are, where the network returns more; else empty.
     """
 
     #: Above this number of outputs, the kernel's trace is estimated.
@@ -66,7 +67,7 @@ class Look:
         memory_budget: int | str = "2GiB",
         check: Callable[[Jacobian], None] = lambda jacobian: None,
     ) -> None:
-        self._outputs = probe.look(model)
+        self._outputs, self.selected = probe.see(model)
         self._probe = probe
         self._model = model
         self._needs = frozenset(need.rpartition(".")[2] for need in needs)
