@@ -7,7 +7,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ class Session:
         self._module = module
         self._position: dict[str, float] = {}
         self._step: int | None = None
-        self._due = {callback: self._bound(callback.due) for callback in callbacks}
+        self._due = {callback: self._bound(callback) for callback in callbacks}
         #: At which step each callback measured last.
         self._measured: dict[Trace, int] = {}
         self._unfired = list(callbacks)
@@ -100,7 +100,8 @@ class Session:
                 with _silenced(self._module):
                     records = tracer.measure(self._module, step, list(measures.values()))
                 self._write(due, records, self._position, tracer.fingerprint)
-                self._log(due, records, loggers_step(self._trainer) + (self._position["batches"] > 0))
+                begun = self._position["batches"] > 0
+                self._log(due, records, loggers_step(self._trainer) + begun)
 
     def _is_due(self, callback: Trace, step: int) -> bool:
         try:
@@ -109,11 +110,14 @@ class Session:
             self._report(callback, "has a schedule that fails", error)
             return False
 
-    def _bound(self, due: Schedule) -> Schedule:
-        trainer = self._trainer
-        total = trainer.estimated_stepping_batches
+    def _bound(self, callback: Trace) -> Schedule:
+        """The callback's schedule, told how long this training and its epochs are."""
+        trainer, total = self._trainer, math.inf
+        with suppress(Exception):  # where accumulation changes, the trainer does not know it
+            total = trainer.estimated_stepping_batches
         each = trainer.num_training_batches / trainer.accumulate_grad_batches
-        return bound(due, math.inf if total < 0 else total, math.ceil(each) if each < math.inf else each)
+        each = math.inf if math.isinf(each) else math.ceil(each)
+        return bound(callback.due, math.inf if total < 0 else total, each)
 
     def close(self) -> None:
         """Says which callbacks never measured."""

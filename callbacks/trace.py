@@ -24,7 +24,7 @@ class Trace(Callback):
     Args:
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
         every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
-            themselves, or a function from a step to yes or no.
+            themselves, or a function from a step to yes or no, such as `nettrace.epochs(1)`.
         probe: the samples to measure on, or several by name, as {"train": p, "val": q}. By default,
             evenly spaced samples of the first validation data set, or else of the training data
             set; the trainer's loaders are never iterated.
