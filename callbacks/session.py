@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.freeze import frozen, private_copy, random_states
@@ -67,6 +68,19 @@ class Session:
             except Exception as error:
                 self._unfired.remove(callback)
                 self._report(callback, "cannot take a probe", error)
+        tracers = [
+            (t, [m for c in group for m in c.measures]) for t, group in self._groups.values()
+        ]
+        self._first_batch = FirstBatch(trainer, module, tracers)
+
+    def begin_batch(self, batch: Any) -> None:
+        """Sees a batch before its training step."""
+        with _silenced(self._module):
+            self._first_batch.evaluate(batch)
+
+    def end_batch(self, returned: Any) -> None:
+        """Sees what the training step returned."""
+        self._first_batch.compare(returned)
 
     def measure(self, step: int, batches: int) -> None:
         """Measures for the callbacks that are due, once a step.

@@ -19,7 +19,9 @@ class Trace(Callback):
 
     A measurement at step k sees the weights after k optimizer steps: before the training at step 0,
     else right after the k-th step, so that a checkpoint of that step is judged by its own weights.
-    Several of these callbacks on one trainer share one pass where they share a probe.
+    Several of these callbacks on one trainer share one pass where they share a probe. A loss that
+    is not declared is held against the one that the first training step returns; if that is
+    another, what rests on it is missing from then on, with the reason.
 
     Args:
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
@@ -79,11 +81,19 @@ class Trace(Callback):
             self._session = Session(trainer, pl_module, peers)
             self._session.measure(trainer.global_step, batches=0)
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluates the first batch, where the loss is not declared."""
+        if self._session is not None:
+            self._session.begin_batch(batch)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measures the weights as this batch left them."""
         if self._session is not None:
+            self._session.end_batch(outputs)
             self._session.measure(trainer.global_step, batches=batch_idx + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -19,6 +19,7 @@ from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certif
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
 from nettrace.operator import Jacobian
+from nettrace.own_loss import LossCheck
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
 from nettrace.probe import Probe, check_probes, fingerprint
@@ -94,6 +95,8 @@ class Tracer:
         self._spot_checks = SpotChecks()
         self._past = Past()
         self._where = ""
+        #: What is known of a loss that is not declared, from where it is trained.
+        self.loss_check: LossCheck | None = None
         self._several = None if isinstance(probe, Probe) else Several(self, probe)
 
     def twin(self, probe: Probe, name: str) -> Tracer:
@@ -173,6 +176,7 @@ class Tracer:
                         seed=seed,
                         memory_budget=self._memory_budget,
                         check=check,
+                        loss_check=self.loss_check,
                     )
                     self._examine(model, found)
                 except Exception as error:
@@ -351,7 +355,9 @@ def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:
         return {}
     likelihood = statistics.assumed_likelihood
     loss = "losses of the probe's own" if likelihood is None else likelihood.loss
-    return {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
+    known = {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
+    check = statistics.loss_check
+    return known if check is None else {**known, "loss_checked": check.text}
 
 
 def _about(measure: Measure) -> dict[str, str]:
