@@ -193,28 +193,30 @@ class Probe:
         Returns:
             None where the samples cannot be told apart.
         """
-        rows = [*tensors(self.inputs), *tensors(self.targets)]
-        if any(t.dim() == 0 or len(t) != len(self) for t in rows):
+        if not self._has_rows(self.inputs, self.targets):
             return None
         part = self.map(lambda t: t[samples.to(t.device)])
         part.cut = None
         return part
 
     def joined(self, other: Probe) -> Probe:
-        """This probe's samples and another's as one probe, which knows where it was joined.
+        """This probe's inputs and then another's as one probe, which knows where it was cut.
+
+        It has no targets, since those of the two need not be of one kind.
 
         Raises:
-            ValueError: if they differ in more than samples and targets.
+            ValueError: if the inputs do not fit in one batch, or outputs are computed differently.
         """
-        for name in ("forward", "losses", "likelihood", "class_axis", "select"):
-            if getattr(self, name) is not getattr(other, name):
+        for name in ("forward", "select"):
+            if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"the probes cannot be joined, they differ in {name}=: pass the same to both"
                 )
-        both = copy.copy(self)
-        both.inputs = joined(self.inputs, other.inputs)
-        pair = (self.targets, other.targets)
-        both.targets = None if any(targets is None for targets in pair) else joined(*pair)
+        if not self._has_rows(self.inputs) or not other._has_rows(other.inputs):
+            raise ValueError(
+                "the probes cannot be joined: not all tensors of their inputs have one row a sample"
+            )
+        both = Probe(joined(self.inputs, other.inputs), forward=self.forward, select=self.select)
         both.cut = len(self)
         return both
 
@@ -261,6 +263,10 @@ class Probe:
             found = named(model(**inputs, labels=self.targets)) or {}
         loss = found.get("loss")
         return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+    def _has_rows(self, *trees: Any) -> bool:
+        """Whether each tensor has one row a sample."""
+        return all(t.dim() > 0 and len(t) == len(self) for t in tensors(trees))
 
     def _outputs(self, model: nn.Module) -> tuple[Tensor, str]:
         hint = "pass Probe(..., forward=lambda model, inputs: ...) to compute the outputs"

@@ -1,6 +1,7 @@
 """Several probes at once are what each is alone, side by side; and kernels between two."""
 
 import json
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from nettrace.measures import registry
 from nettrace.several import stacked
 
 EACH = ["ntk/gram", "ntk/spectrum", "ntk/trace_per_layer", "fisher/trace_mc", "loss"]
+
+
+X = torch.ones(2, 3).double()
 
 
 def network():
@@ -185,6 +189,19 @@ def test_the_kernel_between_probes_is_that_of_plain_autograd(sizes):
     assert alignment == pytest.approx(float(cosine), rel=1e-10)
 
 
+@pytest.mark.parametrize(
+    "kind", [lambda x: (x,), lambda x: {"input": x}, lambda x: UserDict(input=x)]
+)
+def test_probes_of_every_kind_of_inputs_can_be_joined(kind):
+    x, y = torch.randn(4, 3).double(), torch.randn(2, 3).double()
+    real = nt.Probe(kind(y), torch.randn(2, 2).double())  # targets of another kind do not matter
+    probes = {"a": nt.Probe(kind(x), torch.arange(4) % 2), "b": real}
+    model = network()
+    found = measured(model, probes, "ntk/cross")["ntk/cross"].value[0]
+    kernel = nt.jacobian(model(torch.cat([x, y])), model).gram(trace_outputs=True)
+    np.testing.assert_allclose(found, kernel[:4, 4:], rtol=1e-12)
+
+
 @given(scale=st.floats(0.1, 10), seed=st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_the_alignment_is_symmetric_and_one_of_a_probe_with_itself(scale, seed):
@@ -208,10 +225,15 @@ def test_the_alignment_is_symmetric_and_one_of_a_probe_with_itself(scale, seed):
     [
         (lambda: probe(3), r'Tracer\({"train": probe, "val": other}'),
         (lambda: {"only": probe(3)}, "one probe, and this compares two"),
-        (lambda: {"a": probe(3), "b": probe(3, likelihood="categorical")}, "differ in likelihood="),
+        (lambda: {"a": probe(3), "b": probe(3, select="last")}, "differ in select="),
+        (lambda: {"a": nt.Probe({"input": X}), "b": nt.Probe({"x": X})}, r"\['input'\].*\['x'\]"),
+        (
+            lambda: {k: nt.Probe({"input": X, "scale": torch.ones(())}) for k in "ab"},
+            "one row a sample",
+        ),
         (lambda: {"a": probe(3), "b": nt.Probe(torch.randn(2, 5))}, r"\(3,\).*\(5,\).*padding"),
     ],
-    ids=["one", "one by name", "other likelihood", "other shape"],
+    ids=["one", "one by name", "other outputs", "other names", "no rows", "other shape"],
 )
 def test_where_there_is_nothing_to_compare_the_reason_says_so(probes, says):
     with pytest.warns(nt.MissingMeasureWarning, match=says):
