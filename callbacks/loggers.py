@@ -20,6 +20,8 @@ STEP = "nettrace/step"
 def monitor(trainer: Any, records: Sequence[Record], prefix: str) -> None:
     """Puts numbers among the trainer's `callback_metrics`, for callbacks that monitor one.
 
+    Those of several probes are named "group/quantity/probe".
+
     Args:
         trainer: a Lightning trainer.
         records: of one step, none missing.
@@ -31,6 +33,8 @@ def monitor(trainer: Any, records: Sequence[Record], prefix: str) -> None:
 
 def send(logger: Any, records: Sequence[Record], prefix: str, step: int) -> None:
     """Sends records to a Lightning logger: numbers to any, spectra and kernels to W&B's.
+
+    Those of several probes are named "group/quantity/probe".
 
     Args:
         logger: the logger.
@@ -47,12 +51,16 @@ def send(logger: Any, records: Sequence[Record], prefix: str, step: int) -> None
 
 def _numbers(records: Sequence[Record], prefix: str) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for record in records:
+    for record in _apart(records):
         if record.is_scalar:
             numbers[prefix + record.name] = float(record.value)
             if record.standard_error is not None:
                 numbers[f"{prefix}{record.name}_standard_error"] = float(record.standard_error)
     return numbers
+
+
+def _apart(records: Sequence[Record]) -> list[Record]:
+    return [part for record in records for part in record.apart()]
 
 
 def _send_to_wandb(
@@ -62,7 +70,7 @@ def _send_to_wandb(
     import wandb
 
     row: dict[str, Any] = {}
-    for record in records:
+    for record in _apart(records):
         name = prefix + record.name
         values = np.asarray(record.value, dtype=float)
         if values.ndim == 1 and record.coordinates:

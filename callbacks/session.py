@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.freeze import frozen, private_copy, random_states
+from nettrace.probe import evenly_spaced
+from nettrace.schedule import Schedule, bound
 from nettrace.store import TraceWriter
 
 if TYPE_CHECKING:
@@ -49,7 +53,11 @@ class Session:
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._last: int | None = None
+        self._position: dict[str, float] = {}
+        self._step: int | None = None
+        self._due = {callback: self._bound(callback) for callback in callbacks}
+        #: At which step each callback measured last.
+        self._measured: dict[Trace, int] = {}
         self._unfired = list(callbacks)
         self._warned: set[str] = set()
         self._attempt = uuid.uuid4().hex
@@ -57,8 +65,7 @@ class Session:
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
-            shared = callback.samples if callback.probe is None else id(callback.probe)
-            key = (callback.probe is None, shared, callback.on_error)
+            key = (_shared(callback), callback.on_error)
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
@@ -75,6 +82,19 @@ class Session:
                     tracer.load_state_dict(past)
                 except ValueError as error:
                     self._report(compares[0], "cannot compare with the run before", error)
+        tracers = [
+            (t, [m for c in group for m in c.measures]) for t, group in self._groups.values()
+        ]
+        self._first_batch = FirstBatch(trainer, module, tracers)
+
+    def begin_batch(self, batch: Any) -> None:
+        """Sees a batch before its training step."""
+        with _silenced(self._module):
+            self._first_batch.evaluate(batch)
+
+    def end_batch(self, returned: Any) -> None:
+        """Sees what the training step returned."""
+        self._first_batch.compare(returned)
 
     def state_dict(self) -> dict[str, Any]:
         """What looks left for measures that compare them, by the probe's fingerprint."""
@@ -96,28 +116,51 @@ class Session:
             step: how many updates the weights have had.
             batches: how many batches of this epoch have been seen.
         """
-        if step == self._last:  # with accumulated gradients, several batches make one step
+        if step == self._step:  # with accumulated gradients, several batches make one step
             return
-        self._last = step
-        position = {"epoch": self._trainer.current_epoch, "batches": batches}
-        for tracer, callbacks in self._groups.values():
-            due = [callback for callback in callbacks if self._is_due(callback, step)]
+        self._step = step
+        self._position = {"epoch": self._trainer.current_epoch, "batches": batches}
+        self._measure(step, [c for c in self._due if self._is_due(c, step)])
+
+    def measure_last(self, step: int) -> None:
+        """Measures for the callbacks whose schedules have the last step, and that have not yet.
+
+        Args:
+            step: how many updates the weights have had in the end.
+        """
+        last = [callback for callback, due in self._due.items() if getattr(due, "last", False)]
+        self._measure(step, [c for c in last if self._measured.get(c) != step])
+
+    def _measure(self, step: int, callbacks: Sequence[Trace]) -> None:
+        for tracer, group in self._groups.values():
+            due = [callback for callback in group if callback in callbacks]
             if due:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
+                self._measured |= dict.fromkeys(due, step)
                 measures = {m.name: m for callback in due for m in callback.measures}
                 with _silenced(self._module):
                     records = tracer.measure(
                         self._module, step, list(measures.values()), self._trainer.optimizers
                     )
-                self._write(due, records, position, tracer.probe)
-                self._log(due, records, loggers_step(self._trainer) + (batches > 0))
+                self._write(due, records, self._position, tracer.fingerprint)
+                begun = self._position["batches"] > 0
+                self._log(due, records, loggers_step(self._trainer) + begun)
 
     def _is_due(self, callback: Trace, step: int) -> bool:
         try:
-            return callback.due(step)
+            return self._due[callback](step)
         except Exception as error:
             self._report(callback, "has a schedule that fails", error)
             return False
+
+    def _bound(self, callback: Trace) -> Schedule:
+        """The callback's schedule, told how long this training and its epochs are."""
+        trainer, total = self._trainer, math.inf
+        with suppress(Exception):  # where accumulation changes, the trainer does not know it
+            total = trainer.estimated_stepping_batches
+        each = trainer.num_training_batches / trainer.accumulate_grad_batches
+        each = math.inf if math.isinf(each) else math.ceil(each)
+        return bound(callback.due, math.inf if total < 0 else total, each)
 
     def close(self) -> None:
         """Says which callbacks never measured."""
@@ -134,7 +177,7 @@ class Session:
         callbacks: Sequence[Trace],
         records: Sequence[Record],
         position: Mapping[str, float],
-        probe: Probe,
+        fingerprint: str,
     ) -> None:
         if not self._trainer.is_global_zero:
             return
@@ -145,9 +188,9 @@ class Session:
                 kept |= _of(callback, records)
         for folder, named in folders.items():
             try:
-                key = (folder, probe.fingerprint())
+                key = (folder, fingerprint)
                 if key not in self._writers:
-                    self._writers[key] = TraceWriter(folder, self._attempt, probe=key[1])
+                    self._writers[key] = TraceWriter(folder, self._attempt, probe=fingerprint)
                 self._writers[key].write(list(named.values()), position)
             except (OSError, ValueError) as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
@@ -177,11 +220,14 @@ class Session:
             text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
             warnings.warn(text, MissingMeasureWarning, stacklevel=2)
 
-    def _probe(self, callback: Trace) -> Probe:
-        """The callback's probe, or one of the trainer's data, where and as the module needs it."""
+    def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
+        """The callback's probes, or one of the trainer's data, where and as the module needs it."""
         convert = self._trainer.precision_plugin.convert_input
-        if callback.probe is not None:
-            return callback.probe.to(self._module.device).map(convert)
+        given, device = callback.probe, self._module.device
+        if isinstance(given, Probe):
+            return given.to(device).map(convert)
+        if given is not None:
+            return {name: probe.to(device).map(convert) for name, probe in given.items()}
         candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
         loader = next((c for c in candidates if _has_samples(getattr(c, "dataset", None))), None)
         if loader is None:
@@ -193,10 +239,18 @@ class Session:
         lazy = any(map(is_lazy, self._module.parameters()))  # which cannot be frozen yet
         with random_states({self._module.device}), nullcontext() if lazy else frozen(self._module):
             dataset = _twin(loader.dataset, {})  # samples may be augmented at random
-            probe = Probe.from_dataset(dataset, callback.samples, collate=loader.collate_fn)
-            batch = (probe.inputs,) if probe.targets is None else (probe.inputs, probe.targets)
+            batch = evenly_spaced(dataset, callback.samples, loader.collate_fn)
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
         return Probe.from_batch(batch)
+
+
+def _shared(callback: Trace) -> object:
+    """What callbacks have in common that share a probe."""
+    if callback.probe is None:
+        return callback.samples
+    if isinstance(callback.probe, Probe):
+        return None, id(callback.probe)
+    return tuple((name, id(probe)) for name, probe in callback.probe.items())
 
 
 def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:

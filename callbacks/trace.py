@@ -9,9 +9,9 @@ from typing import Any
 from nettrace import Probe
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
-from nettrace.measures import resolve
+from nettrace.probe import check_probes
 from nettrace.schedule import Every, schedule
-from nettrace.tracer import OnError
+from nettrace.tracer import OnError, chosen
 
 
 class Trace(Callback):
@@ -21,14 +21,16 @@ class Trace(Callback):
     else right after the k-th step, so that a checkpoint of that step is judged by its own weights.
     Several of these callbacks on one trainer share one pass where they share a probe. What measures
     need of earlier looks is saved with checkpoints, so that a resumed run compares with the first
-    look of all.
+    look of all. A loss that is not declared is held against the one that the first training step
+    returns; if that is another, what rests on it is missing from then on, with the reason.
 
     Args:
         measures: names of measures or groups, such as ["ntk", "fisher/trace"].
         every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
-            themselves, or a function from a step to yes or no.
-        probe: the samples to measure on. By default, evenly spaced samples of the first validation
-            data set, or else of the training data set; the trainer's loaders are never iterated.
+            themselves, or a function from a step to yes or no, such as `nettrace.epochs(1)`.
+        probe: the samples to measure on, or several by name, as {"train": p, "val": q}. By default,
+            evenly spaced samples of the first validation data set, or else of the training data
+            set; the trainer's loaders are never iterated.
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         log: whether to send numbers to the trainer's loggers and `callback_metrics`, so that they
             can be monitored; kernels and spectra too where a logger is W&B's.
@@ -46,7 +48,7 @@ class Trace(Callback):
         measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
         *,
         every: Every = 100,
-        probe: Probe | None = None,
+        probe: Probe | Mapping[str, Probe] | None = None,
         to: str | Path | None = None,
         log: bool = True,
         prefix: str = "",
@@ -58,14 +60,11 @@ class Trace(Callback):
             raise TypeError(f"expected to= to be a folder's path, got {type(to).__name__}")
         if not isinstance(prefix, str):
             raise TypeError(f"expected prefix= to be a text, got {type(prefix).__name__}")
-        if probe is not None and not isinstance(probe, Probe):
-            raise TypeError(
-                f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as "
-                "Probe(inputs, targets)"
-            )
+        if probe is not None:
+            check_probes(probe)
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
-        self.measures = resolve(measures)
+        self.measures = chosen(measures, probe)
         self.due = schedule(every)
         self.probe = probe
         self.to = to
@@ -86,16 +85,25 @@ class Trace(Callback):
             self._session = Session(trainer, pl_module, peers, past)
             self._session.measure(trainer.global_step, batches=0)
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluates the first batch, where the loss is not declared."""
+        if self._session is not None:
+            self._session.begin_batch(batch)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measures the weights as this batch left them."""
         if self._session is not None:
+            self._session.end_batch(outputs)
             self._session.measure(trainer.global_step, batches=batch_idx + 1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says which callbacks never measured."""
+        """Measures last where that is asked for, and says which callbacks never measured."""
         if self._session is not None:
+            self._session.measure_last(trainer.global_step)
             self._session.close()
             self._leave()
 

@@ -10,7 +10,7 @@ from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
 from nettrace.probe import Probe
 from nettrace.record import Record
-from nettrace.schedule import at, every, log_spaced
+from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
 from nettrace.tracer import MissingMeasureWarning, Tracer
 
@@ -32,11 +32,15 @@ __all__ = [
     "Tracer",
     "at",
     "certify",
+    "epochs",
     "every",
     "jacobian",
     "log_spaced",
+    "log_windows",
     "loss_jacobian",
     "measure",
     "open",
+    "windows",
+    "with_last",
 ]
 __version__ = "0.1.0"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
+from nettrace.batch import Select, joined, mapped, named, selected, split, tensors
 from nettrace.inference import LikelihoodName, check_likelihood, infer
 from nettrace.likelihood import Likelihood
 
@@ -21,8 +24,9 @@ class Probe:
     """Fixed samples on which a network is measured.
 
     Args:
-        inputs: what the network is called with: a tensor, a tuple of positional arguments or a dict
-            of keyword arguments; axis 0 of its tensors counts the samples.
+        inputs: what the network is called with: a tensor, a tuple of positional arguments or a
+            mapping of keyword arguments; axis 0 of its tensors counts the samples. A mapping of one
+            entry, under a name that the network does not know, is passed by position.
         targets: what the outputs are compared with, if anything.
         forward: `forward(model, inputs) -> outputs`, of shape (N, ...). By default the model is
             called.
@@ -37,6 +41,13 @@ class Probe:
             outputs' shape the second.
         class_axis: the axis of the outputs along which the classes run. By default 1 or the last,
             whichever fits the targets.
+        select: which of what the network returns to look at: the name or number of a tensor in a
+            mapping, dataclass or tuple; "last", the last token of (N, T, V), wherever padding is
+            not on that side; or a function from what is returned to (N, ...). By default a tensor
+            itself, "logits", or the only floating tensor there is; records say which was taken.
+
+    Attributes:
+        cut: how many samples are those of the first of two probes that were joined, else None.
 
     Raises:
         ValueError: if there are no samples, or not as many targets, or no such likelihood.
@@ -57,9 +68,14 @@ class Probe:
         losses: Losses | None = None,
         likelihood: LikelihoodName | Likelihood | None = None,
         class_axis: int | None = None,
+        select: Select | None = None,
     ) -> None:
         check_likelihood(likelihood)
-        first = next(_tensors(inputs), None)
+        if select is not None and not (isinstance(select, (str, int)) or callable(select)):
+            raise TypeError(
+                f"expected select= to be 'last', a name, a number or a function, got {select!r}"
+            )
+        first = next(tensors(inputs), None)
         if first is None and inputs is not None and inputs != {}:
             raise TypeError(
                 f"expected inputs to be a tensor, or a tuple or dict of tensors, got "
@@ -71,7 +87,7 @@ class Probe:
             raise ValueError(
                 f"the probe is empty: expected inputs with a sample or more on axis 0, got {found}"
             )
-        for target in _tensors(targets):
+        for target in tensors(targets):
             if forward is None and target.dim() > 0 and len(target) != len(first):
                 raise ValueError(
                     f"expected as many targets as inputs, got {len(target)} targets and "
@@ -83,15 +99,15 @@ class Probe:
         self.losses = losses
         self.likelihood = likelihood
         self.class_axis = class_axis
+        self.select = select
+        self.cut: int | None = None
 
     def __repr__(self) -> str:
-        kinds = [
-            f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in _tensors(self.inputs)
-        ]
+        kinds = [f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in tensors(self.inputs)]
         return f"Probe of {len(self)} samples: {', '.join(kinds)}"
 
     def __len__(self) -> int:
-        return len(next(_tensors(self.inputs)))
+        return len(next(tensors(self.inputs)))
 
     @classmethod
     def from_dataset(
@@ -115,45 +131,25 @@ class Probe:
             TypeError: if the data set has no length.
             ValueError: if it is empty.
         """
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"cannot take samples by number from {type(dataset).__name__}, which is read as a "
-                "stream: pass probe=nettrace.Probe(inputs, targets) with samples of your own"
-            )
-        total = len(dataset)
-        count = min(samples, total)
-        if count < 1:
-            raise ValueError(
-                f"the probe is empty: the data set has {total} samples, of which {samples} were "
-                "asked for"
-            )
-        chosen = [dataset[i * total // count] for i in range(count)]
-        return cls.from_batch((collate or default_collate)(chosen), **options)
+        return cls.from_batch(evenly_spaced(dataset, samples, collate), **options)
 
     @classmethod
     def from_batch(cls, batch: Any, **options: Any) -> Probe:
-        """A probe from a batch: an (inputs, targets) pair, or inputs alone.
+        """A probe from a batch as loaders give it: inputs alone, or with targets.
 
         Args:
-            batch: a pair, or inputs alone.
+            batch: a pair of inputs and targets; a mapping, dataclass or named tuple, of which
+                "labels", "label", "targets", "target" or "y" are the targets, and the rest are
+                inputs by name; or inputs alone.
             options: further arguments of `Probe`.
         """
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return cls(batch[0], batch[1], **options)
-        if isinstance(batch, (tuple, list)) and len(batch) == 1:
-            return cls(batch[0], **options)
-        return cls(batch, **options)
+        return cls(*split(batch), **options)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Probe:
         """The same probe with a function applied to its tensors."""
-        return Probe(
-            _map(self.inputs, function),
-            _map(self.targets, function),
-            forward=self.forward,
-            losses=self.losses,
-            likelihood=self.likelihood,
-            class_axis=self.class_axis,
-        )
+        twin = copy.copy(self)
+        twin.inputs, twin.targets = mapped(self.inputs, function), mapped(self.targets, function)
+        return twin
 
     def to(self, device: torch.device | str) -> Probe:
         """The same probe on another device."""
@@ -162,10 +158,12 @@ class Probe:
     def fingerprint(self) -> str:
         """A digest of the samples' values, types and shapes."""
         digest = hashlib.sha256()
-        for tensor in [*_tensors(self.inputs), *_tensors(self.targets)]:
+        for tensor in [*tensors(self.inputs), *tensors(self.targets)]:
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().tobytes())
+        if self.select is not None:
+            digest.update(str(getattr(self.select, "__qualname__", self.select)).encode())
         return digest.hexdigest()[:16]
 
     def look(self, model: nn.Module) -> Tensor:
@@ -173,16 +171,20 @@ class Probe:
 
         Raises:
             ValueError: if the probe and the model are on different devices, or shapes do not fit.
-            TypeError: if the network returns something else than a tensor.
+            TypeError: if the network returns no tensor, or it is not clear which is meant.
         """
+        return self.see(model)[0]
+
+    def see(self, model: nn.Module) -> tuple[Tensor, str]:
+        """The outputs as `look` gives them, and which they are where the network returns more."""
         self._check_device(model)
-        outputs = self._call(model, self.inputs)
+        outputs, name = self._outputs(model)
         if outputs.dim() == 0 or (self.forward is None and len(outputs) != len(self)):
             raise ValueError(
                 f"expected outputs of shape ({len(self)}, ...), one row a sample, got shape "
                 f"{tuple(outputs.shape)}"
             )
-        return outputs
+        return outputs, name
 
     def take(self, samples: Tensor) -> Probe | None:
         """The probe of some of its samples, by number, in the order given.
@@ -190,10 +192,32 @@ class Probe:
         Returns:
             None where the samples cannot be told apart.
         """
-        tensors = [*_tensors(self.inputs), *_tensors(self.targets)]
-        if any(t.dim() == 0 or len(t) != len(self) for t in tensors):
+        if not self._has_rows(self.inputs, self.targets):
             return None
-        return self.map(lambda t: t[samples.to(t.device)])
+        part = self.map(lambda t: t[samples.to(t.device)])
+        part.cut = None
+        return part
+
+    def joined(self, other: Probe) -> Probe:
+        """This probe's inputs and then another's as one probe, which knows where it was cut.
+
+        It has no targets, since those of the two need not be of one kind.
+
+        Raises:
+            ValueError: if the inputs do not fit in one batch, or outputs are computed differently.
+        """
+        for name in ("forward", "select"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"the probes cannot be joined, they differ in {name}=: pass the same to both"
+                )
+        if not self._has_rows(self.inputs) or not other._has_rows(other.inputs):
+            raise ValueError(
+                "the probes cannot be joined: not all tensors of their inputs have one row a sample"
+            )
+        both = Probe(joined(self.inputs, other.inputs), forward=self.forward, select=self.select)
+        both.cut = len(self)
+        return both
 
     def distribution(self, outputs: Tensor) -> Likelihood | None:
         """The distribution that the outputs parametrise, if it is known.
@@ -224,17 +248,29 @@ class Probe:
             )
         return losses
 
-    def _call(self, model: nn.Module, inputs: Any) -> Tensor:
+    def own_loss(self, model: nn.Module) -> Tensor | None:
+        """The loss () that the network itself returns, given the targets as `labels=`.
+
+        Returns:
+            None where its forward takes no `labels`, or it returns no loss.
+        """
+        inputs = self.inputs
+        takes_them = "labels" in _parameters(model) and isinstance(inputs, Mapping)
+        if self.forward is not None or not takes_them or not isinstance(self.targets, Tensor):
+            return None
+        with torch.no_grad():
+            found = named(model(**inputs, labels=self.targets)) or {}
+        loss = found.get("loss")
+        return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+    def _has_rows(self, *trees: Any) -> bool:
+        """Whether each tensor has one row a sample."""
+        return all(t.dim() > 0 and len(t) == len(self) for t in tensors(trees))
+
+    def _outputs(self, model: nn.Module) -> tuple[Tensor, str]:
         hint = "pass Probe(..., forward=lambda model, inputs: ...) to compute the outputs"
         try:
-            if self.forward is not None:
-                outputs = self.forward(model, inputs)
-            elif isinstance(inputs, (tuple, list)):
-                outputs = model(*inputs)
-            elif isinstance(inputs, dict):
-                outputs = model(**inputs)
-            else:
-                outputs = model(inputs)
+            found = self._call(model)
         except NotImplementedError as error:
             raise TypeError(f"{type(model).__name__} has no forward of its own: {hint}") from error
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -242,18 +278,33 @@ class Probe:
                 raise
             raise TypeError(
                 f"{type(model).__name__} cannot be called with the probe's inputs, a "
-                f"{type(inputs).__name__} ({type(error).__name__}: {error}): {hint}"
+                f"{type(self.inputs).__name__} ({type(error).__name__}: {error}): {hint}"
             ) from error
-        if not isinstance(outputs, Tensor):
+        try:
+            return selected(found, self.select)
+        except ValueError as error:
             raise TypeError(
-                f"expected {type(model).__name__} to return a tensor of shape (N, ...), got "
-                f"{type(outputs).__name__}: {hint}"
-            )
-        return outputs
+                f"expected {type(model).__name__} to return a tensor of shape (N, ...), but "
+                f"{error}: choose by Probe(..., select=...), or {hint}"
+            ) from error
+
+    def _call(self, model: nn.Module) -> Any:
+        inputs = self.inputs
+        if self.forward is not None:
+            return self.forward(model, inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        if not isinstance(inputs, Mapping):
+            return model(inputs)
+        taken = _parameters(model)
+        anything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        if len(inputs) == 1 and not anything and not inputs.keys() & taken.keys():
+            return model(*inputs.values())
+        return model(**inputs)
 
     def _check_device(self, model: nn.Module) -> None:
         places = {p.device for p in model.parameters()}
-        own = {t.device for t in _tensors(self.inputs)}
+        own = {t.device for t in tensors(self.inputs)}
         if len(places) == 1 and not own <= places:
             device = places.pop()
             raise ValueError(
@@ -262,22 +313,59 @@ class Probe:
             )
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from _tensors(value)
+def evenly_spaced(
+    dataset: Any, samples: int, collate: Callable[[list[Any]], Any] | None = None
+) -> Any:
+    """A batch of evenly spaced samples; see `Probe.from_dataset`."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"cannot take samples by number from {type(dataset).__name__}, which is read as a "
+            "stream: pass probe=nettrace.Probe(inputs, targets) with samples of your own"
+        )
+    total = len(dataset)
+    count = min(samples, total)
+    if count < 1:
+        raise ValueError(
+            f"the probe is empty: the data set has {total} samples, of which {samples} were "
+            "asked for"
+        )
+    chosen = [dataset[i * total // count] for i in range(count)]
+    return (collate or default_collate)(chosen)
 
 
-def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map(value, function) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([_map(value, function) for value in tree])
-    return tree
+def fingerprint(probe: Probe | Mapping[str, Probe]) -> str:
+    """A digest of a probe, or of several and their names."""
+    if isinstance(probe, Probe):
+        return probe.fingerprint()
+    text = "\n".join(f"{name} {one.fingerprint()}" for name, one in probe.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_probes(probe: object) -> None:
+    """Checks that it is a probe, or a mapping of names to probes.
+
+    Raises:
+        TypeError: if it is not.
+        ValueError: if there are none, or a name is empty or has a slash.
+    """
+    several = isinstance(probe, Mapping)
+    for one in probe.values() if isinstance(probe, Mapping) else [probe]:
+        if not isinstance(one, Probe):
+            raise TypeError(
+                f"expected a nettrace.Probe{', each,' if several else ''} got "
+                f"{type(one).__name__}: wrap samples as Probe(inputs, targets)"
+            )
+    if isinstance(probe, Mapping):
+        if not probe:
+            raise ValueError("expected one probe or more, got an empty mapping")
+        for name in probe:
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(f"expected probes' names to be texts without '/', got {name!r}")
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a network's forward takes, by name; nothing where that cannot be told."""
+    try:
+        return inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}

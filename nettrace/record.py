@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ class Record:
         coordinates: labels along named axes.
         attributes: convention, source and whatever else belongs to the value.
         missing: why there is no value, if there is none.
+        missing_on: why there is none on some of several probes, by their names; NaN there.
     """
 
     name: str
@@ -33,11 +35,41 @@ class Record:
     coordinates: Mapping[str, Sequence[str]] = field(default_factory=dict)
     attributes: Mapping[str, str | int | float] = field(default_factory=dict)
     missing: str | None = None
+    missing_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_scalar(self) -> bool:
         """Whether the value is a single number."""
         return self.value.ndim == 0
+
+    def apart(self) -> Iterator[Record]:
+        """What was found on each of several probes, named "group/quantity/probe"; else itself."""
+        if self.dims[:1] not in (("probe",), ("pair",)):
+            yield self
+            return
+        axis, *dims = self.dims
+        for place, label in enumerate(self.coordinates[axis]):
+            if label in self.missing_on:
+                continue
+            value = np.asarray(self.value[place])
+            # What was added to make the probes alike is left out.
+            there = ~np.isnan(value) if "padded" in self.attributes else np.full(value.shape, True)
+            kept = [_any(there, d) for d in range(value.ndim)]
+            labels = {
+                dim: list(compress(self.coordinates[dim], where))
+                for dim, where in zip(dims, kept, strict=True)
+                if dim in self.coordinates
+            }
+            errors = None if self.standard_error is None else np.asarray(self.standard_error[place])
+            yield replace(
+                self,
+                name=f"{self.name}/{label}",
+                value=value[np.ix_(*kept)],
+                standard_error=None if errors is None else errors[np.ix_(*kept)],
+                dims=tuple(dims),
+                coordinates=labels,
+                missing_on={},
+            )
 
     def __str__(self) -> str:
         if self.missing is not None:
@@ -53,3 +85,8 @@ class Sink(Protocol):
 
     def write(self, records: Sequence[Record], coordinates: Mapping[str, float]) -> None:
         """Takes records of one step, with coordinates of that step such as the epoch."""
+
+
+def _any(there: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.bool_]:
+    """Where along an axis there is anything."""
+    return np.asarray(there.any(tuple(d for d in range(there.ndim) if d != axis)))

@@ -1,11 +1,16 @@
-"""When to measure: schedules are functions from a step to yes or no."""
+"""When to measure: schedules are functions from a step to yes or no.
+
+Step k is that of the weights after k updates, so that the last of a training of K updates is K. A
+schedule that goes by the length of the training or of an epoch is told it as an argument, or by
+`bound`, as callbacks do.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsIndex, TypeAlias
 
 Schedule: TypeAlias = Callable[[int], bool]
@@ -44,6 +49,53 @@ class _Steps:
         return step in self.steps
 
 
+@dataclass(frozen=True)
+class _Windows:
+    starts: Schedule
+    width: int
+
+    def __call__(self, step: int) -> bool:
+        return any(self.starts(first) for first in range(max(0, step - self.width + 1), step + 1))
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    period: int
+    steps_per_epoch: float | None
+
+    def __call__(self, step: int) -> bool:
+        each = self.steps_per_epoch
+        if each is None or math.isinf(each):
+            raise ValueError(
+                "it is not known how many steps an epoch has: pass epochs(..., steps_per_epoch=...)"
+            )
+        return step >= 0 and step % (self.period * int(each)) == 0
+
+    def bound(self, total_steps: float, steps_per_epoch: float) -> _Epochs:
+        known = self.steps_per_epoch is not None
+        return self if known else replace(self, steps_per_epoch=steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class _WithLast:
+    schedule: Schedule
+    total_steps: float | None
+
+    #: Callbacks measure last, whichever step that turns out to be.
+    last = True
+
+    def __call__(self, step: int) -> bool:
+        if self.total_steps is None:
+            raise ValueError(
+                "it is not known which step is the last: pass with_last(..., total_steps=...)"
+            )
+        return step == self.total_steps or self.schedule(step)
+
+    def bound(self, total_steps: float, steps_per_epoch: float) -> _WithLast:
+        total = total_steps if self.total_steps is None else self.total_steps
+        return _WithLast(bound(self.schedule, total_steps, steps_per_epoch), total)
+
+
 def every(period: int) -> Schedule:
     """Fires at step 0 and then each `period` steps.
 
@@ -54,9 +106,7 @@ def every(period: int) -> Schedule:
         >>> [step for step in range(10) if every(4)(step)]
         [0, 4, 8]
     """
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ValueError(f"expected a period of at least 1 step, got {period!r}")
-    return _Period(period)
+    return _Period(_positive(period, "a period of at least 1 step"))
 
 
 def log_spaced(per_decade: int = 10) -> Schedule:
@@ -72,10 +122,89 @@ def log_spaced(per_decade: int = 10) -> Schedule:
         >>> [step for step in range(1000) if log_spaced(4)(step)]
         [0, 1, 2, 3, 6, 10, 18, 32, 56, 100, 178, 316, 562]
     """
-    if isinstance(per_decade, bool) or not isinstance(per_decade, int) or per_decade < 1:
-        raise ValueError(f"expected at least 1 step per decade, got {per_decade!r}")
+    return _LogSpaced(_positive(per_decade, "at least 1 step per decade"))
 
-    return _LogSpaced(per_decade)
+
+def windows(width: int, every: int) -> Schedule:
+    """Fires at `width` consecutive steps, from step 0 and then from each `every`-th.
+
+    Raises:
+        ValueError: if a number is not a positive integer.
+
+    Example:
+        >>> [step for step in range(12) if windows(2, every=5)(step)]
+        [0, 1, 5, 6, 10, 11]
+    """
+    starts = _Period(_positive(every, "windows that begin at least 1 step apart"))
+    return _Windows(starts, _positive(width, "a window of at least 1 step"))
+
+
+def log_windows(per_decade: int = 10, width: int = 5) -> Schedule:
+    """Fires at `width` consecutive steps from each step of `log_spaced(per_decade)`.
+
+    Windows that overlap are one longer window.
+
+    Raises:
+        ValueError: if a number is not a positive integer.
+
+    Example:
+        >>> [step for step in range(200) if log_windows(1, width=3)(step)]
+        [0, 1, 2, 3, 10, 11, 12, 100, 101, 102]
+    """
+    return _Windows(log_spaced(per_decade), _positive(width, "a window of at least 1 step"))
+
+
+def epochs(period: int = 1, *, steps_per_epoch: int | None = None) -> Schedule:
+    """Fires at step 0 and then after each `period` epochs.
+
+    Args:
+        period: in epochs.
+        steps_per_epoch: how many updates an epoch has; callbacks know it of their trainer, in a
+            loop of your own it has to be given.
+
+    Raises:
+        ValueError: if a number is not a positive integer.
+
+    Example:
+        >>> [step for step in range(20) if epochs(2, steps_per_epoch=4)(step)]
+        [0, 8, 16]
+    """
+    if steps_per_epoch is not None:
+        steps_per_epoch = _positive(steps_per_epoch, "at least 1 step per epoch")
+    return _Epochs(_positive(period, "a period of at least 1 epoch"), steps_per_epoch)
+
+
+def with_last(every: Every, *, total_steps: int | None = None) -> Schedule:
+    """Fires as another schedule does, and at the last step.
+
+    Args:
+        every: the other schedule, or a period, "log" or the steps themselves.
+        total_steps: how many updates there will be, which is the last step; callbacks know it of
+            their trainer, and measure last where it stops early. In a loop of your own it has to
+            be given, and the tracer be called once more after the last update.
+
+    Raises:
+        ValueError: if `total_steps` is not a positive integer, or the other schedule never fires.
+
+    Example:
+        >>> [step for step in range(21) if with_last("log", total_steps=20)(step) and step > 5]
+        [6, 8, 10, 13, 16, 20]
+    """
+    if total_steps is not None:
+        total_steps = _positive(total_steps, "at least 1 step in total")
+    return _WithLast(schedule(every), total_steps)
+
+
+def bound(schedule: Schedule, total_steps: float, steps_per_epoch: float) -> Schedule:
+    """The schedule for a training of so many steps; itself if it does not go by that.
+
+    Args:
+        schedule: any.
+        total_steps: of the training; infinity if it is not known.
+        steps_per_epoch: likewise.
+    """
+    binding: Callable[[float, float], Schedule] | None = getattr(schedule, "bound", None)
+    return schedule if binding is None else binding(total_steps, steps_per_epoch)
 
 
 def at(steps: Iterable[int]) -> Schedule:
@@ -112,3 +241,9 @@ def schedule(every_: Every) -> Schedule:
     if isinstance(every_, Iterable):
         return at(every_)
     raise TypeError(f"expected a period, 'log', steps or a schedule, got {every_!r}")
+
+
+def _positive(number: int, what: str) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"expected {what}, got {number!r}")
+    return number

@@ -92,6 +92,7 @@ class TraceWriter:
             "values": values,
             "about": about,
             "missing": {r.name: r.missing for r in records if r.missing is not None},
+            "missing_on": {r.name: dict(r.missing_on) for r in records if r.missing_on},
         }
         try:
             self._append(self._file, header, arrays)
@@ -160,7 +161,9 @@ def open(folder: str | Path) -> xr.Dataset:
 
     The variable of "ntk/trace" is `ntk_trace`, with attribute `name`; an estimate's standard error
     is `..._standard_error`. Arrays that grow along steps are padded with NaN. A quantity that is
-    missing at a step is NaN there, and the attribute `missing` says why, as JSON by step.
+    missing at a step is NaN there, and the attribute `missing` says why, as JSON by step. With
+    several probes there is a dimension `probe`, or `pair`; where a quantity is missing on some of
+    them, the reason names these.
 
     Args:
         folder: what was given as `to=`.
@@ -211,6 +214,8 @@ class _Row:
     def add(self, header: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         self.values.update({k: v for k, v in arrays.items() if k not in header["missing"]})
         self.coordinates.update(header["coordinates"])
+        for name, on in header.get("missing_on", {}).items():
+            self.missing[name] = "; ".join(f"{label}: {why}" for label, why in on.items())
         self.missing.update(header["missing"])
 
 
@@ -259,11 +264,11 @@ def _dataset(
         stacked = _stacked(values, len(described["dims"]))
         dims = []
         for dim, length in zip(described["dims"], stacked.shape[1:], strict=True):
+            labels = described["coordinates"].get(dim)
             if lengths.setdefault(dim, length) != length:  # another quantity's axis of that name
                 dim = f"{dim}_{base.replace('/', '_')}"
                 lengths[dim] = length
             dims.append(dim)
-            labels = described["coordinates"].get(dim)
             if labels is not None and len(labels) == length:
                 coordinates[dim] = labels
         missing = {str(s): rows[s].missing[base] for s in steps if base in rows[s].missing}

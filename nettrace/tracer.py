@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import time
 import warnings
@@ -18,11 +19,13 @@ from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certif
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
 from nettrace.operator import Jacobian
+from nettrace.own_loss import LossCheck
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
-from nettrace.probe import Probe
+from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
+from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
 
@@ -48,7 +51,8 @@ class Tracer:
     before the last begins another run.
 
     Args:
-        probe: the samples to measure on.
+        probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
+            record then has a leading axis "probe", or "pair" if it compares two of them.
         measures: names of measures or of groups of them.
         every: when to measure: a period in steps, "log", the steps themselves, or a function from a
             step to yes or no.
@@ -71,7 +75,7 @@ class Tracer:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Probe | Mapping[str, Probe],
         measures: str | Iterable[str],
         *,
         every: Every = 1,
@@ -82,21 +86,35 @@ class Tracer:
     ) -> None:
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
-        if not isinstance(probe, Probe):
-            raise TypeError(
-                f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as "
-                "Probe(inputs, targets)"
-            )
-        self.probe = probe
-        self.measures = resolve(measures)
+        check_probes(probe)
+        #: The samples, or the first of several probes.
+        self.probe = probe if isinstance(probe, Probe) else next(iter(probe.values()))
+        self.fingerprint = fingerprint(probe)
+        self.measures = chosen(measures, probe)
         self.due = schedule(every)
         self.on_error: OnError = on_error
         self._memory_budget = memory_budget
         self._seed = seed
-        self._writer = None if to is None else TraceWriter(to, probe=probe.fingerprint())
+        self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
+        self._where = ""
+        #: What is known of a loss that is not declared, from where it is trained.
+        self.loss_check: LossCheck | None = None
+        self._several = None if isinstance(probe, Probe) else Several(self, probe)
+
+    def twin(self, probe: Probe, name: str) -> Tracer:
+        """The same for a probe by that name, with a past of its own, and nothing written."""
+        twin = copy.copy(self)
+        twin.probe, twin._where = probe, f" on {name}"
+        twin._writer = twin._several = None
+        twin._spot_checks, twin._past = SpotChecks(), Past()
+        return twin
+
+    def each(self) -> list[Tracer]:
+        """The tracers of several probes, or this one."""
+        return [self] if self._several is None else list(self._several.tracers.values())
 
     def __call__(
         self, model: nn.Module, step: int, optimizer: Optimizers = None, **coordinates: float
@@ -143,6 +161,8 @@ class Tracer:
         optimizer: Optimizers = None,
     ) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
+        if self._several is not None:
+            return self._several.measure(model, step, measures, optimizer)
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
@@ -174,6 +194,7 @@ class Tracer:
                         seed=seed,
                         memory_budget=self._memory_budget,
                         check=check,
+                        loss_check=self.loss_check,
                     )
                     self._examine(model, found)
                 except Exception as error:
@@ -194,7 +215,7 @@ class Tracer:
 
         It can be saved by `torch.save` and loaded with `weights_only=True`.
         """
-        return {self.probe.fingerprint(): self._past.state_dict()}
+        return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a run where `state_dict` was saved, to compare with its first look.
@@ -202,17 +223,20 @@ class Tracer:
         Raises:
             ValueError: if that was on other samples.
         """
-        own = self.probe.fingerprint()
-        if own not in state:
-            raise ValueError(
-                f"expected what was kept of looks on the probe {own}, got that of the probes "
-                f"{sorted(state)}: looks on other samples cannot be compared; give the probe that "
-                "the run began with"
-            )
-        self._past.load_state_dict(state[own])
+        for one in self.each():
+            own = one.probe.fingerprint()
+            if own not in state:
+                raise ValueError(
+                    f"expected what was kept of looks on the probe {own}, got that of the probes "
+                    f"{sorted(state)}: looks on other samples cannot be compared; give the probe "
+                    "that the run began with"
+                )
+            one._past.load_state_dict(state[own])
 
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
+
+        Of several probes, the first is taken.
 
         Raises:
             CoupledSamplesError: if samples are coupled.
@@ -223,6 +247,14 @@ class Tracer:
             statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
             self._examine(model, statistics)
             return certify(statistics.jacobian, seed=self._seed)
+
+    def refuse(self, measures: Sequence[Measure], step: int, error: Exception) -> list[Record]:
+        """The records of measures that cannot be taken, for one reason.
+
+        Raises:
+            Exception: the reason, if `on_error="raise"`.
+        """
+        return self._take(measures, step, error)
 
     def _take(
         self, measures: Sequence[Measure], step: int, found: Statistics | Exception
@@ -293,7 +325,7 @@ class Tracer:
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        self._warn(reason, f"{measure.name} is missing at step {step}: {reason}")
+        self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
         shape = (0,) * len(measure.dims)
         value = np.full(shape, np.nan)
         return Record(
@@ -304,6 +336,19 @@ class Tracer:
         if once not in self._warned:
             self._warned.add(once)
             warnings.warn(text, MissingMeasureWarning, stacklevel=5)
+
+
+def chosen(
+    measures: str | Iterable[str], probe: Probe | Mapping[str, Probe] | None
+) -> list[Measure]:
+    """Measures by name; of a group, those that compare probes only if there are several.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    names = [measures] if isinstance(measures, str) else list(measures or ())
+    several = isinstance(probe, Mapping) and len(probe) > 1
+    return [m for m in resolve(names) if several or m.name in names or not of_pairs(m)]
 
 
 def _same(found: Tensor, expected: Tensor, noise: Tensor) -> bool:
@@ -323,7 +368,12 @@ def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -
         None if found.standard_error is None else _array(found.standard_error),
         measure.dims,
         found.coordinates,
-        {**_about(measure), **_loss(measure, statistics), **found.attributes},
+        {
+            **_about(measure),
+            **({"outputs": statistics.selected} if statistics.selected else {}),
+            **_loss(measure, statistics),
+            **found.attributes,
+        },
     )
 
 
@@ -345,7 +395,9 @@ def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:
         return {}
     likelihood = statistics.assumed_likelihood
     loss = "losses of the probe's own" if likelihood is None else likelihood.loss
-    return {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
+    known = {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
+    check = statistics.loss_check
+    return known if check is None else {**known, "loss_checked": check.text}
 
 
 def _about(measure: Measure) -> dict[str, str]:

@@ -56,7 +56,11 @@ X, Y = torch.randn(6, 3), torch.arange(6) % 2
         (lambda m: nt.Probe.from_dataset(iter([1])), TypeError, r"stream.*probe=nettrace\.Probe"),
         (lambda m: nt.Probe(X.to("meta")).look(m), ValueError, r"meta.*call probe\.to\('cpu'\)"),
         (lambda m: nt.Probe((X, X)).look(m), TypeError, "positional argument"),
-        (lambda m: nt.Probe(X, forward=lambda m, x: (m(x),)).look(m), TypeError, "forward=lambda"),
+        (
+            lambda m: nt.Probe(X, forward=lambda m, x: (m(x), m(x))).look(m),
+            TypeError,
+            r"tuple of 0: \(6, 2\), 1: \(6, 2\).*select=.*forward=lambda",
+        ),
         (
             lambda m: nt.Probe(X, losses=lambda f, y: f).per_sample_losses(m(X)),
             ValueError,

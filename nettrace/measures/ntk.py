@@ -20,6 +20,7 @@ _ERROR = (
     "standard error over samples: its scatter over probes of this size; where the trace is "
     "estimated, that of the estimator alone; the attribute error_of says which"
 )
+_ALIGNMENT = "Cristianini et al. 2001, On kernel-target alignment"
 
 
 @measure(
@@ -99,6 +100,34 @@ def trace_centred(centred_trace: Estimate) -> Value:
 def gram(gram: Tensor) -> Tensor:
     """The kernel itself."""
     return gram
+
+
+@measure(
+    "ntk/cross",
+    needs=["cross_kernels"],
+    convention="between the samples of two probes, summed over equal outputs; not divided",
+    dims=["sample", "sample_2"],
+    source=_NTK,
+)
+def cross(cross_kernels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The kernel between two probes."""
+    return cross_kernels[0]
+
+
+@measure(
+    "ntk/cross_alignment",
+    needs=["cross_kernels"],
+    convention="squared norm of ntk/cross over the norms of the two probes' own kernels, summed "
+    "over equal outputs, in [0, 1]",
+    source=_ALIGNMENT,
+)
+def cross_alignment(cross_kernels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The cosine between the second moments of the gradients on two probes."""
+    between, *own = (kernel.double().square().sum() for kernel in cross_kernels)
+    norms = (own[0] * own[1]).sqrt()
+    if not bool(norms > 0):
+        raise ValueError("the alignment is not defined: the kernel of a probe is zero")
+    return between / norms
 
 
 def _with_error(value: Tensor, estimator: Tensor, method: str, shares: Tensor | None) -> Value:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.operator import PerLayer
-from nettrace.statistics.look import Look
+from nettrace.statistics.look import Look, Unavailable
 
 
 class KernelStatistics(Look):
@@ -20,6 +20,8 @@ class KernelStatistics(Look):
         "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors "
         "cosine_eigenvalues leading_eigenvectors".split()
     )
+    #: The statistics of two probes that were joined.
+    of_pairs = frozenset({"cross_kernels"})
 
     @cached_property
     def _sqnorms(self) -> tuple[Tensor | None, PerLayer]:
@@ -144,6 +146,26 @@ class KernelStatistics(Look):
         norms = kernel.diagonal().clamp_min(0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, 0)
         return _eigenvalues(inverse[:, None] * kernel * inverse)
+
+    @cached_property
+    def cross_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of two probes: (N, M) the kernel between them, (N, N) and (M, M) those of each.
+
+        All are summed over equal outputs.
+        """
+        cut = self._probe.cut
+        if cut is None:
+            raise Unavailable(
+                "this compares two probes, and there is one: pass "
+                'Tracer({"train": probe, "val": other}, ...)'
+            )
+        if self.samples != len(self._probe):
+            raise Unavailable(
+                f"{len(self._probe)} inputs give {self.samples} rows of outputs, so that it cannot "
+                "be told which belong to which probe: make each row of outputs one sample"
+            )
+        kernel = self.jacobian.gram(trace_outputs=True)
+        return kernel[:cut, cut:], kernel[:cut, :cut], kernel[cut:, cut:]
 
 
 def _eigenvalues(kernel: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
 from nettrace.operator import Jacobian
+from nettrace.own_loss import LossCheck, compare
 from nettrace.ownership import check_rows
 from nettrace.past import Kept, Past, Reference
 from nettrace.probe import Probe
@@ -40,10 +41,12 @@ class Look:
         memory_budget: as in `nettrace.jacobian`.
         check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
             not to be had if it raises `SpotCheckError`.
+        loss_check: what is known of a loss that is not declared, from where it is trained.
 
     Attributes:
         samples: N.
         step: how many updates the weights have had.
+        selected: which outputs these are, where the network returns more; else empty.
     """
 
     #: Above this number of outputs, the kernel's trace is estimated.
@@ -70,14 +73,16 @@ class Look:
         seed: int = 0,
         memory_budget: int | str = "2GiB",
         check: Callable[[Jacobian], None] = lambda jacobian: None,
+        loss_check: LossCheck | None = None,
     ) -> None:
-        self._outputs = probe.look(model)
+        self._outputs, self.selected = probe.see(model)
         self._probe = probe
         self._model = model
         self._needs = frozenset(need.rpartition(".")[2] for need in needs)
         self._seed = seed
         self._memory = memory_budget
         self._check = check
+        self._loss_check = loss_check
         self._past = past or Past()
         self._optimizers = optimizers
         self.samples = len(self._outputs)
@@ -116,6 +121,7 @@ class Look:
         """The distribution that the outputs parametrise."""
         likelihood = self.assumed_likelihood
         if likelihood is None:
+            self._check_loss()
             raise Unavailable(
                 "the output distribution is not known: pass Probe(..., likelihood='categorical'), "
                 f"'bernoulli', 'poisson' or 'gaussian'{self._shapes}"
@@ -125,7 +131,26 @@ class Look:
     @cached_property
     def assumed_likelihood(self) -> Likelihood | None:
         """The distribution that the outputs parametrise, None if it is not known."""
+        if self.loss_check is not None and not self.loss_check.agrees:
+            return None
         return self._probe.distribution(self._outputs)
+
+    @cached_property
+    def loss_check(self) -> LossCheck | None:
+        """What is known of a loss that is not declared, held against the network's own."""
+        if self._probe.losses is not None or self._probe.likelihood is not None:
+            return None
+        try:
+            own = self._probe.own_loss(self._model)
+            if own is not None:
+                return compare(self._probe, self._outputs, own, "the probe")
+        except Exception as error:  # of the comparison; that of the loss itself is raised elsewhere
+            return LossCheck(f"not checked: {type(error).__name__}: {error}")
+        return self._loss_check or LossCheck("not checked: the network returned no loss of its own")
+
+    def _check_loss(self) -> None:
+        if self.loss_check is not None and not self.loss_check.agrees:
+            raise Unavailable(self.loss_check.text)
 
     @property
     def _shapes(self) -> str:
@@ -144,6 +169,7 @@ class Look:
 
     @cached_property
     def _losses(self) -> Tensor:
+        self._check_loss()
         return self._losses_of(self._outputs)
 
     def _losses_of(self, outputs: Tensor) -> Tensor:

@@ -77,14 +77,75 @@ def test_a_callback_can_be_passed_bare(namespace: str, tmp_path: Path) -> None:
         (100, [0]),
         ([3, 6], [3, 6]),
         (lambda step: step == 5, [5]),
+        (nt.windows(2, every=4), [0, 1, 4, 5]),
+        (nt.epochs(1), [0, 4]),
+        (nt.with_last(4), [0, 4, 6]),
+        (nt.with_last(3), [0, 3, 6]),
     ],
-    ids=["each", "third", "fourth", "hundredth", "chosen", "function"],
+    ids=[
+        *("each", "third", "fourth", "hundredth", "chosen", "function"),
+        *("windows", "epochs", "last", "last anyway"),
+    ],
 )
 def test_measures_at_the_steps_of_the_schedule_and_no_others(
     every: Any, expected: list[int], tmp_path: Path
 ) -> None:
     training.fit(Trace("loss", every=every, to=tmp_path), max_steps=6)
     assert steps(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_steps": -1, "max_epochs": 2}, [0, 4, 8]),
+        ({"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 3}, [0, 2, 4]),
+        ({"max_steps": 7, "limit_train_batches": 3}, [0, 3, 6, 7]),
+    ],
+    ids=["epochs", "accumulated", "limited"],
+)
+def test_epochs_and_the_last_step_are_those_of_the_trainer(
+    options: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    callback = Trace("loss", every=nt.with_last(nt.epochs(1)), to=tmp_path)
+    training.fit(callback, **options)
+    assert steps(tmp_path) == expected
+
+
+@both_namespaces
+def test_a_training_that_stops_early_is_measured_last(namespace: str, tmp_path: Path) -> None:
+    class Stopping(import_module(namespace).Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    model = training.network(namespace)()
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets)
+    callbacks = [
+        Stopping(),
+        NTKTrace(every=nt.with_last(2), probe=probe, to=tmp_path / "last"),
+        NTKTrace(every=2, probe=probe, to=tmp_path / "plain"),
+    ]
+    training.fit(callbacks, model, namespace=namespace, max_steps=9)
+    assert steps(tmp_path / "last") == [0, 2, 3]
+    assert steps(tmp_path / "plain") == [0, 2]
+    last = nt.open(tmp_path / "last")
+    assert last.batches.values.tolist() == [0, 2, 3]
+    after = value_of("ntk/trace", nt.Tracer(probe, "ntk")(model, 3))
+    assert last.ntk_trace.values[-1] == after
+
+
+def test_a_stream_has_no_epochs_to_go_by_but_a_last_step(tmp_path: Path) -> None:
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets)
+    stream = training.loader(training.Stream())
+    with (
+        pytest.warns(nt.MissingMeasureWarning, match="never measured"),
+        pytest.warns(nt.MissingMeasureWarning, match="steps_per_epoch="),
+    ):
+        training.fit(NTKTrace(every=nt.epochs(1), probe=probe), data=stream)
+    callback = NTKTrace(every=nt.with_last([1]), probe=probe, to=tmp_path)
+    training.fit(callback, data=stream, max_steps=-1, max_epochs=1)
+    assert steps(tmp_path) == [1, 4]
 
 
 def test_step_0_is_before_any_update_and_the_last_after_all(tmp_path: Path) -> None:
@@ -190,7 +251,7 @@ def test_callbacks_together_make_as_many_forward_passes_as_one() -> None:
             return super().forward(x)
 
     made = []
-    for kinds in ([NTKTrace], [NTKTrace, FisherTrace, CollectiveVariables]):
+    for kinds in ([FisherTrace], [NTKTrace, FisherTrace, CollectiveVariables]):
         Counting.passes.clear()
         training.fit([kind(every=1) for kind in kinds], Counting())
         made.append(list(Counting.passes))

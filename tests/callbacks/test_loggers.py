@@ -247,6 +247,82 @@ def test_nothing_is_logged_without_its_prefix(run: Run) -> None:
     assert not any(name.startswith(("fisher/", "collective/")) for name in names)
 
 
+# Several probes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
+    """A training that is measured on probes of two sizes, and its trainer."""
+    import wandb
+    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path_factory.mktemp("several")
+    samples = training.Samples()
+    probes = {
+        name: nt.Probe(samples.inputs[:n], samples.targets[:n])
+        for name, n in (("train", 6), ("val", 4))
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        loggers = [
+            WandbLogger(save_dir=folder, offline=True),
+            CSVLogger(folder, name="csv", version=0),
+            TensorBoardLogger(folder, name="tensorboard", version=0),
+        ]
+        callback = Trace(["ntk", "fisher"], probe=probes, every=2, to=folder / "trace")
+        trainer = training.fit(callback, logger=loggers, max_steps=4)
+        loggers[0].experiment.finish()
+        wandb.teardown()
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    records = list(read_wandb(path))
+    run = Run(
+        nt.open(folder / "trace"),
+        [row for row in history(records) if "nettrace/step" in row],
+        {},
+        path.parent / "files",
+        folder / "csv" / "version_0",
+        EventAccumulator(str(folder / "tensorboard" / "version_0")).Reload(),
+    )
+    return run, trainer
+
+
+@pytest.mark.parametrize("probe", ["train", "val"])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("ntk/trace", ""), ("fisher/trace_mc", ""), ("fisher/trace_mc", "_standard_error")],
+)
+def test_loggers_get_the_numbers_of_each_probe(
+    probe: str, name: str, suffix: str, several: tuple[Run, Any]
+) -> None:
+    run, trainer = several
+    stored = run.trace[name.replace("/", "_") + suffix].sel(probe=probe)
+    expected = dict(zip(stored.step.values.tolist(), stored.values.tolist(), strict=True))
+    assert list(expected) == [0, 2, 4]
+    key = f"{name}/{probe}{suffix}"
+    assert run.column(key) == expected
+    found = {step: float(text) for step, text in training.column(run.csv, key).items()}
+    assert found == expected
+    found = {event.step: event.value for event in run.events.Scalars(key)}
+    assert found == {step: float(np.float32(value)) for step, value in expected.items()}
+    assert float(trainer.callback_metrics[key]) == np.float32(expected[4])
+
+
+def test_wandb_gets_what_is_an_array_on_each_probe(several: tuple[Run, Any]) -> None:
+    run, _ = several
+    shares = run.trace.ntk_trace_per_layer
+    for probe, size in (("train", 6), ("val", 4)):
+        for layer in shares.layer.values:
+            expected = shares.sel(layer=layer, probe=probe)
+            found = run.column(f"ntk/trace_per_layer/{probe}/{layer}")
+            assert list(found.values()) == expected.values.tolist()
+        counts = run.column(f"ntk/spectrum/{probe}.values")
+        assert {sum(one) for one in counts.values()} == {3 * size}  # without what was padded
+        assert set(run.column(f"ntk/gram/{probe}._type").values()) == {"image-file"}
+    assert set(run.column("ntk/cross/train, val._type").values()) == {"image-file"}
+
+
 # A logger that is not as it should be ------------------------------------------------------------
 
 

@@ -67,13 +67,15 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, An
 
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
 @pytest.mark.parametrize(
-    ("probe", "optimizer"), [("validation", "AdamW"), ("training", "SGD"), ("given", "AdamW")]
+    ("probe", "optimizer"),
+    [("validation", "AdamW"), ("training", "SGD"), ("given", "AdamW"), ("several", "SGD")],
 )
 def test_training_is_bitwise_the_same_with_callbacks(
     namespace: str, probe: str, optimizer: str, bare: Any, tmp_path: Any
 ) -> None:
     samples = training.Samples(seed=2)
-    given = nt.Probe(samples.inputs, samples.targets) if probe == "given" else None
+    own = nt.Probe(samples.inputs, samples.targets)
+    given = {"given": own, "several": {"one": own, "two": own}}.get(probe)
     options = {"every": 1, "to": tmp_path / "trace", "log": True, "probe": given}
     callbacks = [kind(**options) for kind in (NTKTrace, FisherTrace, CollectiveVariables, Trace)]
     optimizer_sees = {**options, "every": range(1, 100)}
@@ -85,6 +87,7 @@ def test_training_is_bitwise_the_same_with_callbacks(
     trace = nt.open(tmp_path / "trace")  # there is no law about callbacks that do not measure
     assert trace.step.values.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert not any("missing" in variable.attrs for variable in trace.values())
+    assert "own loss is this" in trace.loss_mean.attrs["loss_checked"]  # the first batch was seen
 
 
 def test_a_training_is_bitwise_the_same_without_callbacks(bare: Any, tmp_path: Any) -> None:
