@@ -22,7 +22,7 @@ _MODES = "Jacot et al. 2018, arXiv:1806.07572, section 5"
 
 @measure(
     "ntk/alignment",
-    needs=["traced_gram", "targets", "assumed_likelihood"],
+    needs=["traced_gram", "targets", "suggested_likelihood"],
     convention="<K, Y Y^T> / (|K| |Y Y^T|), K the (N, N) kernel summed over outputs, Y classes "
     "one-hot, or real targets as they are; in [0, 1]; standard error over samples",
     source="Cristianini et al. 2001, On kernel-target alignment",
@@ -35,7 +35,7 @@ def alignment(traced_gram: Tensor, targets: Tensor, likelihood: Likelihood | Non
 
 @measure(
     "ntk/alignment_centred",
-    needs=["traced_gram", "targets", "assumed_likelihood"],
+    needs=["traced_gram", "targets", "suggested_likelihood"],
     convention="as ntk/alignment, K and Y Y^T both centred over samples: linear CKA; in [0, 1], "
     "not corrected for few samples; standard error over samples",
     source="Cortes et al. 2012, arXiv:1203.0550",
@@ -52,14 +52,14 @@ def alignment_centred(traced_gram: Tensor, targets: Tensor, likelihood: Likeliho
 
 @measure(
     "ntk/class_blocks",
-    needs=["traced_gram", "outputs", "targets", "likelihood"],
+    needs=["traced_gram", "outputs", "targets", "suggested_likelihood"],
     convention="mean entry of the (N, N) kernel summed over outputs, over pairs of different "
     "samples of two classes; NaN where there is no pair",
     dims=["class", "class_2"],
     source="Baratin et al. 2021, arXiv:2008.00938",
 )
 def class_blocks(
-    traced_gram: Tensor, outputs: Tensor, targets: Tensor, likelihood: Likelihood
+    traced_gram: Tensor, outputs: Tensor, targets: Tensor, likelihood: Likelihood | None
 ) -> Tensor:
     """The kernel between classes: how far learning one sample moves others of each class."""
     classes = _classes(targets, likelihood)
@@ -73,12 +73,12 @@ def class_blocks(
 
 @measure(
     "ntk/class_ratio",
-    needs=["traced_gram", "targets", "likelihood"],
+    needs=["traced_gram", "targets", "suggested_likelihood"],
     convention="mean entry of the (N, N) kernel summed over outputs, over pairs of different "
     "samples of one class, over that of two classes; standard error over samples",
     source="Baratin et al. 2021, arXiv:2008.00938",
 )
-def class_ratio(traced_gram: Tensor, targets: Tensor, likelihood: Likelihood) -> Value:
+def class_ratio(traced_gram: Tensor, targets: Tensor, likelihood: Likelihood | None) -> Value:
     """How much more alike the kernel finds samples of one class than those of two."""
     classes = _classes(targets, likelihood).to(traced_gram.device)
     alike = classes[:, None] == classes
@@ -132,14 +132,19 @@ def decay_rates(eigenvalues: Tensor, samples: int) -> Tensor:
 def _similarity(targets: Tensor, likelihood: Likelihood | None) -> Tensor:
     """(N, N) inner products of targets; of classes, the number of positions where they agree."""
     rows = targets.reshape(len(targets), -1)
-    integers = not targets.is_floating_point()
-    if isinstance(likelihood, Categorical) or (likelihood is None and integers):
+    if _are_classes(targets, likelihood):
         return (rows[:, None] == rows).sum(-1).double()
     return rows.double() @ rows.double().T
 
 
-def _classes(targets: Tensor, likelihood: Likelihood) -> Tensor:
-    if not isinstance(likelihood, Categorical) or targets.dim() != 1:
+def _are_classes(targets: Tensor, likelihood: Likelihood | None) -> bool:
+    return isinstance(likelihood, Categorical) or (
+        likelihood is None and not targets.is_floating_point()
+    )
+
+
+def _classes(targets: Tensor, likelihood: Likelihood | None) -> Tensor:
+    if not _are_classes(targets, likelihood) or targets.dim() != 1:
         raise Inapplicable("the samples do not belong to one class each")
     return targets.long()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nettrace.likelihood import Categorical, Likelihood
 from nettrace.measures.registry import Value, measure
-from nettrace.statistics import Inapplicable
+from nettrace.statistics import Inapplicable, Unavailable
 
 
 @measure(
@@ -21,11 +21,16 @@ def mean(losses: Tensor) -> Value:
 
 @measure(
     "loss/accuracy",
-    needs=["outputs", "targets", "likelihood"],
+    needs=["outputs", "targets", "suggested_likelihood"],
     convention="fraction of targets that the largest output names; standard error over samples",
 )
-def accuracy(outputs: Tensor, targets: Tensor, likelihood: Likelihood) -> Value:
+def accuracy(outputs: Tensor, targets: Tensor, likelihood: Likelihood | None) -> Value:
     """The fraction of classes told right."""
+    if likelihood is None:
+        raise Unavailable(
+            "it is not known which outputs are the classes': pass Probe(..., "
+            "likelihood='categorical')"
+        )
     if not isinstance(likelihood, Categorical):
         raise Inapplicable(f"accuracy is for classes, but the likelihood is {likelihood.name}")
     right = (outputs.argmax(likelihood.axis) == targets).double()

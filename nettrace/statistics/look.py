@@ -133,6 +133,11 @@ class Look:
         """The distribution that the outputs parametrise, None if it is not known."""
         if self.loss_check is not None and not self.loss_check.agrees:
             return None
+        return self.suggested_likelihood
+
+    @cached_property
+    def suggested_likelihood(self) -> Likelihood | None:
+        """What outputs and targets suggest, whatever loss is trained; None if that is nothing."""
         return self._probe.distribution(self._outputs)
 
     @cached_property
