@@ -3,7 +3,7 @@
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
-from nettrace.measures import measure
+from nettrace.measures import Value, measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
@@ -24,6 +24,7 @@ __all__ = [
     "Record",
     "SpotCheckError",
     "Tracer",
+    "Value",
     "at",
     "certify",
     "every",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
+from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
@@ -313,7 +314,7 @@ def _about(measure: Measure) -> dict[str, str]:
     return {"convention": measure.convention, "mode": "eval", "source": measure.source}
 
 
-def _array(value: Tensor | float) -> np.ndarray:
+def _array(value: Numbers) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 

@@ -1,7 +1,7 @@
 """The measures: pure functions of statistics, one family a file."""
 
 from nettrace.measures import collective, fisher, hessian, loss, ntk
-from nettrace.measures.registry import Measure, Value, available, measure, resolve
+from nettrace.measures.registry import Measure, Value, available, measure, resolve, statistics
 
 __all__ = [
     "Measure",
@@ -14,4 +14,5 @@ __all__ = [
     "measure",
     "ntk",
     "resolve",
+    "statistics",
 ]

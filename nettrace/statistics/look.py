@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,21 @@ class Look:
         if self._past.previous is None:
             raise Inapplicable("there is no earlier look to compare with")
         return self._past.previous
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, in the mode in which it is measured."""
+        return self._model
+
+    @property
+    def inputs(self) -> Any:
+        """The probe's inputs, as the network is called with them."""
+        return self._probe.inputs
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, all parameters, detached."""
+        return {name: p.detach() for name, p in self._model.named_parameters()}
 
     @cached_property
     def outputs(self) -> Tensor:
