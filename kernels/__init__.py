@@ -4,6 +4,7 @@ if __name__ != "nettrace.kernels":  # the repository root is on sys.path
     raise ImportError(f"import `nettrace.kernels`, not `{__name__}`", name=__name__)
 
 from nettrace.kernels.convolution import Geometry, Patches, patches
+from nettrace.kernels.cost import gram_cost, repeated
 from nettrace.kernels.factors import (
     Dense,
     Factor,
@@ -31,9 +32,11 @@ __all__ = [
     "blocks",
     "dense",
     "gram_",
+    "gram_cost",
     "inner",
     "mirror_",
     "patches",
+    "repeated",
     "sqnorms",
     "total",
     "traced_gram_",

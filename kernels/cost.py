@@ -1,0 +1,39 @@
+"""What contractions take, before they are done."""
+
+from __future__ import annotations
+
+from nettrace.kernels.factors import Dense, Factor, Outer, Sum, _gram_costs, _pays, _WRITE
+
+
+def gram_cost(x: Factor, samples: int) -> float:
+    """What `gram_(out, x, x, limit)` takes in multiplications, if `x` had so many samples.
+
+    It is the count by which that chooses its way. The cotangents are those of `x`.
+    """
+    if isinstance(x, Sum):
+        if not _pays(x, x, pairs=samples):
+            k, _, _, _, d, m = x.terms[0].shape
+            tokens = sum(term.shape[3] for term in x.terms)
+            return k * samples * d * m * (tokens + k * samples / 2)
+        pairs = [(one, other) for one in x.terms for other in x.terms]
+        return sum(_gram_costs(*pair, samples, samples)[0] for pair in pairs)
+    if isinstance(x, Dense):
+        k, _, p = x.values.shape
+        return k * samples * (_WRITE + k * samples / 2) * p
+    k, _, g, t, d, m = x.shape
+    if t == 1:
+        return g * samples**2 * (d + k**2 * (m + _WRITE)) / 2
+    return g * min(_gram_costs(x, x, samples, samples))
+
+
+def repeated(x: Factor, cotangents: int) -> Factor:
+    """The first of its cotangents' gradients for so many alike, which takes no memory."""
+    if isinstance(x, Sum):
+        return Sum(tuple(_repeated(term, cotangents) for term in x.terms))
+    if isinstance(x, Dense):
+        return Dense(x.values[:1].expand(cotangents, -1, -1))
+    return _repeated(x, cotangents)
+
+
+def _repeated(x: Outer, cotangents: int) -> Outer:
+    return Outer(x.still, x.moving[:1].expand(cotangents, -1, -1, -1, -1), x.moves_left)
