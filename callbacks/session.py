@@ -51,11 +51,16 @@ class Session:
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
             shared = callback.samples if callback.probe is None else id(callback.probe)
-            key = (callback.probe is None, shared, callback.on_error)
+            key = (callback.probe is None, shared, callback.on_error, callback.max_seconds)
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
-                    tracer = Tracer(self._probe(callback), names, on_error=callback.on_error)
+                    tracer = Tracer(
+                        self._probe(callback),
+                        names,
+                        on_error=callback.on_error,
+                        max_seconds=callback.max_seconds,
+                    )
                     self._groups[key] = (tracer, [])
                 self._groups[key][1].append(callback)
             except Exception as error:

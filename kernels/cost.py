@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nettrace.kernels.factors import Dense, Factor, Outer, Sum, _gram_costs, _pays, _WRITE
+from nettrace.kernels.factors import _WRITE, Dense, Factor, Outer, Sum, _gram_costs, _pays
 
 
 def gram_cost(x: Factor, samples: int) -> float:

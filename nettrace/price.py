@@ -1,44 +1,39 @@
 """What measures will cost on a network and probe, told before they are taken.
 
-A few pieces are timed on the network itself: backward passes with their contraction to norms, one
-plain backward pass, contractions to Gram matrices on as few samples as take a few milliseconds,
-eigenvalues of a small matrix. From these the price of each statistic is put together: passes are
-counted, contractions scaled by the counts by which the kernels choose their way, eigenvalues by the
-cube of the order. A statistic that several measures need is paid for once.
-
-The price of a statistic stands in `PRICES` under its name. One that has no entry is taken to cost
-what `trace` does, a backward pass an output, and to leave a number an output.
+The price of each statistic is put together from a few pieces that are timed on the network (see
+`nettrace.pieces`), and stands in `PRICES` under its name. What several measures need is paid for
+once. A statistic without an entry is taken to cost what `trace` does: a backward pass an output,
+and a number kept for each.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nettrace.gradients import Layer, Pulled, reals
-from nettrace.kernels import Dense, Factor, Outer, Sum, blocks, gram_, gram_cost, repeated, sqnorms
+from nettrace.freeze import frozen
 from nettrace.measures import Measure
-from nettrace.operator import Jacobian
+from nettrace.pieces import Pieces, clock
 from nettrace.statistics import Statistics
-from nettrace.tape import Tape
-
-#: Seconds that a contraction is timed for at least, unless all of it takes less.
-_LONG = 1e-3
-#: Cotangents for which contractions are timed, at most.
-_FEW = 16
-_clock = time.perf_counter
+from nettrace.tape import signature
 
 
 class TooDear(RuntimeError):
-    """A measure is not taken, because it would take longer or more memory than it may."""
+    """A measure is not taken, because it would take longer or more memory than it may.
+
+    Args:
+        what: the measure and its price.
+        why: the limit, and what would do instead.
+    """
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}, {why}")
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Price:
     passes: float
 
     def __str__(self) -> str:
-        return f"{_duration(self.seconds)} and {size(self.bytes)}"
+        return f"{duration(self.seconds)} and {size(self.bytes)}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,8 @@ class Work:
         seconds: wall time.
         passes: backward passes.
         kept: bytes of what stays.
-        temporary: bytes that are needed meanwhile.
+        temporary: bytes that are needed meanwhile, as the budget allows.
+        whole: bytes that are needed meanwhile, whatever the budget.
         of: the statistics that it is made of, priced by themselves.
         instead: what would do where this is too dear.
     """
@@ -76,349 +72,27 @@ class Work:
     passes: float = 0
     kept: float = 0
     temporary: float = 0
+    whole: float = 0
     of: tuple[str, ...] = ()
     instead: str = ""
 
 
-@dataclass(frozen=True)
-class _Blocks:
-    """What diagonal blocks take for a sample: seconds, bytes of inner products of tokens, and of
-    gradients of each layer written out, with how much of these there can be at a time."""
-
-    seconds: float
-    held: float
-    written: tuple[tuple[float, float], ...]
-
-
-class Pieces:
-    """The pieces of which prices are made, each timed when first needed, on one look.
-
-    Args:
-        statistics: of a network that is frozen meanwhile.
-
-    Attributes:
-        samples: N for which prices are told; `fewer` tells those of a smaller probe.
-        outputs: C.
-        item: bytes of a number.
-    """
-
-    def __init__(self, statistics: Statistics) -> None:
-        self._jacobian = jacobian = statistics._unchecked
-        self._look = statistics
-        self._timed_on = self.samples = jacobian.samples
-        self.outputs = jacobian.outputs
-        self.item = jacobian._gradients.dtype.itemsize
-        self.exact = self.outputs <= statistics.exact_outputs
-        self.draws = statistics.draws
-        try:
-            self.has_likelihood = statistics.assumed_likelihood is not None
-        except ValueError:
-            self.has_likelihood = False
-
-    def fewer(self, samples: int) -> Pieces:
-        """The same for fewer samples of the same kind."""
-        twin = copy.copy(self)
-        twin.samples = samples
-        return twin
-
-    @property
-    def _share(self) -> float:
-        return self.samples / self._timed_on
-
-    # What is timed -------------------------------------------------------------------------------
-
-    @property
-    def tape(self) -> float:
-        """Seconds for reading the tape."""
-        return self._tape
-
-    @cached_property
-    def _tape(self) -> float:
-        gradients = self._jacobian._gradients
-
-        def read() -> None:
-            tape = Tape(gradients.outputs, gradients.parameters, self._look._model.buffers())
-            made = type(gradients)(gradients.outputs, gradients.parameters, tape, self._memory)
-            made.layers(apart=True)
-
-        return self._time(read)
-
-    @property
-    def vjp(self) -> float:
-        """Seconds for a plain backward pass, with the gradients of all parameters."""
-        return self._share * self._vjp
-
-    @cached_property
-    def _vjp(self) -> float:
-        ones = torch.ones((self._timed_on, self.outputs))
-        return self._time(lambda: self._jacobian.vjp(ones))
-
-    def norms(self, rows: int) -> float:
-        """Seconds for norms of so many combinations of each sample's outputs."""
-        once, each = self._norms
-        return self._share * (once + rows * each)
-
-    @cached_property
-    def _norms(self) -> tuple[float, float]:
-        """Seconds for what all cotangents share, and for each of them."""
-        step = min(self._at_once, self.outputs)
-        few = self._time(lambda: self._jacobian.project(self._rows(step)).norms())
-        if step == self.outputs:
-            return 0.0, few / step
-        more = self._time(lambda: self._jacobian.project(self._rows(2 * step)).norms())
-        each = min(max((more - few) / step, more / (4 * step)), more / (2 * step))
-        return max(0.0, more - 2 * step * each), each
-
-    @property
-    def pull(self) -> float:
-        """Seconds for a backward pass to the operations that use a parameter, one of several."""
-        return self._share * self._pull
-
-    @cached_property
-    def _pull(self) -> float:
-        count = min(max(2, self._at_once), self.outputs)
-        return self._time(lambda: self._pulled(count)) / count
-
-    @property
-    def scores(self) -> float:
-        """Seconds for the gradient of the losses by the outputs, and a check of what it mixes."""
-        return self._share * self._scores
-
-    @cached_property
-    def _scores(self) -> float:
-        try:
-            return self._time(lambda: Statistics.scores.func(self._look))
-        except Exception:  # of losses that are not known, which measures will report
-            return 0.0
-
-    def gram(self) -> float:
-        """Seconds for contracting pulled-back gradients to the Gram matrix."""
-        found = 0.0
-        for per_count, count in self._grams:
-            found += per_count * count(self.samples)
-        return found
-
-    @cached_property
-    def _grams(self) -> list[tuple[float, Callable[[int], float]]]:
-        """By layer, seconds for a multiplication, and the number of these for N samples."""
-        limit = self._jacobian._limit
-
-        def contract(x: Factor, n: int, k: int) -> None:
-            gram_(torch.zeros((n, k, n, k), dtype=self._dtype, device=self._device), x, x, limit)
-
-        found = []
-        for layer in self._layers:
-            seconds, n, x = self._contraction(layer, contract)
-            whole = repeated(x, self.outputs)
-            found.append((seconds / gram_cost(x, n), partial(gram_cost, whole)))
-        return found
-
-    def blocks(self) -> float:
-        """Seconds for contracting pulled-back gradients to each parameter's diagonal blocks."""
-        return self.samples * self._blocks.seconds
-
-    @property
-    def blocks_keep(self) -> float:
-        """Bytes of inner products of tokens that blocks keep meanwhile."""
-        return self.samples * self._blocks.held
-
-    @property
-    def norms_keep(self) -> float:
-        """The same for norms."""
-        return self.samples * self._norms_keep
-
-    @cached_property
-    def _norms_keep(self) -> float:
-        step = min(self._at_once, self._few)
-        held = 0.0
-        for layer in self._layers:
-            pulled = {place: pulled[:step] for place, pulled in self._pulled_few.items()}
-            with torch.no_grad():
-                x = self._jacobian._gradients.factor(layer, pulled, slice(0, 1))
-                sqnorms(x)
-                held += _held(x)
-                self._jacobian._gradients.forget()
-        return held
-
-    @cached_property
-    def _blocks(self) -> _Blocks:
-        seconds = held = 0.0
-        written = []
-        for layer in self._jacobian._gradients.layers(apart=True):
-            took, n, x = self._contraction(layer, lambda x, n, k: blocks(x, x))
-            seconds += (self.outputs / self._few) ** 2 * took / n
-            most = float(self._memory / 8)
-            held += _held(x) / n
-            if _held(x):
-                most = 0.0
-            elif isinstance(x, Outer):
-                most = min(most, x.still.at_once * self.item)
-            numbers = self.outputs * reals(self._jacobian._gradients.parameters[layer[0]])
-            written.append((float(numbers * self.item), most))
-        return _Blocks(seconds, held, tuple(written))
-
-    def touch(self, size: float) -> float:
-        """Seconds for writing to memory that is new to the process."""
-        return self._touch * size
-
-    @cached_property
-    def _touch(self) -> float:
-        size = 2**26  # above what an allocator keeps for itself
-        return self._time(lambda: torch.ones(size, dtype=torch.uint8, device=self._device)) / size
-
-    def eigenvalues(self, order: int) -> float:
-        """Seconds for all eigenvalues of a symmetric matrix in float64."""
-        return self._eigenvalues * order**3
-
-    @cached_property
-    def _eigenvalues(self) -> float:
-        top = self._timed_on * self.outputs
-        order = min(top, 128)
-        while True:
-            matrix = torch.eye(order, dtype=torch.float64, device=self._device)
-            matrix += 1 / order
-            seconds = self._time(lambda m=matrix: torch.linalg.eigvalsh(m))
-            if seconds > 2 * _LONG or order == top:
-                return seconds / order**3
-            order = min(top, 2 * order)
-
-    # What is counted -----------------------------------------------------------------------------
-
-    @property
-    def passes_for_pairs(self) -> int:
-        """Backward passes for what needs all outputs of a layer at once, within the budget."""
-        total = 0
-        for part in self._jacobian._parts(False, self.outputs):
-            step = max(1, int(self._jacobian._room(part) / self._share))
-            if step < self.outputs:
-                step = max(1, int(self._jacobian._room(part, held=2) / self._share))
-            ranges = math.ceil(self.outputs / step)
-            total += self.outputs * (ranges + 1) // 2
-        return total
-
-    def pulled(self, rows: int) -> float:
-        """Bytes of the gradients that so many cotangents pull back at a time."""
-        each = self._share * self._jacobian._gradients.bytes_per_cotangent(self._layers)
-        return min(rows * each, max(each, self._memory / 3))
-
-    @property
-    def layers(self) -> int:
-        """How many parameters there are."""
-        return len(self._jacobian._gradients.parameters)
-
-    @property
-    def parameter_bytes(self) -> int:
-        """What a gradient of all parameters takes."""
-        return self._jacobian.parameters * self.item
-
-    def written(self, rows: int) -> float:
-        """Bytes of gradients written out at a time, of the largest layer."""
-        share = self.samples * rows / self.outputs
-        return max((min(share * each, most) for each, most in self._blocks.written), default=0)
-
-    # How it is timed -----------------------------------------------------------------------------
-
-    @property
-    def _memory(self) -> int:
-        return self._jacobian._memory
-
-    @property
-    def _layers(self) -> list[Layer]:
-        return self._jacobian._gradients.layers(apart=False)
-
-    @property
-    def _at_once(self) -> int:
-        return self._jacobian._gradients.at_once(self._layers)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self._jacobian._gradients.dtype
-
-    @property
-    def _device(self) -> torch.device:
-        return self._jacobian._gradients.outputs.device
-
-    def _rows(self, count: int) -> Tensor:
-        """(K, N, C) the first outputs, over again if there are not as many."""
-        numbers = torch.arange(count, device=self._device) % self.outputs
-        rows = torch.nn.functional.one_hot(numbers, self.outputs).to(self._dtype)
-        return rows[:, None].expand(-1, self._timed_on, -1).contiguous()
-
-    @property
-    def _few(self) -> int:
-        """How many cotangents contractions are timed for."""
-        room = self._jacobian._room(self._layers)
-        return max(1, min(_FEW, self.outputs, room))
-
-    def _pulled(self, count: int) -> Pulled:
-        gradients = self._jacobian._gradients
-        cotangents = self._rows(count).view(count, *gradients.outputs.shape)
-        return gradients.pull(cotangents, self._layers)
-
-    @cached_property
-    def _pulled_few(self) -> Pulled:
-        return self._pulled(self._few)
-
-    def _contraction(
-        self, layer: Layer, contract: Callable[[Factor, int, int], object]
-    ) -> tuple[float, int, Factor]:
-        """Seconds for how many samples, and the factor of these with few cotangents."""
-        gradients, k = self._jacobian._gradients, self._few
-        made: list[Factor] = []
-
-        def work(n: int) -> None:
-            with torch.no_grad():
-                made[:] = [gradients.factor(layer, self._pulled_few, slice(0, n))]
-                contract(made[0], n, k)
-                gradients.forget()
-
-        n = 1
-        while (seconds := self._time(lambda: work(n), times=1)) < _LONG and n < self._timed_on:
-            n = min(self._timed_on, 2 * n if seconds > _LONG / 8 else 8 * n)
-        return min(seconds, self._time(lambda: work(n), times=1)), n, made[0]
-
-    def _time(self, call: Callable[[], object], times: int = 2) -> float:
-        """Wall time; the better of two where it is short, for the first warms up."""
-        best = math.inf
-        for _ in range(times):
-            self._synchronise()
-            start = _clock()
-            call()
-            self._synchronise()
-            best = min(best, _clock() - start)
-            if best > 1:
-                break
-        return best
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
-
-def _held(x: Factor) -> int:
-    """Bytes of inner products of tokens that were made for a factor and are kept with it."""
-    terms = x.terms if isinstance(x, Sum) else [x]
-    stills = [term.still for term in terms if isinstance(term, Outer)]
-    return sum(still.gram.nbytes for still in stills if "gram" in vars(still))
-
-
-# The prices of statistics -------------------------------------------------------------------------
-
 Needs: TypeAlias = frozenset[str]
+Rule: TypeAlias = Callable[[Pieces, Needs], Work]
 #: By statistic, what it costs where all of `needs` are wanted; parts that several share have names
 #: with an underscore.
-PRICES: dict[str, Callable[[Pieces, Needs], Work]] = {}
+PRICES: dict[str, Rule] = {}
 _KERNEL = frozenset({"gram", "eigenvalues", "traced_eigenvalues"})
 _FISHER = frozenset({"fisher_sqnorms", "hessian_traces"})
 _TRACES = frozenset({"trace", "layer_traces"})
 
 
-def prices(*names: str) -> Callable[[Callable[[Pieces, Needs], Work]], object]:
+def prices(*names: str) -> Callable[[Rule], Rule]:
     """Registers what statistics cost."""
 
-    def register(function: Callable[[Pieces, Needs], Work]) -> object:
-        PRICES.update(dict.fromkeys(names, function))
-        return function
+    def register(rule: Rule) -> Rule:
+        PRICES.update(dict.fromkeys(names, rule))
+        return rule
 
     return register
 
@@ -428,7 +102,7 @@ def rows(pieces: Pieces, count: int, of: tuple[str, ...] = (), instead: str = ""
     kept = pieces.samples * count * pieces.item
     seconds = pieces.norms(count)
     temporary = pieces.pulled(1) + pieces.norms_keep + pieces.written(1)
-    return Work(seconds, count, kept, temporary, ("jacobian", *of), instead)
+    return Work(seconds, count, kept, temporary, of=("jacobian", *of), instead=instead)
 
 
 @prices("model", "inputs", "parameters", "samples", "step", "targets", "outputs", "likelihood")
@@ -450,7 +124,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 @prices("fisher_metric")
 def _(pieces: Pieces, needs: Needs) -> Work:
     size = pieces.samples * pieces.outputs**2 * pieces.item
-    return Work(kept=size, temporary=2 * size, instead="fisher/trace_mc draws targets")
+    return Work(kept=size, whole=2 * size, instead="fisher/trace_mc draws targets")
 
 
 @prices("mean_gradient_sqnorm")
@@ -489,7 +163,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
         return Work(of=("_sqnorms",))
     cotangents = pieces.samples * pieces.outputs**2 * pieces.item
     found = rows(pieces, pieces.outputs, (), "fisher/trace_mc draws targets, for few passes")
-    return replace(found, temporary=found.temporary + 2 * cotangents)
+    return replace(found, whole=2 * cotangents)
 
 
 @prices("hessian_traces")
@@ -507,15 +181,15 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     seconds = passes * pieces.pull + pieces.blocks() + pieces.touch(fresh)
     kept = pieces.layers * order * c * pieces.item
     if not needs & _KERNEL:
-        return Work(seconds, passes, kept, temporary, ("jacobian",), "ntk/trace takes less memory")
-    # Beside the matrix lies its sum in float64, with a copy of either triangle.
+        instead = "ntk/trace and fisher/trace need no blocks"
+        return Work(seconds, passes, kept, temporary, of=("jacobian",), instead=instead)
     return Work(
         seconds + pieces.gram(),
         passes,
         kept + order**2 * pieces.item,
-        temporary + 3 * order**2 * 8,
-        ("jacobian",),
-        "Jacobian.gram(trace_outputs=True) sums it over outputs, Jacobian.sketch and "
+        temporary + 3 * order**2 * 8,  # its sum in float64, and a copy of either triangle
+        of=("jacobian",),
+        instead="Jacobian.gram(trace_outputs=True) sums it over outputs, Jacobian.sketch and "
         "Jacobian.approximate_gram estimate it",
     )
 
@@ -537,9 +211,9 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 
 
 def _spectrum(pieces: Pieces, order: int, instead: str) -> Work:
-    return Work(
-        pieces.eigenvalues(order), 0, 8 * order, 3 * 8 * order**2, ("gram",), instead
-    )
+    matrix = 8 * order**2
+    seconds = pieces.eigenvalues(order)
+    return Work(seconds, kept=8 * order, whole=2 * matrix, of=("gram",), instead=instead)
 
 
 def _unknown(pieces: Pieces, needs: Needs) -> Work:
@@ -561,9 +235,181 @@ def _works(pieces: Pieces, needs: Iterable[str]) -> list[Work]:
 
 def price(pieces: Pieces, needs: Iterable[str]) -> Price:
     """What some statistics cost together, beside the look at the network."""
-    works = _works(pieces, needs)
+    return _sum(_works(pieces, needs))
+
+
+def _sum(works: Iterable[Work]) -> Price:
+    works = list(works)
     return Price(
         sum(work.seconds for work in works),
-        sum(work.kept for work in works) + max((work.temporary for work in works), default=0),
+        sum(work.kept for work in works) + max((w.temporary + w.whole for w in works), default=0),
         sum(work.passes for work in works),
     )
+
+
+# What is told of a set of measures ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What measures will cost on a network and probe; printed as a table.
+
+    Args:
+        measures: the price of each measure by itself, by name.
+        together: the price of all that are not refused, with what they share paid for once.
+        look: that of the network's outputs and of examining them, at each record.
+        check: that of the spot check, at the records number 1, 2, 4, 8, ...
+        refused: by name, why a measure will be missing.
+    """
+
+    measures: Mapping[str, Price]
+    together: Price
+    look: Price
+    check: Price
+    refused: Mapping[str, TooDear]
+
+    def table(self, width: int = 80) -> str:
+        """The explanation as text, filled to so many characters in a line."""
+        lines = [("measure", "backward passes", "time", "memory")]
+        lines += [
+            _row(name + " *" * (name in self.refused), p) for name, p in self.measures.items()
+        ]
+        lines += [
+            _row("all together" if not self.refused else "all without *", self.together),
+            _row("look, at each record", self.look),
+            _row("spot check, at some", self.check),
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        text = [
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
+            for a, b, c, d in lines
+        ]
+        rule = "-" * len(text[0])
+        told = [text[0], rule, *text[1:-3], rule, *text[-3:], rule]
+        for why in dict.fromkeys(error.why for error in self.refused.values()):
+            names = [name for name, error in self.refused.items() if error.why == why]
+            refusal = f"* {', '.join(names)}: {why}"
+            told.append(textwrap.fill(refusal, width, subsequent_indent="  "))
+        return "\n".join(told)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+class PriceList:
+    """What measures cost on a network, told anew whenever the operations on its tape change.
+
+    Args:
+        max_seconds: what one measure may take at one record; None for any time, and no prediction.
+
+    Raises:
+        ValueError: if that is not positive.
+    """
+
+    def __init__(self, max_seconds: float | None) -> None:
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"expected max_seconds above 0, or None, got {max_seconds!r}")
+        self.max_seconds = max_seconds
+        self._signature: str | None = None
+        self._known: dict[str, TooDear | None] = {}
+
+    def refused(self, look: Statistics, measures: Sequence[Measure]) -> dict[str, TooDear]:
+        """By name, which measures are too dear on a look; the others' needs alone are expected."""
+        if self.max_seconds is None:
+            return {}
+        try:
+            parameters = {n: p for n, p in look.model.named_parameters() if p.requires_grad}
+            now = signature(look._outputs, parameters)
+            if now != self._signature:
+                self._signature, self._known = now, {}
+            pieces = Pieces(look)
+            for measure in measures:
+                if measure.name not in self._known:
+                    self._known[measure.name] = self._refusal(pieces, measure)
+        except Exception:  # coupled samples, or what else there is: the measures will say it
+            return {}
+        found = {m.name: self._known[m.name] for m in measures}
+        refused = {name: error for name, error in found.items() if error is not None}
+        look.expect({need for m in measures if m.name not in refused for need in m.needs})
+        return refused
+
+    def explain(
+        self, model: nn.Module, look: Callable[[], Statistics], measures: Sequence[Measure]
+    ) -> Explanation:
+        """The prices of measures on what `look` sees of a network."""
+        with frozen(model):
+            pieces = Pieces(look())
+            found = {measure.name: price(pieces, measure.needs) for measure in measures}
+            refusals = {measure.name: self._refusal(pieces, measure) for measure in measures}
+            refused = {name: error for name, error in refusals.items() if error is not None}
+            needs = {need for m in measures if m.name not in refused for need in m.needs}
+            together = price(pieces, needs)
+            # As `certify` says: 5 plain passes, and about 16 without gradients of weights.
+            check = Price(5 * pieces.vjp + pieces.norms(16), pieces.pulled(1), 21)
+            del pieces
+        start, storages = clock(), {}
+
+        def keep(saved: Tensor) -> Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        copies = [*model.parameters(), *model.buffers()]
+        with frozen(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            look()
+        for p in copies:
+            storages.pop(p.untyped_storage().data_ptr(), None)
+        held = sum(storages.values()) + sum(p.nbytes for p in copies)
+        return Explanation(found, together, Price(clock() - start, held, 0), check, refused)
+
+    def _refusal(self, pieces: Pieces, measure: Measure) -> TooDear | None:
+        """Why a measure is not to be taken, with what would do, if it is too dear."""
+        works = _works(pieces, measure.needs)
+        exceeded = self._exceeded(pieces, works)
+        if exceeded is None:
+            return None
+        dearest = sorted(works, key=lambda work: (work.seconds, work.kept), reverse=True)
+        advice = [work.instead for work in dearest if work.instead][:1]
+        if samples := self._samples(pieces, measure):
+            advice.append(f"a probe of {samples:,} sample{'s' * (samples > 1)} fits")
+        return TooDear(
+            f"{measure.name} would take about {_sum(works)}",
+            f"above {exceeded}: " + "; ".join([*advice, "or raise that limit"]),
+        )
+
+    def _exceeded(self, pieces: Pieces, works: Sequence[Work]) -> str | None:
+        if self.max_seconds is not None and sum(w.seconds for w in works) > self.max_seconds:
+            return f"max_seconds={self.max_seconds:g}"
+        if sum(w.kept for w in works) + max((w.whole for w in works), default=0) > pieces.budget:
+            return f"memory_budget={size(pieces.budget)}"
+        return None
+
+    def _samples(self, pieces: Pieces, measure: Measure) -> int:
+        """How many samples could be afforded; 0 for none."""
+        low, high = 0, pieces.samples
+        while high - low > 1:
+            middle = (low + high) // 2
+            fewer = pieces.fewer(middle)
+            fits = self._exceeded(fewer, _works(fewer, measure.needs)) is None
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+
+def _row(name: str, price: Price) -> tuple[str, str, str, str]:
+    return name, f"{price.passes:,.0f}", duration(price.seconds), size(price.bytes)
+
+
+def duration(seconds: float) -> str:
+    """A time to two digits, as people say it."""
+    for unit, length in (("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3)):
+        if seconds >= length or unit == "ms":
+            return f"{float(f'{seconds / length:.2g}'):,.10g} {unit}"
+    raise AssertionError
+
+
+def size(number: float) -> str:
+    """A number of bytes to two digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
+from nettrace.price import Explanation, PriceList, TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
@@ -43,6 +44,10 @@ class Tracer:
     "certificate" the `nettrace.Certificate`, as JSON. Where the check fails, whatever rests on
     derivatives is missing, with the reason, until it passes.
 
+    At the first record, and whenever the operations on the tape change, the price of each measure
+    is predicted (see `nettrace.price`). One that is too dear is not taken; its record is missing,
+    with the price, the limit and what would do instead.
+
     Args:
         probe: the samples to measure on.
         measures: names of measures or of groups of them.
@@ -51,10 +56,12 @@ class Tracer:
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         on_error: "record" notes why a measure is missing, warns once and goes on; "raise" raises.
         memory_budget: as in `nettrace.jacobian`.
+        max_seconds: how long one measure may take at one record, as predicted; None for any time,
+            without a prediction.
         seed: for measures that draw random numbers; they draw the same at the same step.
 
     Raises:
-        ValueError: if a measure is unknown, or the schedule never fires.
+        ValueError: if a measure is unknown, the schedule never fires, or the limit is not positive.
 
     Example:
         >>> import torch, nettrace as nt
@@ -74,6 +81,7 @@ class Tracer:
         to: str | Path | None = None,
         on_error: OnError = "record",
         memory_budget: int | str = "2GiB",
+        max_seconds: float | None = 60.0,
         seed: int = 0,
     ) -> None:
         if on_error not in ("record", "raise"):
@@ -93,6 +101,7 @@ class Tracer:
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
+        self._prices = PriceList(max_seconds)
 
     def __call__(self, model: nn.Module, step: int, **coordinates: float) -> list[Record]:
         """Measures the network if the schedule says so.
@@ -145,6 +154,7 @@ class Tracer:
                 checks.append(_spot_check(step, certificate))
 
         found: Statistics | Exception
+        refused: Mapping[str, TooDear] = {}
         try:
             with frozen(model):
                 try:
@@ -159,19 +169,35 @@ class Tracer:
                         check=check,
                     )
                     self._examine(model, found)
+                    refused = self._prices.refused(found, measures)
                 except Exception as error:
                     found = error
-                records = self._take(measures, step, found)
+                records = self._take(measures, step, found, refused)
                 if not isinstance(found, Exception):
                     with suppress(Exception):  # which the measures that ask for it report
                         self._past.keep(found, needs)
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
-            records = self._take(measures, step, error)
+            records = self._take(measures, step, error, refused)
         seconds = np.asarray(time.perf_counter() - start)
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
         timed = Record("nettrace/seconds", step, seconds, attributes=convention)
         return [*records, *checks, timed]
+
+    def explain(self, model: nn.Module) -> Explanation:
+        """Predicts what the measures will cost on this network, and leaves it exactly as it was.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            Exception: whatever goes wrong with calling the network.
+        """
+
+        def look() -> Statistics:
+            found = Statistics(model, self.probe, memory_budget=self._memory_budget)
+            self._examine(model, found)
+            return found
+
+        return self._prices.explain(model, look, self.measures)
 
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
@@ -187,13 +213,19 @@ class Tracer:
             return certify(statistics.jacobian, seed=self._seed)
 
     def _take(
-        self, measures: Sequence[Measure], step: int, found: Statistics | Exception
+        self,
+        measures: Sequence[Measure],
+        step: int,
+        found: Statistics | Exception,
+        refused: Mapping[str, TooDear],
     ) -> list[Record]:
         records = []
         for measure in measures:
             try:
                 if isinstance(found, Exception):
                     raise found
+                if measure.name in refused:
+                    raise refused[measure.name]
                 records.append(_record(measure, step, measure(found), found))
             except Inapplicable:
                 continue

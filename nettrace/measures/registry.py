@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nettrace.statistics import Statistics
 
-
 #: A number or an array, as a measure gives it.
 Numbers: TypeAlias = Tensor | npt.NDArray[Any] | float
 

@@ -70,13 +70,17 @@ class Look:
         self._outputs = probe.look(model)
         self._probe = probe
         self._model = model
-        self._needs = frozenset(need.rpartition(".")[2] for need in needs)
+        self.expect(needs)
         self._seed = seed
         self._memory = memory_budget
         self._check = check
         self._past = past or Past()
         self.samples = len(self._outputs)
         self.step = step
+
+    def expect(self, needs: Iterable[str]) -> None:
+        """Says anew which statistics will be asked for, before the first is."""
+        self._needs = frozenset(need.rpartition(".")[2] for need in needs)
 
     @property
     def first(self) -> Kept:
