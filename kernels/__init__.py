@@ -4,7 +4,7 @@ if __name__ != "nettrace.kernels":  # the repository root is on sys.path
     raise ImportError(f"import `nettrace.kernels`, not `{__name__}`", name=__name__)
 
 from nettrace.kernels.convolution import Geometry, Patches, patches
-from nettrace.kernels.cost import gram_cost, repeated
+from nettrace.kernels.cost import gram_cost, is_written_out, repeated
 from nettrace.kernels.factors import (
     Dense,
     Factor,
@@ -34,6 +34,7 @@ __all__ = [
     "gram_",
     "gram_cost",
     "inner",
+    "is_written_out",
     "mirror_",
     "patches",
     "repeated",

@@ -11,7 +11,7 @@ def gram_cost(x: Factor, samples: int) -> float:
     It is the count by which that chooses its way. The cotangents are those of `x`.
     """
     if isinstance(x, Sum):
-        if not _pays(x, x, pairs=samples):
+        if is_written_out(x, samples):
             k, _, _, _, d, m = x.terms[0].shape
             tokens = sum(term.shape[3] for term in x.terms)
             return k * samples * d * m * (tokens + k * samples / 2)
@@ -24,6 +24,16 @@ def gram_cost(x: Factor, samples: int) -> float:
     if t == 1:
         return g * samples**2 * (d + k**2 * (m + _WRITE)) / 2
     return g * min(_gram_costs(x, x, samples, samples))
+
+
+def is_written_out(x: Factor, samples: int) -> bool:
+    """Whether `gram_(out, x, x, limit)` would write gradients out, for so many samples."""
+    if isinstance(x, Sum):
+        return not _pays(x, x, pairs=samples)
+    if isinstance(x, Dense):
+        return True
+    by_tokens, written = _gram_costs(x, x, samples, samples)
+    return x.shape[3] > 1 and written <= by_tokens
 
 
 def repeated(x: Factor, cotangents: int) -> Factor:

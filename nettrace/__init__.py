@@ -7,6 +7,7 @@ from nettrace.measures import Value, measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
+from nettrace.price import TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import at, every, log_spaced
@@ -23,6 +24,7 @@ __all__ = [
     "Probe",
     "Record",
     "SpotCheckError",
+    "TooDear",
     "Tracer",
     "Value",
     "at",

@@ -1,9 +1,9 @@
 """The pieces of which prices are made, each timed once on the network itself.
 
 Backward passes with their contraction to norms, one plain backward pass, contractions to Gram
-matrices on as few samples as take a millisecond, eigenvalues of a small matrix. What is scaled from
-these is scaled by counts: of passes, of the multiplications by which the kernels choose their way,
-and by the cube of the order for eigenvalues.
+matrices on as few samples as take two milliseconds, eigenvalues of a small matrix. What is scaled
+from these is scaled by counts: of passes, of the multiplications by which the kernels choose their
+way, and by the cube of the order for eigenvalues.
 """
 
 from __future__ import annotations
@@ -20,15 +20,28 @@ import torch
 from torch import Tensor
 
 from nettrace.differentiate import jacobian, parse_bytes
-from nettrace.gradients import Layer, Pulled, reals
-from nettrace.kernels import Factor, Outer, Sum, blocks, gram_, gram_cost, repeated, sqnorms
+from nettrace.gradients import Layer, Pulled, TapeGradients, reals
+from nettrace.kernels import (
+    Factor,
+    Outer,
+    Sum,
+    blocks,
+    gram_,
+    gram_cost,
+    is_written_out,
+    repeated,
+    sqnorms,
+)
 from nettrace.operator import Jacobian
 from nettrace.statistics import Statistics
+from nettrace.tape import metadata
 
 #: Seconds that a contraction is timed for at least, unless all of it takes less.
-_LONG = 1e-3
+_LONG = 2e-3
+#: Seconds above which nothing is timed twice.
+_SHORT = 0.2
 #: Cotangents for which contractions are timed, at most.
-_FEW = 16
+_FEW = 8
 #: What seconds are counted by.
 clock = time.perf_counter
 
@@ -148,8 +161,7 @@ class Pieces:
 
     @cached_property
     def _pull(self) -> float:
-        count = min(max(2, self._at_once), self.outputs)
-        return self._time(lambda: self._pulled(count)) / count
+        return self._time(self._pull_few) / self._few
 
     @property
     def scores(self) -> float:
@@ -166,24 +178,26 @@ class Pieces:
 
     def gram(self) -> float:
         """Seconds for contracting pulled-back gradients to the Gram matrix."""
-        found = 0.0
-        for per_count, count in self._grams:
-            found += per_count * count(self.samples)
-        return found
+        return sum(seconds * gram_cost(x, self.samples) for seconds, x in self._grams)
+
+    @property
+    def gram_sums(self) -> float:
+        """Bytes of the sum in float64 and its triangles, where gradients are written out."""
+        written = any(is_written_out(x, self.samples) for _, x in self._grams)
+        return 3 * 8 * (self.samples * self.outputs) ** 2 if written else 0
 
     @cached_property
-    def _grams(self) -> list[tuple[float, Callable[[int], float]]]:
-        """By layer, seconds for a multiplication, and the number of these for N samples."""
+    def _grams(self) -> list[tuple[float, Factor]]:
+        """By layer, seconds for a multiplication, and the form of the gradients of all outputs."""
         limit = self._jacobian._limit
 
         def contract(x: Factor, n: int, k: int) -> None:
             gram_(torch.zeros((n, k, n, k), dtype=self._dtype, device=self._device), x, x, limit)
 
-        found: list[tuple[float, Callable[[int], float]]] = []
+        found = []
         for layer in self._layers:
             seconds, n, x = self._contraction(layer, contract)
-            whole = repeated(x, self.outputs)
-            found.append((seconds / gram_cost(x, n), partial(gram_cost, whole)))
+            found.append((seconds / gram_cost(x, n), repeated(x, self.outputs)))
         return found
 
     def blocks(self) -> float:
@@ -203,32 +217,31 @@ class Pieces:
     @cached_property
     def _norms_keep(self) -> float:
         step = min(self._at_once, self._few)
-        held = 0.0
+        held = [0]
         for layer in self._layers:
             pulled = {place: pulled[:step] for place, pulled in self._pulled_few.items()}
             with torch.no_grad():
                 x = self._jacobian._gradients.factor(layer, pulled, slice(0, 1))
                 sqnorms(x)
-                held += _held(x)
+                held.append(_held(x))
                 self._jacobian._gradients.forget()
-        return held
+        return sum(held) + max(held)  # each is joined from pieces
 
     @cached_property
     def _blocks(self) -> _Blocks:
-        seconds = held = 0.0
-        written = []
+        seconds, held, written = 0.0, [0.0], []
         for layer in self._jacobian._gradients.layers(apart=True):
             took, n, x = self._contraction(layer, lambda x, n, k: blocks(x, x))
             seconds += (self.outputs / self._few) ** 2 * took / n
             most = float(self._memory / 8)
-            held += _held(x) / n
+            held.append(_held(x) / n)
             if _held(x):
                 most = 0.0
             elif isinstance(x, Outer):
                 most = min(most, x.still.at_once * self.item)
             numbers = self.outputs * reals(self._jacobian._gradients.parameters[layer[0]])
             written.append((float(numbers * self.item), most))
-        return _Blocks(seconds, held, tuple(written))
+        return _Blocks(seconds, sum(held) + max(held), tuple(written))
 
     def touch(self, size: float) -> float:
         """Seconds for writing to memory that is new to the process."""
@@ -273,6 +286,22 @@ class Pieces:
         """Bytes of the gradients that so many cotangents pull back at a time."""
         each = self._share * self._jacobian._gradients.bytes_per_cotangent(self._layers)
         return min(rows * each, max(each, self._memory / 3))
+
+    def chunk(self, rows: int) -> float:
+        """Bytes of those that norms work on together, and of their copy beside a token's."""
+        return 2 * self.pulled(min(rows, self._at_once))
+
+    @property
+    def one_pass(self) -> float:
+        """Bytes that a backward pass itself takes: a few of the largest gradient on its way."""
+        return self._share * 3 * self._largest
+
+    @cached_property
+    def _largest(self) -> int:
+        gradients = self._jacobian._gradients
+        assert isinstance(gradients, TapeGradients)
+        metas = [m for node in gradients._tape.nodes for m in metadata(node) if hasattr(m, "shape")]
+        return max((m.dtype.itemsize * math.prod(m.shape) for m in metas), default=0)
 
     @property
     def layers(self) -> int:
@@ -323,14 +352,15 @@ class Pieces:
         room = self._jacobian._room(self._layers)
         return max(1, min(_FEW, self.outputs, room))
 
-    def _pulled(self, count: int) -> Pulled:
-        gradients = self._jacobian._gradients
-        cotangents = self._rows(count).view(count, *gradients.outputs.shape)
-        return gradients.pull(cotangents, self._layers)
-
     @cached_property
     def _pulled_few(self) -> Pulled:
-        return self._pulled(self._few)
+        _ = self._pull  # which leaves what it pulled
+        return self._last
+
+    def _pull_few(self) -> None:
+        gradients = self._jacobian._gradients
+        cotangents = self._rows(self._few).view(self._few, *gradients.outputs.shape)
+        self._last = gradients.pull(cotangents, self._layers)
 
     def _contraction(
         self, layer: Layer, contract: Callable[[Factor, int, int], object]
@@ -359,7 +389,7 @@ class Pieces:
             call()
             self._synchronise()
             best = min(best, clock() - start)
-            if best > 1:
+            if best > _SHORT:
                 break
         return best
 

@@ -101,7 +101,7 @@ def rows(pieces: Pieces, count: int, of: tuple[str, ...] = (), instead: str = ""
     """Norms of so many combinations of each sample's outputs, by a backward pass each."""
     kept = pieces.samples * count * pieces.item
     seconds = pieces.norms(count)
-    temporary = pieces.pulled(1) + pieces.norms_keep + pieces.written(1)
+    temporary = pieces.chunk(count) + pieces.norms_keep + pieces.written(1) + pieces.one_pass
     return Work(seconds, count, kept, temporary, of=("jacobian", *of), instead=instead)
 
 
@@ -129,7 +129,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 
 @prices("mean_gradient_sqnorm")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    size = 3 * pieces.parameter_bytes
+    size = 3 * pieces.parameter_bytes + pieces.one_pass
     return Work(pieces.vjp, 1, temporary=size, of=("jacobian", "scores"))
 
 
@@ -177,7 +177,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     order, c = pieces.samples * pieces.outputs, pieces.outputs
     passes = pieces.passes_for_pairs
     fresh = pieces.pulled(c) + pieces.blocks_keep
-    temporary = fresh + pieces.written(c)
+    temporary = fresh + pieces.written(c) + pieces.one_pass
     seconds = passes * pieces.pull + pieces.blocks() + pieces.touch(fresh)
     kept = pieces.layers * order * c * pieces.item
     if not needs & _KERNEL:
@@ -187,7 +187,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
         seconds + pieces.gram(),
         passes,
         kept + order**2 * pieces.item,
-        temporary + 3 * order**2 * 8,  # its sum in float64, and a copy of either triangle
+        temporary + pieces.gram_sums,
         of=("jacobian",),
         instead="Jacobian.gram(trace_outputs=True) sums it over outputs, Jacobian.sketch and "
         "Jacobian.approximate_gram estimate it",
@@ -345,7 +345,7 @@ class PriceList:
             needs = {need for m in measures if m.name not in refused for need in m.needs}
             together = price(pieces, needs)
             # As `certify` says: 5 plain passes, and about 16 without gradients of weights.
-            check = Price(5 * pieces.vjp + pieces.norms(16), pieces.pulled(1), 21)
+            check = Price(5 * pieces.vjp + pieces.norms(16), pieces.chunk(5) + pieces.one_pass, 21)
             del pieces
         start, storages = clock(), {}
 
