@@ -38,8 +38,8 @@ from nettrace.tape import metadata
 
 #: Seconds that a contraction is timed for at least, unless all of it takes less.
 _LONG = 2e-3
-#: Seconds above which nothing is timed twice.
-_SHORT = 0.2
+#: Seconds above which nothing is timed twice; the first call of all may take this long.
+_SHORT = 1
 #: Cotangents for which contractions are timed, at most.
 _FEW = 8
 #: What seconds are counted by.
