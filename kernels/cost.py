@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from nettrace.kernels.factors import _WRITE, Dense, Factor, Outer, Sum, _gram_costs, _pays
+from nettrace.kernels.factors import _TILE, _WRITE, Dense, Factor, Outer, Sum, _gram_costs, _pays
 
 
 def gram_cost(x: Factor, samples: int) -> float:
     """What `gram_(out, x, x, limit)` takes in multiplications, if `x` had so many samples.
 
-    It is the count by which that chooses its way. The cotangents are those of `x`.
+    It is the count by which that chooses its way, but that of few samples more than half of all
+    pairs are met. The cotangents are those of `x`.
     """
     if isinstance(x, Sum):
         if is_written_out(x, samples):
@@ -22,8 +23,11 @@ def gram_cost(x: Factor, samples: int) -> float:
         return k * samples * (_WRITE + k * samples / 2) * p
     k, _, g, t, d, m = x.shape
     if t == 1:
-        return g * samples**2 * (d + k**2 * (m + _WRITE)) / 2
-    return g * min(_gram_costs(x, x, samples, samples))
+        together = max(1, 2 * _TILE // (k * k * samples))  # samples, which meet all of themselves
+        met = 1 + min(1, together / samples)
+        return g * samples**2 * (d + k**2 * (m + _WRITE)) * met / 2
+    by_tokens, written = _gram_costs(x, x, samples, samples)
+    return g * min(by_tokens * (1 + 1 / samples), written)
 
 
 def is_written_out(x: Factor, samples: int) -> bool:
