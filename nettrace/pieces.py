@@ -179,7 +179,8 @@ class Pieces:
     def gram(self) -> float:
         """Seconds for contracting pulled-back gradients to the Gram matrix."""
         total = 0.0
-        for seconds, n, x, columns in self._grams:
+        for made, seconds, n, x, columns in self._grams:
+            total += self._share * made
             few, whole = repeated(x, self._few), repeated(x, self.outputs)
             if not (is_written_out(few, n) and is_written_out(whole, self.samples)):
                 total += seconds * gram_cost(whole, self.samples) / gram_cost(few, n)
@@ -202,13 +203,13 @@ class Pieces:
     @property
     def gram_sums(self) -> float:
         """Bytes of the sum in float64 and its triangles, where gradients are written out."""
-        forms = [repeated(x, self.outputs) for _, _, x, _ in self._grams]
+        forms = [repeated(x, self.outputs) for _, _, _, x, _ in self._grams]
         written = any(is_written_out(x, self.samples) for x in forms)
         return 3 * 8 * (self.samples * self.outputs) ** 2 if written else 0
 
     @cached_property
-    def _grams(self) -> list[tuple[float, int, Factor, int]]:
-        """By layer, seconds for how many samples, the form of a gradient, and its numbers."""
+    def _grams(self) -> list[tuple[float, float, int, Factor, int]]:
+        """By layer, what `_contraction` gives, for one gradient, and how many numbers it has."""
         limit = self._jacobian._limit
         parameters = self._jacobian._gradients.parameters
 
@@ -217,9 +218,9 @@ class Pieces:
 
         found = []
         for layer in self._layers:
-            seconds, n, x = self._contraction(layer, contract)
+            made, seconds, n, x = self._contraction(layer, contract)
             columns = sum(reals(parameters[name]) for name in layer)
-            found.append((seconds, n, repeated(x, 1), columns))
+            found.append((made, seconds, n, repeated(x, 1), columns))
         return found
 
     def blocks(self) -> float:
@@ -253,8 +254,8 @@ class Pieces:
     def _blocks(self) -> _Blocks:
         seconds, held, written = 0.0, [0.0], []
         for layer in self._jacobian._gradients.layers(apart=True):
-            took, n, x = self._contraction(layer, lambda x, n, k: blocks(x, x))
-            seconds += (self.outputs / self._few) ** 2 * took / n
+            made, took, n, x = self._contraction(layer, lambda x, n, k: blocks(x, x))
+            seconds += made / self._timed_on + (self.outputs / self._few) ** 2 * took / n
             most = float(self._memory / 8)
             held.append(_held(x) / n)
             if _held(x):
@@ -386,21 +387,30 @@ class Pieces:
 
     def _contraction(
         self, layer: Layer, contract: Callable[[Factor, int, int], object]
-    ) -> tuple[float, int, Factor]:
-        """Seconds for how many samples, and the factor of these with few cotangents."""
+    ) -> tuple[float, float, int, Factor]:
+        """Seconds for making the gradients, for contracting those of how many samples, and these.
+
+        They are made for all samples: some rules look at all of them for any.
+        """
         gradients, k = self._jacobian._gradients, self._few
-        made: list[Factor] = []
 
-        def work(n: int) -> None:
-            with torch.no_grad():
-                made[:] = [gradients.factor(layer, self._pulled_few, slice(0, n))]
-                contract(made[0], n, k)
-                gradients.forget()
+        @torch.no_grad()
+        def make(n: int) -> Factor:
+            made = gradients.factor(layer, self._pulled_few, slice(0, n))
+            gradients.forget()
+            return made
 
+        @torch.no_grad()
+        def once(n: int) -> tuple[float, Factor]:
+            x = make(n)
+            return self._time(partial(contract, x, n, k), times=1), x
+
+        making = self._time(partial(make, self._timed_on), times=1) * self.outputs / k
         n = 1
-        while (seconds := self._time(partial(work, n), times=1)) < _LONG and n < self._timed_on:
+        while (seconds := once(n)[0]) < _LONG and n < self._timed_on:
             n = min(self._timed_on, 2 * n if seconds > _LONG / 8 else 8 * n)
-        return min(seconds, self._time(partial(work, n), times=1)), n, made[0]
+        again, x = once(n)
+        return making, min(seconds, again), n, x
 
     def _time(self, call: Callable[[], object], times: int = 2) -> float:
         """Wall time; the better of two where it is short, for the first warms up."""
