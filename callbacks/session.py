@@ -65,11 +65,16 @@ class Session:
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
-            key = (_shared(callback), callback.on_error)
+            key = (_shared(callback), callback.on_error, callback.max_seconds)
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
-                    tracer = Tracer(self._probe(callback), names, on_error=callback.on_error)
+                    tracer = Tracer(
+                        self._probe(callback),
+                        names,
+                        on_error=callback.on_error,
+                        max_seconds=callback.max_seconds,
+                    )
                     self._groups[key] = (tracer, [])
                 self._groups[key][1].append(callback)
             except Exception as error:

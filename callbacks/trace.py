@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nettrace import Probe
+from torch import nn
+
+from nettrace import Probe, Tracer
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
+from nettrace.price import Explanation, PriceList
 from nettrace.probe import check_probes
 from nettrace.schedule import Every, schedule
 from nettrace.tracer import OnError, chosen
@@ -38,6 +41,8 @@ class Trace(Callback):
         samples: how many samples a default probe takes.
         on_error: "record" notes why a measure is missing, warns once and lets the training go on;
             "raise" raises.
+        max_seconds: how long one measure may take at one record, as predicted at the first; one
+            that would take longer is missing, with the reason. None for any time.
 
     Raises:
         ValueError: if a measure is unknown, or the schedule never fires.
@@ -54,6 +59,7 @@ class Trace(Callback):
         prefix: str = "",
         samples: int = 64,
         on_error: OnError = "record",
+        max_seconds: float | None = 60.0,
     ) -> None:
         super().__init__()
         if to is not None and not isinstance(to, (str, Path)):
@@ -72,9 +78,22 @@ class Trace(Callback):
         self.prefix = prefix
         self.samples = samples
         self.on_error = on_error
+        self.max_seconds = PriceList(max_seconds).max_seconds
         self._session: Session | None = None
         #: What the sessions before this left, where this callback measures for all.
         self._past: Mapping[str, Any] = {}
+
+    def explain(self, model: nn.Module) -> Explanation:
+        """Predicts what the measures will cost on a network, and leaves it exactly as it was.
+
+        Raises:
+            ValueError: if there is no probe yet, which is to be taken from the trainer's data.
+            CoupledSamplesError: if samples are coupled.
+        """
+        if self.probe is None:
+            raise ValueError("the price depends on the samples: pass probe=nettrace.Probe(x, y)")
+        names = [measure.name for measure in self.measures]
+        return Tracer(self.probe, names, max_seconds=self.max_seconds).explain(model)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the probe, together with the trainer's other callbacks of this kind."""

@@ -5,6 +5,7 @@ if __name__ != "nettrace.kernels":  # the repository root is on sys.path
 
 from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.convolution import Geometry, Patches, patches
+from nettrace.kernels.cost import gram_cost, is_written_out, repeated
 from nettrace.kernels.factors import (
     Dense,
     Factor,
@@ -33,9 +34,12 @@ __all__ = [
     "column_sqnorms",
     "dense",
     "gram_",
+    "gram_cost",
     "inner",
+    "is_written_out",
     "mirror_",
     "patches",
+    "repeated",
     "sqnorms",
     "total",
     "traced_gram_",

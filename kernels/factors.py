@@ -298,10 +298,8 @@ def gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
             return
         if t == 1 == s:
             return _gram_of_single_tokens_(out, x, y)
-        half = 2 if x is y else 1
-        token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
-        written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
-        if token < written + k * n * j * o * d * m / half:
+        token, written = _gram_costs(x, y, n, o)
+        if token < written:
             return _gram_by_tokens_(out, x, y, limit)
         each = max(k * n, j * o) * g * d
         mine, others = _written(x, each, limit), None if x is y else _written(y, each, limit)
@@ -312,6 +310,16 @@ def gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
     else:
         a = dense(x)
         _gram_written_out_(out, iter([a]), None if x is y else iter([dense(y)]))
+
+
+def _gram_costs(x: Outer, y: Outer, n: int, o: int) -> tuple[float, float]:
+    """By tokens and written out, what n samples of `x` with o of `y` cost, over groups."""
+    k, _, _, t, d, m = x.shape
+    j, _, _, s, _, _ = y.shape
+    half = 2 if x is y else 1
+    token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
+    written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
+    return token, written + k * n * j * o * d * m / half
 
 
 def mirror_(matrix: Tensor) -> None:

@@ -4,10 +4,11 @@ from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
-from nettrace.measures import measure
+from nettrace.measures import Value, measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
+from nettrace.price import TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
@@ -29,7 +30,9 @@ __all__ = [
     "Probe",
     "Record",
     "SpotCheckError",
+    "TooDear",
     "Tracer",
+    "Value",
     "at",
     "certify",
     "epochs",

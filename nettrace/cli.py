@@ -12,14 +12,14 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nettrace.certificate import Certificate
 from nettrace.differentiate import parse_bytes
-from nettrace.measures import available
+from nettrace.measures import available, statistics
 from nettrace.probe import Probe
 from nettrace.statistics import Statistics
 from nettrace.tracer import Tracer
@@ -62,12 +62,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--memory", default="2GiB", help="memory budget (%(default)s), as in nettrace.jacobian"
     )
 
+    command.add_argument(
+        "--measures", nargs="+", metavar="NAME", help="those to price; by default all"
+    )
+    command.add_argument(
+        "--max-seconds",
+        type=float,
+        default=60.0,
+        help="above how many a measure would be refused (%(default)g), as in nettrace.Tracer",
+    )
+
     about = "list the measures"
     command = commands.add_parser("measures", help=about, description=about)
     command.set_defaults(run=measures)
+    command.add_argument(
+        "--statistics", action="store_true", help="list what measures can be made of instead"
+    )
+    for command in commands.choices.values():
+        command.add_argument(
+            "--import",
+            action="append",
+            default=[],
+            dest="modules",
+            metavar="MODULE",
+            help="a module that defines measures",
+        )
 
     options = parser.parse_args(arguments)
     try:
+        for module in options.modules:
+            _import(module)
         options.run(options)
     except UsageError as error:
         print(_wrapped(f"nettrace {options.command}: {error}"), file=sys.stderr)
@@ -78,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def explain(options: argparse.Namespace) -> None:
-    """Prints the certificate of a network on a probe, and what its quantities cost.
+    """Prints the certificate of a network on a probe, and what its measures cost.
 
     Raises:
         UsageError: if there is no certificate.
@@ -96,16 +120,35 @@ def explain(options: argparse.Namespace) -> None:
     sizes = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     print(f"{type(model).__name__}, {sum(sizes.values()):,} parameters in {len(sizes)} tensors")
     print(probe, end="\n\n")
+    names = options.measures or [measure.name for measure in available()]
     try:
-        certificate = Tracer(probe, "ntk/trace", memory_budget=memory).certify(model)
+        tracer = Tracer(probe, names, memory_budget=memory, max_seconds=options.max_seconds)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        certificate = tracer.certify(model)
+        explanation = tracer.explain(model)
     except Exception as error:  # samples that are coupled, or whatever the network raises
         raise UsageError(f"no certificate: {type(error).__name__}: {error}") from error
     print(certificate.table(_width()), end="\n\n")
-    print(_costs(certificate, sum(sizes.values()), memory))
+    print(explanation.table(_width()))
+    if certificate.outputs > Statistics.exact_outputs:
+        print(
+            _wrapped(
+                f"There are {certificate.outputs:,} outputs, more than {Statistics.exact_outputs}: "
+                f"ntk/trace is an estimate to {Statistics.relative_error:.0%}, priced at the "
+                "fewest passes that it can take; Jacobian.trace() is exact."
+            )
+        )
 
 
 def measures(options: argparse.Namespace) -> None:
     """Prints what can be measured, from what, by which convention and source."""
+    if options.statistics:
+        for name, summary in statistics().items():
+            print(name)
+            print(_wrapped(summary, "    "))
+        return
     for one in available():
         print(one.name + (f" ({', '.join(one.dims)})" if one.dims else ""))
         for label, text in [
@@ -119,41 +162,21 @@ def measures(options: argparse.Namespace) -> None:
         print()
 
 
-def _costs(certificate: Certificate, parameters: int, memory: int) -> str:
-    """A table of quantities, backward passes and the size of the result."""
-    n, c, item = certificate.samples, certificate.outputs, certificate.bytes_per_number
-    rows = [
-        ("quantity", "backward passes", "result"),
-        ("norms or Gram matrix of loss gradients", "1", _bytes(n * n * item)),
-        ("vjp", "1", _bytes(parameters * item)),
-        ("jvp, norms, trace, exact Fisher trace", f"{c:,}", _bytes(n * c * item)),
-        ("estimate of the trace with an error", "8 or more", _bytes(item)),
-        ("blocks", f"{c:,}", _bytes(n * c * c * item)),
-        ("Gram matrix summed over outputs", f"{c:,}", _bytes(n * n * item)),
-        ("Gram matrix", f"{c:,}", _bytes((n * c) ** 2 * item)),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {r:>{widths[2]}}" for a, b, r in rows]
-    rule = "-" * len(lines[0])
-    # As `Jacobian` divides its budget: a third for what passes pull back.
-    held = max(1, memory // 3 // max(1, certificate.bytes_per_pass))
-    tail = (
-        f"A pass pulls back {_bytes(certificate.bytes_per_pass)}; the budget of {_bytes(memory)} "
-        f"has room for {min(held, c):,} of {c:,} at a time."
-    )
-    if c > Statistics.exact_outputs:
-        tail += (
-            f" As there are more than {Statistics.exact_outputs} outputs, the measure ntk/trace is "
-            f"an estimate to {Statistics.relative_error:.0%}; Jacobian.trace() is exact."
-        )
-    if (n * c) ** 2 * item > memory:
-        tail += (
-            " The Gram matrix is larger than the budget: sum it over outputs, or take fewer "
-            "samples."
-        )
-    elif held < c:
-        tail += " For blocks and the Gram matrix, each part of the layers takes passes of its own."
-    return "\n".join([lines[0], rule, *lines[1:], rule, _wrapped(tail)])
+def _import(name: str) -> ModuleType:
+    """A module, which may lie in the current folder."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise UsageError(f"{name} needs {error.name}, which is not installed") from error
+        raise UsageError(
+            f"there is no module {name!r}: expected {name.replace('.', '/')}.py in {here} or an "
+            "installed module"
+        ) from error
+    except Exception as error:
+        raise UsageError(f"{name} cannot be imported: {_told(error)}") from error
 
 
 def _load(where: str) -> Any:
@@ -161,19 +184,7 @@ def _load(where: str) -> Any:
     module_name, _, name = where.partition(":")
     if not module_name or not name:
         raise UsageError(f"expected module:name, such as my_module:build, got {where!r}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UsageError(f"{module_name} needs {error.name}, which is not installed") from error
-        raise UsageError(
-            f"there is no module {module_name!r}: expected {module_name.replace('.', '/')}.py in "
-            f"{here} or an installed module"
-        ) from error
-    except Exception as error:
-        raise UsageError(f"{module_name} cannot be imported: {_told(error)}") from error
+    module = _import(module_name)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -233,14 +244,6 @@ def _told(error: Exception) -> str:
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _wrapped(text: str, label: str = "") -> str:

@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
+from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
+from nettrace.price import Explanation, PriceList, TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
@@ -50,6 +52,10 @@ class Tracer:
     What they need of those is kept in memory, and `state_dict` saves it with a checkpoint. A step
     before the last begins another run.
 
+    At the first record, and whenever the operations on the tape change, the price of each measure
+    is predicted (see `nettrace.price`). One that is too dear is not taken; its record is missing,
+    with the price, the limit and what would do instead.
+
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
             record then has a leading axis "probe", or "pair" if it compares two of them.
@@ -59,10 +65,12 @@ class Tracer:
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         on_error: "record" notes why a measure is missing, warns once and goes on; "raise" raises.
         memory_budget: as in `nettrace.jacobian`.
+        max_seconds: how long one measure may take at one record, as predicted; None for any time,
+            without a prediction.
         seed: for measures that draw random numbers; they draw the same at the same step.
 
     Raises:
-        ValueError: if a measure is unknown, or the schedule never fires.
+        ValueError: if a measure is unknown, the schedule never fires, or the limit is not positive.
 
     Example:
         >>> import torch, nettrace as nt
@@ -82,6 +90,7 @@ class Tracer:
         to: str | Path | None = None,
         on_error: OnError = "record",
         memory_budget: int | str = "2GiB",
+        max_seconds: float | None = 60.0,
         seed: int = 0,
     ) -> None:
         if on_error not in ("record", "raise"):
@@ -99,6 +108,7 @@ class Tracer:
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
+        self._prices = PriceList(max_seconds)
         self._where = ""
         #: What is known of a loss that is not declared, from where it is trained.
         self.loss_check: LossCheck | None = None
@@ -110,6 +120,7 @@ class Tracer:
         twin.probe, twin._where = probe, f" on {name}"
         twin._writer = twin._several = None
         twin._spot_checks, twin._past = SpotChecks(), Past()
+        twin._prices = PriceList(self._prices.max_seconds)
         return twin
 
     def each(self) -> list[Tracer]:
@@ -181,6 +192,7 @@ class Tracer:
                 checks.append(_spot_check(step, certificate))
 
         found: Statistics | Exception
+        refused: Mapping[str, TooDear] = {}
         try:
             with frozen(model):
                 try:
@@ -197,14 +209,15 @@ class Tracer:
                         loss_check=self.loss_check,
                     )
                     self._examine(model, found)
+                    refused = self._prices.refused(found, measures)
                 except Exception as error:
                     found = error
-                records = self._take(measures, step, found)
+                records = self._take(measures, step, found, refused)
                 if not isinstance(found, Exception):
                     self._past.keep(found, references)
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
-            records = self._take(measures, step, error)
+            records = self._take(measures, step, error, refused)
         seconds = np.asarray(time.perf_counter() - start)
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
         timed = Record("nettrace/seconds", step, seconds, attributes=convention)
@@ -233,6 +246,21 @@ class Tracer:
                 )
             one._past.load_state_dict(state[own])
 
+    def explain(self, model: nn.Module) -> Explanation:
+        """Predicts what the measures will cost on this network, and leaves it exactly as it was.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            Exception: whatever goes wrong with calling the network.
+        """
+
+        def look() -> Statistics:
+            found = Statistics(model, self.probe, memory_budget=self._memory_budget)
+            self._examine(model, found)
+            return found
+
+        return self._prices.explain(model, look, self.measures)
+
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
 
@@ -254,16 +282,22 @@ class Tracer:
         Raises:
             Exception: the reason, if `on_error="raise"`.
         """
-        return self._take(measures, step, error)
+        return self._take(measures, step, error, {})
 
     def _take(
-        self, measures: Sequence[Measure], step: int, found: Statistics | Exception
+        self,
+        measures: Sequence[Measure],
+        step: int,
+        found: Statistics | Exception,
+        refused: Mapping[str, TooDear],
     ) -> list[Record]:
         records = []
         for measure in measures:
             try:
                 if isinstance(found, Exception):
                     raise found
+                if measure.name in refused:
+                    raise refused[measure.name]
                 records.append(_record(measure, step, measure(found), found))
             except Inapplicable:
                 continue
@@ -404,7 +438,7 @@ def _about(measure: Measure) -> dict[str, str]:
     return {"convention": measure.convention, "mode": "eval", "source": measure.source}
 
 
-def _array(value: Tensor | float) -> np.ndarray:
+def _array(value: Numbers) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 

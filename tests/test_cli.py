@@ -74,6 +74,16 @@ def test_explain_prints_the_certificate_and_the_cost(run, data, columns, monkeyp
     assert all(len(line) <= int(columns) for line in out.splitlines())
 
 
+def test_explain_prices_the_measures_asked_for_and_says_which_are_refused(run):
+    command = "explain my_module:build --data my_module:probe --measures ntk/trace loss"
+    _, out, _ = run(command)
+    assert re.search(r"^ntk/trace +3 +[0-9.]+ ms", out, re.M), out
+    assert "ntk/gram" not in out
+    _, out, _ = run(command + " --max-seconds 1e-9")
+    assert re.search(r"^ntk/trace \* +3", out, re.M), out
+    assert "above max_seconds=1e-09" in out
+
+
 def test_a_checkpoint_is_what_is_explained(run, tmp_path):
     _, before, _ = run("explain my_module:build --data my_module:data")
     model = sys.modules["my_module"].build()
@@ -108,6 +118,9 @@ def test_a_checkpoint_is_what_is_explained(run, tmp_path):
         ("my_module:data --data my_module:data", "expected .* torch.nn.Module, got Tensor"),
         ("my_module:build --data my_module:build", "got Sequential"),
         ("my_module:build --data my_module:data --memory much", "2GiB"),
+        ("my_module:build --data my_module:data --measures ntk/trac", "did you mean 'ntk/trace'"),
+        ("my_module:build --data my_module:data --max-seconds 0", "max_seconds above 0"),
+        ("my_module:build --data my_module:data --import nowhere", "no module 'nowhere'"),
     ],
 )
 def test_what_cannot_be_done_is_said_with_a_way_out(run, command, says):

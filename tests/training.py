@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -220,3 +222,32 @@ def column(folder: str | Path, name: str) -> dict[int, str]:
     """What a CSVLogger wrote under a name, as text by step."""
     with (Path(folder) / "metrics.csv").open() as file:
         return {int(row["step"]): row[name] for row in csv.DictReader(file) if row.get(name)}
+
+
+def read_wandb(path: Path) -> Iterator[Any]:
+    """The records of an offline run: a header of 7 bytes, then a LevelDB log of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, body = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768  # of this block
+        if left < 7:  # too short for a chunk's head: padding
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        body += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(body)
+            body = b""
+            yield record
+
+
+def history(records: list[Any]) -> list[dict[str, Any]]:
+    """The logged rows."""
+    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row}
+        for row in rows
+    ]

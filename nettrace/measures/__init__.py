@@ -12,7 +12,7 @@ from nettrace.measures import (
     schools,
     spectrum,
 )
-from nettrace.measures.registry import Measure, Value, available, measure, resolve
+from nettrace.measures.registry import Measure, Value, available, measure, resolve, statistics
 
 __all__ = [
     "Measure",
@@ -30,4 +30,5 @@ __all__ = [
     "resolve",
     "schools",
     "spectrum",
+    "statistics",
 ]

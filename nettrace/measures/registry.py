@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import Any, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nettrace.past import Reference, references
 from nettrace.statistics import Statistics
+
+#: A number or an array, as a measure gives it.
+Numbers: TypeAlias = Tensor | npt.NDArray[Any] | float
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,14 @@ class Value:
     """What a measure found.
 
     Args:
-        value: a number or an array.
+        value: a number or an array, of torch or NumPy.
         standard_error: of an estimate, of the same shape.
         coordinates: labels along named axes.
         attributes: what else to keep with the value, such as the number of draws.
     """
 
-    value: Tensor | float
-    standard_error: Tensor | float | None = None
+    value: Numbers
+    standard_error: Numbers | None = None
     coordinates: Mapping[str, list[str]] = field(default_factory=dict)
     attributes: Mapping[str, str | int | float] = field(default_factory=dict)
 
@@ -40,7 +48,7 @@ class Value:
         return cls(mean, error.expand_as(mean) / len(values) ** 0.5)
 
 
-Function: TypeAlias = Callable[..., Value | Tensor | float]
+Function: TypeAlias = Callable[..., Value | Numbers]
 F = TypeVar("F", bound=Function)
 
 
@@ -73,10 +81,15 @@ class Measure:
     @property
     def summary(self) -> str:
         """What it is, in a line."""
-        return (self.function.__doc__ or "").partition("\n")[0]
+        return _first_line(self.function)
 
     def __call__(self, statistics: Statistics) -> Value:
-        """The measure of a network, from its statistics."""
+        """The measure of a network, from its statistics.
+
+        Raises:
+            TypeError: if the function gives no real numbers.
+            ValueError: if what it gives does not fit the names of the axes.
+        """
         earlier = None if self.reference is None else statistics.earlier(self.reference)
         arguments = []
         for need in self.needs:
@@ -84,43 +97,101 @@ class Measure:
             arguments.append(earlier[name] if when and earlier else getattr(statistics, name))
         found = self.function(*arguments)
         found = found if isinstance(found, Value) else Value(found)
-        if earlier is None:
-            return found
-        return replace(found, attributes={**found.attributes, "reference_step": earlier.step})
+        if earlier is not None:
+            attributes = {**found.attributes, "reference_step": earlier.step}
+            found = replace(found, attributes=attributes)
+        value = self._numbers("value", found.value)
+        if value.dim() != len(self.dims):
+            raise ValueError(
+                f"{self.name} gave a value of shape {tuple(value.shape)}, but names "
+                f"{len(self.dims)} axes, dims={list(self.dims)}: name each axis by "
+                "@measure(..., dims=[...]), and none for a number"
+            )
+        for axis, labels in found.coordinates.items():
+            if axis not in self.dims or len(labels) != value.shape[self.dims.index(axis)]:
+                raise ValueError(
+                    f"{self.name} gave {len(labels)} labels along {axis!r} for a value of shape "
+                    f"{tuple(value.shape)} with dims={list(self.dims)}"
+                )
+        error = found.standard_error
+        if error is not None:
+            error = self._numbers("standard error", error)
+            if error.shape != value.shape:
+                raise ValueError(
+                    f"{self.name} gave a standard error of shape {tuple(error.shape)} for a value "
+                    f"of shape {tuple(value.shape)}: it must have one for each number"
+                )
+        return replace(found, value=value, standard_error=error)
+
+    def _numbers(self, what: str, found: Any) -> Tensor:
+        """A copy on the CPU, which does not change when the weights do."""
+        if not isinstance(found, (Tensor, np.ndarray, np.generic, int, float)):
+            raise TypeError(
+                f"{self.name} gave {type(found).__name__} for its {what}: return a number, a "
+                "tensor, a NumPy array or a nettrace.Value of one"
+            )
+        # A tensor of its own type: Python's and NumPy's numbers are float64.
+        tensor = found if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+        if tensor.is_complex():
+            raise TypeError(f"{self.name} gave a complex {what}: return its real parts by name")
+        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4  # unknown to NumPy
+        return tensor.detach().to("cpu", torch.float32 if narrow else tensor.dtype, copy=True)
 
 
 _MEASURES: dict[str, Measure] = {}
+#: Where installed packages announce modules that define measures.
+ENTRY_POINTS = "nettrace.measures"
+_loaded: set[tuple[str, str]] = set()
 
 
 def measure(
-    name: str,
+    name: str = "",
     *,
     needs: Iterable[str],
-    convention: str,
+    convention: str = "",
     dims: Iterable[str] = (),
     source: str = "",
 ) -> Callable[[F], F]:
-    """Registers a function of statistics as a measure.
+    """Registers a function of statistics as a measure, to be asked for by name.
+
+    It gives a number, a tensor or a NumPy array, or a `Value` with a standard error. Where it
+    raises, its record is missing, with the reason; numbers that are not finite are kept.
 
     Args:
-        name: "group/quantity".
-        needs: the properties of `nettrace.statistics.Statistics` that the function takes, in order;
+        name: "group/quantity"; "custom/" and the function's name if left out.
+        needs: the statistics that the function takes, in order; `statistics` lists them.
             "first.gram" is that of the first look, "previous.gram" that of the one before.
-        convention: what is summed or averaged over what, in words.
+        convention: what is summed or averaged over what, in words, which is kept with every value;
+            the first line of the function's docstring if left out.
         dims: names of the value's axes.
         source: the paper and equation that define it.
 
     Raises:
-        ValueError: if the name is not of that form or taken, or a need is no statistic, or none
-            that can be kept, or several earlier looks are asked for.
+        ValueError: if the name is not of that form, or taken by another function; if a need is no
+            statistic, or none that can be kept; if several earlier looks are asked for; or if the
+            function does not take as many arguments. The same function defined again, as in a
+            notebook, takes its own place.
+
+    Example:
+        >>> import torch, nettrace as nt
+        >>> @nt.measure(needs=["outputs"])
+        ... def confidence(outputs):
+        ...     "Mean of the largest probability over samples."
+        ...     return nt.Value.mean(outputs.softmax(1).amax(1))
+        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), ["custom/confidence", "ntk/trace"])
+        >>> [record.name for record in tracer(torch.nn.Linear(3, 2), step=0)][:2]
+        ['custom/confidence', 'ntk/trace']
     """
-    needs = tuple(needs)
+    needs = (needs,) if isinstance(needs, str) else tuple(needs)
+    dims = (dims,) if isinstance(dims, str) else tuple(dims)
+    if callable(name) or not isinstance(name, str):
+        raise TypeError(
+            "expected @measure(needs=[...]) with the statistics that the function takes"
+        )
     group, _, quantity = name.partition("/")
-    if not group or not quantity or "/" in quantity:
+    if name and (not group or not quantity or "/" in quantity):
         raise ValueError(f"expected a measure's name of the form 'group/quantity', got {name!r}")
-    if name in _MEASURES:
-        raise ValueError(f"a measure named {name!r} exists already")
-    known = [n for n in [*dir(Statistics), "samples", "step"] if not n.startswith("_")]
+    known = statistics()
     for need in needs:
         when, _, statistic = need.rpartition(".")
         if when not in ("", "first", "previous") or statistic not in known:
@@ -136,14 +207,40 @@ def measure(
         )
 
     def register(function: F) -> F:
-        _MEASURES[name] = Measure(name, needs, function, convention, tuple(dims), source)
+        called = name or f"custom/{_identity(function)[1].rpartition('.')[2]}"
+        try:
+            inspect.signature(function).bind(*needs)
+        except TypeError as error:
+            raise ValueError(
+                f"the function of {called!r} does not take the {len(needs)} statistics that it "
+                f"needs, {', '.join(needs) or 'none'}: {error}"
+            ) from None
+        taken = _MEASURES.get(called)
+        if taken is not None and _identity(taken.function) != _identity(function):
+            raise ValueError(
+                f"a measure named {called!r} exists already, in {_identity(taken.function)[0]}: "
+                "pass another name, @measure('group/quantity', ...)"
+            )
+        words = convention or _first_line(function)
+        _MEASURES[called] = Measure(called, needs, function, words, dims, source)
         return function
 
     return register
 
 
+def statistics() -> dict[str, str]:
+    """The statistics that a measure can need, by name, each with what it is, in a line."""
+    found = {"samples": "N, how many samples there are.", "step": "How many updates there were."}
+    for name in dir(Statistics):
+        one = inspect.getattr_static(Statistics, name)
+        if isinstance(one, (property, cached_property)) and not name.startswith("_"):
+            found[name] = (one.__doc__ or "").partition("\n")[0]
+    return {name: found[name] for name in sorted(found) if name not in ("first", "previous")}
+
+
 def available() -> list[Measure]:
-    """All measures, by name."""
+    """All measures, by name, with those of installed packages."""
+    _load_entry_points()
     return [_MEASURES[name] for name in sorted(_MEASURES)]
 
 
@@ -158,6 +255,7 @@ def resolve(names: str | Iterable[str]) -> list[Measure]:
         raise TypeError(f"expected names of measures, got {wrong[0]!r}")
     if not names:
         raise ValueError("expected at least one measure, got none")
+    _load_entry_points()
     found: dict[str, Measure] = {}
     for name in names:
         group = {
@@ -176,6 +274,33 @@ def _type(statistic: str) -> str:
     found = inspect.getattr_static(Statistics, statistic)
     function = getattr(found, "func", None) or getattr(found, "fget", None)
     return str(getattr(function, "__annotations__", {}).get("return", ""))
+
+
+def _load_entry_points() -> None:
+    """Imports what installed packages announce, each once; what fails is said once and left out."""
+    for point in entry_points(group=ENTRY_POINTS):
+        if (point.name, point.value) in _loaded:
+            continue
+        _loaded.add((point.name, point.value))
+        try:
+            point.load()
+        except Exception as error:
+            package = point.dist.name if point.dist is not None else point.name
+            warnings.warn(
+                f"the measures of the package {package!r}, in {point.value}, cannot be loaded and "
+                f"are left out: {type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+
+
+def _identity(function: Function) -> tuple[str, str]:
+    """Where a function is defined, which stays the same when it is defined again."""
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return kind.__module__, kind.__qualname__
+
+
+def _first_line(function: Function) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

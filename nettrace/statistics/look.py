@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Look:
         self._outputs, self.selected = probe.see(model)
         self._probe = probe
         self._model = model
-        self._needs = frozenset(need.rpartition(".")[2] for need in needs)
+        self.expect(needs)
         self._seed = seed
         self._memory = memory_budget
         self._check = check
@@ -87,6 +88,10 @@ class Look:
         self._optimizers = optimizers
         self.samples = len(self._outputs)
         self.step = step
+
+    def expect(self, needs: Iterable[str]) -> None:
+        """Says anew which statistics will be asked for, before the first is."""
+        self._needs = frozenset(need.rpartition(".")[2] for need in needs)
 
     def earlier(self, reference: Reference) -> Kept:
         """The look that a measure compares with: the first, which may be this, or the one before.
@@ -103,6 +108,21 @@ class Look:
         if when == "previous":
             raise Inapplicable("there is no earlier look to compare with")
         return Kept(self.step, values)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, in the mode in which it is measured."""
+        return self._model
+
+    @property
+    def inputs(self) -> Any:
+        """The probe's inputs, as the network is called with them."""
+        return self._probe.inputs
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, all parameters, detached."""
+        return {name: p.detach() for name, p in self._model.named_parameters()}
 
     @cached_property
     def outputs(self) -> Tensor:

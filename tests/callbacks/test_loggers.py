@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,35 +22,6 @@ from nettrace.callbacks.loggers import send
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
 SCALARS = ("trace", "entropy", "entropy_normalised", "effective_rank", "entropy_traced")
-
-
-def read_wandb(path: Path) -> Iterator[Any]:
-    """The records of an offline run: a header of 7 bytes, then a LevelDB log of protobufs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, body = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768  # of this block
-        if left < 7:  # too short for a chunk's head: padding
-            at += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        body += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = Record()
-            record.ParseFromString(body)
-            body = b""
-            yield record
-
-
-def history(records: list[Any]) -> list[dict[str, Any]]:
-    """The logged rows."""
-    rows = [r.history.item for r in records if r.WhichOneof("record_type") == "history"]
-    return [
-        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row}
-        for row in rows
-    ]
 
 
 @dataclass
@@ -114,12 +83,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         loggers[0].experiment.finish()
         wandb.teardown()  # only then is all of it in the file
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    records = list(read_wandb(path))
+    records = list(training.read_wandb(path))
     assert any(r.WhichOneof("record_type") == "exit" for r in records)  # the file is whole
     metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     return Run(
         nt.open(folder / "trace"),
-        [row for row in history(records) if "nettrace/step" in row],
+        [row for row in training.history(records) if "nettrace/step" in row],
         {m.name or m.glob_name: m.step_metric for m in metrics},
         path.parent / "files",
         folder / "csv" / "version_0",
@@ -276,10 +245,10 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Any]:
         loggers[0].experiment.finish()
         wandb.teardown()
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    records = list(read_wandb(path))
+    records = list(training.read_wandb(path))
     run = Run(
         nt.open(folder / "trace"),
-        [row for row in history(records) if "nettrace/step" in row],
+        [row for row in training.history(records) if "nettrace/step" in row],
         {},
         path.parent / "files",
         folder / "csv" / "version_0",

@@ -65,7 +65,11 @@ def cosine(a, b):
 
 def test_the_kernels_motion_is_that_of_explicit_kernels():
     model, x, steps = mlp(), normal(N, 4), [0, 5, 7]
-    tracer, kernels, found = nt.Tracer(nt.Probe(x, torch.arange(len(x)) % C), "ntk", on_error="raise"), {}, {}
+    tracer, kernels, found = (
+        nt.Tracer(nt.Probe(x, torch.arange(len(x)) % C), "ntk", on_error="raise"),
+        {},
+        {},
+    )
     for step in steps:
         kernels[step] = kernel(model, x)
         found |= {(r.name, r.step): r for r in tracer(model, step)}
