@@ -11,7 +11,7 @@ from torch import nn
 from nettrace import Probe, Tracer
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
-from nettrace.price import Explanation, PriceList
+from nettrace.explanation import Explanation, PriceList
 from nettrace.probe import check_probes
 from nettrace.schedule import Every, schedule
 from nettrace.tracer import OnError, chosen
@@ -156,22 +156,9 @@ class NTKTrace(Trace):
 
 
 class FisherTrace(Trace):
-    """`Trace` of the trace of the Fisher information, exact, estimated and empirical.
+    """`Trace` of the trace of the Fisher information, exact, estimated and empirical."""
 
-    The rest of the group has as many numbers as weights, and is left to who asks for it.
-    """
-
-    def __init__(
-        self,
-        measures: str | Iterable[str] = (
-            "fisher/trace",
-            "fisher/trace_per_layer",
-            "fisher/trace_ntk",
-            "fisher/trace_mc",
-            "fisher/trace_empirical",
-        ),
-        **options: Any,
-    ) -> None:
+    def __init__(self, measures: str | Iterable[str] = "fisher", **options: Any) -> None:
         super().__init__(measures, **options)
 
 

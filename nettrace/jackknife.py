@@ -63,18 +63,10 @@ def spectral_error(
     return infinitesimal_error(shares[:, positive] @ (slopes * values.detach()))
 
 
-def bias_corrected(
-    statistic: Callable[[Tensor], Tensor], whole: Tensor, samples: int
-) -> tuple[Tensor, Tensor]:
-    """A value less the part of its bias that falls as 1 / N, and its standard error.
+def parts_of(samples: int) -> list[Tensor]:
+    """The numbers of the samples that are left when each of up to 16 groups is left out.
 
-    The samples are dealt out at random into groups, always the same, that are left out in turn.
-    Busing, Meijer and van der Leeden, Delete-m jackknife for unequal m (1999).
-
-    Args:
-        statistic: from the numbers of the samples that are kept to the value.
-        whole: the value with all samples.
-        samples: N.
+    The groups are dealt out at random, always the same.
 
     Raises:
         ValueError: if there is but one sample.
@@ -83,10 +75,22 @@ def bias_corrected(
         raise ValueError(f"a bias over samples needs at least 2 samples, got {samples}")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
     groups = [order[g::GROUPS] for g in range(min(GROUPS, samples))]
-    kept = [torch.cat([g for g in groups if g is not group]).sort().values for group in groups]
-    without = torch.stack([statistic(numbers) for numbers in kept])
-    parts = samples / torch.tensor([len(g) for g in groups]).to(without)  # N / m_g
-    corrected = len(groups) * whole - ((1 - 1 / parts) * without).sum()
+    return [torch.cat([g for g in groups if g is not group]).sort().values for group in groups]
+
+
+def bias_corrected(whole: Tensor, without: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """A value less the part of its bias that falls as 1 / N, and its standard error.
+
+    Busing, Meijer and van der Leeden, Delete-m jackknife for unequal m (1999).
+
+    Args:
+        whole: the value with all samples.
+        without: (G,) the values with each of `parts_of(samples)`.
+        samples: N.
+    """
+    # N / m_g, for groups of m_g
+    parts = samples / torch.tensor([samples - len(p) for p in parts_of(samples)]).to(without)
+    corrected = len(without) * whole - ((1 - 1 / parts) * without).sum()
     pseudo = parts * whole - (parts - 1) * without
     variance = ((pseudo - corrected).square() / (parts - 1)).mean()
     return corrected, variance.sqrt()

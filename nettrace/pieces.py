@@ -266,6 +266,17 @@ class Pieces:
             written.append((float(numbers * self.item), most))
         return _Blocks(seconds, sum(held) + max(held), tuple(written))
 
+    @property
+    def written_out(self) -> float:
+        """Seconds for writing all gradients out, scaling them and taking their squares."""
+        return 4 * self.touch(self.samples * self.outputs * self.parameter_bytes)
+
+    @property
+    def dense_gram(self) -> float:
+        """Seconds for the products of all gradients that are written out."""
+        numbers = self.parameter_bytes / self.item
+        return self._product * (self.samples * self.outputs) ** 2 * numbers
+
     def touch(self, size: float) -> float:
         """Seconds for writing to memory that is new to the process."""
         return self._touch * size

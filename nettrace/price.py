@@ -8,19 +8,13 @@ and a number kept for each.
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
-
-from nettrace.freeze import frozen
-from nettrace.measures import Measure
-from nettrace.pieces import Pieces, clock
+from nettrace.jackknife import GROUPS
+from nettrace.pieces import Pieces
 from nettrace.statistics import Statistics
-from nettrace.tape import signature
 
 
 class TooDear(RuntimeError):
@@ -82,7 +76,6 @@ Rule: TypeAlias = Callable[[Pieces, Needs], Work]
 #: By statistic, what it costs where all of `needs` are wanted; parts that several share have names
 #: with an underscore.
 PRICES: dict[str, Rule] = {}
-_KERNEL = frozenset({"gram", "eigenvalues", "traced_eigenvalues"})
 _FISHER = frozenset({"fisher_sqnorms", "hessian_traces"})
 _TRACES = frozenset({"trace", "layer_traces"})
 
@@ -106,7 +99,8 @@ def rows(pieces: Pieces, count: int, of: tuple[str, ...] = (), instead: str = ""
 
 
 @prices("model", "inputs", "parameters", "samples", "step", "targets", "outputs", "likelihood")
-@prices("assumed_likelihood", "losses", "routes")
+@prices("assumed_likelihood", "suggested_likelihood", "losses", "routes", "loss_check")
+@prices("weights", "constants", "first_outputs")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return Work()  # the look's own, whose price stands by itself
 
@@ -133,7 +127,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(pieces.vjp, 1, temporary=size, of=("jacobian", "scores"))
 
 
-@prices("loss_gradient_sqnorms")
+@prices("loss_gradient_sqnorms", "loss_gradient_column_sqnorms")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return rows(pieces, 1, ("scores",))
 
@@ -157,7 +151,23 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return rows(pieces, min(8, pieces.outputs))  # the fewest; more where they differ much
 
 
-@prices("fisher_sqnorms")
+@prices("sample_traces")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("_sqnorms",) if pieces.exact else ())
+
+
+@prices("centred_trace")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return rows(pieces, pieces.outputs)
+
+
+@prices("fisher_column_sqnorms")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    found = rows(pieces, pieces.outputs, (), "fisher/trace_per_layer sums it over each parameter")
+    return replace(found, kept=pieces.parameter_bytes)
+
+
+@prices("fisher_sqnorms", "fisher_layer_sqnorms")
 def _(pieces: Pieces, needs: Needs) -> Work:
     if pieces.exact and needs & _TRACES and pieces.has_likelihood:
         return Work(of=("_sqnorms",))
@@ -180,7 +190,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     temporary = fresh + pieces.written(c) + pieces.one_pass
     seconds = passes * pieces.pull + pieces.blocks() + pieces.touch(fresh)
     kept = pieces.layers * order * c * pieces.item
-    if not needs & _KERNEL:
+    if not needs & Statistics.of_gram:
         instead = "ntk/trace and fisher/trace need no blocks"
         return Work(seconds, passes, kept, temporary, of=("jacobian",), instead=instead)
     return Work(
@@ -194,7 +204,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     )
 
 
-@prices("gram", "layer_blocks", "blocks")
+@prices("gram", "traced_gram", "layer_blocks", "blocks")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(of=("_kernel",))
 
@@ -210,6 +220,94 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return _spectrum(pieces, pieces.samples, "Jacobian.gram(trace_outputs=True) forms less")
 
 
+@prices("cosine_eigenvalues")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _spectrum(pieces, pieces.samples * pieces.outputs, "ntk/entropy has no cosines")
+
+
+@prices("eigenvectors")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _vectors(pieces, pieces.samples * pieces.outputs, "eigenvalues")
+
+
+@prices("traced_eigenvectors")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _vectors(pieces, pieces.samples, "traced_eigenvalues")
+
+
+@prices("leading_eigenvectors")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("eigenvectors",))
+
+
+def _vectors(pieces: Pieces, order: int, values: str) -> Work:
+    """Beside the eigenvalues, as long again."""
+    return Work(pieces.eigenvalues(order), kept=8 * order**2, whole=8 * order**2, of=(values,))
+
+
+@prices("partial_eigenvalues")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _parts(pieces, pieces.samples * pieces.outputs)
+
+
+@prices("traced_partial_eigenvalues")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _parts(pieces, pieces.samples)
+
+
+def _parts(pieces: Pieces, order: int) -> Work:
+    groups = min(GROUPS, pieces.samples)
+    one = _spectrum(pieces, order, "ntk/entropy is not corrected")
+    return replace(
+        one, seconds=groups * one.seconds * (1 - 1 / groups) ** 3, kept=8 * order * groups
+    )
+
+
+@prices("fisher_eigenvalues", "fisher_layer_eigenvalues")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    order = pieces.samples * pieces.outputs
+    spectra = 1 + pieces.layers if "fisher_layer_eigenvalues" in needs else 1
+    one = _spectrum(pieces, order, "fisher/trace_per_layer needs no matrix")
+    return replace(
+        one, seconds=spectra * one.seconds, kept=spectra * order**2 * pieces.item, of=("_kernel",)
+    )
+
+
+@prices("cross_kernels")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    fresh = pieces.pulled(1)
+    seconds = pieces.outputs * pieces.pull + pieces.gram() / pieces.outputs
+    kept = pieces.samples**2 * pieces.item
+    return Work(seconds, pieces.outputs, kept, fresh + pieces.one_pass, of=("jacobian",))
+
+
+@prices("linearised_outputs")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(3 * pieces.vjp, 2, temporary=3 * pieces.one_pass, kept=pieces.parameter_bytes)
+
+
+@prices("linearised_losses")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("linearised_outputs",))
+
+
+@prices("preconditioned_trace")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    found = rows(pieces, pieces.outputs, (), "ntk/trace needs no gradients written out")
+    return replace(found, seconds=found.seconds + pieces.written_out)
+
+
+@prices("preconditioned_eigenvalues")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    order, c = pieces.samples * pieces.outputs, pieces.outputs
+    seconds = pieces.passes_for_pairs * pieces.pull + pieces.written_out + pieces.dense_gram
+    one = _spectrum(pieces, order, "ntk/spectrum needs no gradients written out")
+    temporary = pieces.pulled(c) + pieces.written(c) + pieces.one_pass
+    return replace(
+        one, seconds=seconds + one.seconds, temporary=temporary, passes=c, of=("jacobian",)
+    )
+
+
 def _spectrum(pieces: Pieces, order: int, instead: str) -> Work:
     matrix = 8 * order**2
     seconds = pieces.eigenvalues(order)
@@ -220,7 +318,7 @@ def _unknown(pieces: Pieces, needs: Needs) -> Work:
     return rows(pieces, pieces.outputs)
 
 
-def _works(pieces: Pieces, needs: Iterable[str]) -> list[Work]:
+def works(pieces: Pieces, needs: Iterable[str]) -> list[Work]:
     """All that some statistics take, each part once; "first.gram" costs what "gram" does."""
     needs = frozenset(need.rpartition(".")[2] for need in needs)
     found: dict[str, Work] = {}
@@ -235,167 +333,16 @@ def _works(pieces: Pieces, needs: Iterable[str]) -> list[Work]:
 
 def price(pieces: Pieces, needs: Iterable[str]) -> Price:
     """What some statistics cost together, beside the look at the network."""
-    return _sum(_works(pieces, needs))
+    return total(works(pieces, needs))
 
 
-def _sum(works: Iterable[Work]) -> Price:
-    works = list(works)
+def total(found: Sequence[Work]) -> Price:
+    """What pieces of work cost together; temporary results are let go of one after the other."""
     return Price(
-        sum(work.seconds for work in works),
-        sum(work.kept for work in works) + max((w.temporary + w.whole for w in works), default=0),
-        sum(work.passes for work in works),
+        sum(work.seconds for work in found),
+        sum(work.kept for work in found) + max((w.temporary + w.whole for w in found), default=0),
+        sum(work.passes for work in found),
     )
-
-
-# What is told of a set of measures ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What measures will cost on a network and probe; printed as a table.
-
-    Args:
-        measures: the price of each measure by itself, by name.
-        together: the price of all that are not refused, with what they share paid for once.
-        look: that of the network's outputs and of examining them, at each record.
-        check: that of the spot check, at the records number 1, 2, 4, 8, ...
-        refused: by name, why a measure will be missing.
-    """
-
-    measures: Mapping[str, Price]
-    together: Price
-    look: Price
-    check: Price
-    refused: Mapping[str, TooDear]
-
-    def table(self, width: int = 80) -> str:
-        """The explanation as text, filled to so many characters in a line."""
-        lines = [("measure", "backward passes", "time", "memory")]
-        lines += [
-            _row(name + " *" * (name in self.refused), p) for name, p in self.measures.items()
-        ]
-        lines += [
-            _row("all together" if not self.refused else "all without *", self.together),
-            _row("look, at each record", self.look),
-            _row("spot check, at some", self.check),
-        ]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        text = [
-            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}"
-            for a, b, c, d in lines
-        ]
-        rule = "-" * len(text[0])
-        told = [text[0], rule, *text[1:-3], rule, *text[-3:], rule]
-        for why in dict.fromkeys(error.why for error in self.refused.values()):
-            names = [name for name, error in self.refused.items() if error.why == why]
-            refusal = f"* {', '.join(names)}: {why}"
-            told.append(textwrap.fill(refusal, width, subsequent_indent="  "))
-        return "\n".join(told)
-
-    def __str__(self) -> str:
-        return self.table()
-
-
-class PriceList:
-    """What measures cost on a network, told anew whenever the operations on its tape change.
-
-    Args:
-        max_seconds: what one measure may take at one record; None for any time, and no prediction.
-
-    Raises:
-        ValueError: if that is not positive.
-    """
-
-    def __init__(self, max_seconds: float | None) -> None:
-        if max_seconds is not None and not max_seconds > 0:
-            raise ValueError(f"expected max_seconds above 0, or None, got {max_seconds!r}")
-        self.max_seconds = max_seconds
-        self._signature: str | None = None
-        self._known: dict[str, TooDear | None] = {}
-
-    def refused(self, look: Statistics, measures: Sequence[Measure]) -> dict[str, TooDear]:
-        """By name, which measures are too dear on a look; the others' needs alone are expected."""
-        if self.max_seconds is None:
-            return {}
-        try:
-            parameters = {n: p for n, p in look.model.named_parameters() if p.requires_grad}
-            now = signature(look._outputs, parameters)
-            if now != self._signature:
-                self._signature, self._known = now, {}
-            pieces = Pieces(look)
-            for measure in measures:
-                if measure.name not in self._known:
-                    self._known[measure.name] = self._refusal(pieces, measure)
-        except Exception:  # coupled samples, or what else there is: the measures will say it
-            return {}
-        found = {m.name: self._known[m.name] for m in measures}
-        refused = {name: error for name, error in found.items() if error is not None}
-        look.expect({need for m in measures if m.name not in refused for need in m.needs})
-        return refused
-
-    def explain(
-        self, model: nn.Module, look: Callable[[], Statistics], measures: Sequence[Measure]
-    ) -> Explanation:
-        """The prices of measures on what `look` sees of a network."""
-        with frozen(model):
-            pieces = Pieces(look())
-            found = {measure.name: price(pieces, measure.needs) for measure in measures}
-            refusals = {measure.name: self._refusal(pieces, measure) for measure in measures}
-            refused = {name: error for name, error in refusals.items() if error is not None}
-            needs = {need for m in measures if m.name not in refused for need in m.needs}
-            together = price(pieces, needs)
-            # As `certify` says: 5 plain passes, and about 16 without gradients of weights.
-            check = Price(5 * pieces.vjp + pieces.norms(16), pieces.chunk(5) + pieces.one_pass, 21)
-            del pieces
-        start, storages = clock(), {}
-
-        def keep(saved: Tensor) -> Tensor:
-            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
-            return saved
-
-        copies = [*model.parameters(), *model.buffers()]
-        with frozen(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            look()
-        for p in copies:
-            storages.pop(p.untyped_storage().data_ptr(), None)
-        held = sum(storages.values()) + sum(p.nbytes for p in copies)
-        return Explanation(found, together, Price(clock() - start, held, 0), check, refused)
-
-    def _refusal(self, pieces: Pieces, measure: Measure) -> TooDear | None:
-        """Why a measure is not to be taken, with what would do, if it is too dear."""
-        works = _works(pieces, measure.needs)
-        exceeded = self._exceeded(pieces, works)
-        if exceeded is None:
-            return None
-        dearest = sorted(works, key=lambda work: (work.seconds, work.kept), reverse=True)
-        advice = [work.instead for work in dearest if work.instead][:1]
-        if samples := self._samples(pieces, measure):
-            advice.append(f"a probe of {samples:,} sample{'s' * (samples > 1)} fits")
-        return TooDear(
-            f"{measure.name} would take about {_sum(works)}",
-            f"above {exceeded}: " + "; ".join([*advice, "or raise that limit"]),
-        )
-
-    def _exceeded(self, pieces: Pieces, works: Sequence[Work]) -> str | None:
-        if self.max_seconds is not None and sum(w.seconds for w in works) > self.max_seconds:
-            return f"max_seconds={self.max_seconds:g}"
-        if sum(w.kept for w in works) + max((w.whole for w in works), default=0) > pieces.budget:
-            return f"memory_budget={size(pieces.budget)}"
-        return None
-
-    def _samples(self, pieces: Pieces, measure: Measure) -> int:
-        """How many samples could be afforded; 0 for none."""
-        low, high = 0, pieces.samples
-        while high - low > 1:
-            middle = (low + high) // 2
-            fewer = pieces.fewer(middle)
-            fits = self._exceeded(fewer, _works(fewer, measure.needs)) is None
-            low, high = (middle, high) if fits else (low, middle)
-        return low
-
-
-def _row(name: str, price: Price) -> tuple[str, str, str, str]:
-    return name, f"{price.passes:,.0f}", duration(price.seconds), size(price.bytes)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
+from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
 from nettrace.measures.registry import Numbers
@@ -23,7 +24,7 @@ from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
 from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past
-from nettrace.price import Explanation, PriceList, TooDear
+from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
@@ -53,7 +54,7 @@ class Tracer:
     before the last begins another run.
 
     At the first record, and whenever the operations on the tape change, the price of each measure
-    is predicted (see `nettrace.price`). One that is too dear is not taken; its record is missing,
+    is predicted (see `nettrace.explanation`). One that is too dear is not taken; its record is missing,
     with the price, the limit and what would do instead.
 
     Args:

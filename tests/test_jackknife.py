@@ -13,6 +13,7 @@ from nettrace.jackknife import (
     bias_corrected,
     delete_one_error,
     infinitesimal_error,
+    parts_of,
     spectral_error,
 )
 from nettrace.measures import spectrum
@@ -84,12 +85,14 @@ def test_entropy_has_the_closed_form_of_its_slopes():
 @pytest.mark.parametrize("samples", [2, 9, 16, 45])
 def test_corrected_mean_is_the_mean_and_corrected_variance_unbiased(samples):
     x = normal(samples)
-    mean, error = bias_corrected(lambda s: x[s].mean(), x.mean(), samples)
+    parts = [x[s] for s in parts_of(samples)]
+    mean, error = bias_corrected(x.mean(), torch.stack([p.mean() for p in parts]), samples)
     assert float(mean) == pytest.approx(float(x.mean()), rel=1e-12)
     s = x.numpy().std(ddof=1)
     if samples <= 16:  # each sample is a group of its own: exact
         assert float(error) == pytest.approx(s / samples**0.5, rel=1e-12)
-        found, _ = bias_corrected(lambda s: x[s].var(correction=0), x.var(correction=0), samples)
+        without = torch.stack([p.var(correction=0) for p in parts])
+        found, _ = bias_corrected(x.var(correction=0), without, samples)
         assert float(found) == pytest.approx(s**2, rel=1e-12)
     else:
         assert float(error) == pytest.approx(s / samples**0.5, rel=0.5)

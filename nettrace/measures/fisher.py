@@ -97,6 +97,7 @@ def trace_empirical(loss_gradient_sqnorms: Tensor) -> Value:
     "the order of the parameters, each flattened; they sum to fisher/trace",
     dims=["parameter"],
     source=_SOURCE,
+    grouped=False,
 )
 def diagonal(fisher_column_sqnorms: Tensor, samples: int) -> Tensor:
     """The diagonal of the true Fisher, a number for each weight."""
@@ -110,6 +111,7 @@ def diagonal(fisher_column_sqnorms: Tensor, samples: int) -> Tensor:
     "in the order of the parameters, each flattened; they sum to fisher/trace_empirical",
     dims=["parameter"],
     source=_SOURCE,
+    grouped=False,
 )
 def diagonal_empirical(loss_gradient_column_sqnorms: Tensor, samples: int) -> Tensor:
     """The diagonal of the empirical Fisher, a number for each weight."""
@@ -123,6 +125,7 @@ def diagonal_empirical(loss_gradient_column_sqnorms: Tensor, samples: int) -> Te
     f"that are not zero; expectation over targets exact; {_GAUGE}",
     dims=["mode"],
     source=_SPECTRUM,
+    grouped=False,
 )
 def spectrum(fisher_eigenvalues: Tensor, samples: int) -> Tensor:
     """The eigenvalues of the true Fisher, through the kernel."""
@@ -136,6 +139,7 @@ def spectrum(fisher_eigenvalues: Tensor, samples: int) -> Tensor:
     f"the mean over samples, largest first; expectation over targets exact; {_GAUGE}",
     dims=["layer", "leading_mode"],
     source=_SPECTRUM,
+    grouped=False,
 )
 def block_spectrum(fisher_layer_eigenvalues: dict[str, Tensor], samples: int) -> Value:
     """The largest eigenvalues of each parameter's block of the true Fisher."""

@@ -24,6 +24,7 @@ _P = (
     needs=["preconditioned_trace"],
     convention="sum over samples and outputs, " + _P,
     source=_ADAM,
+    grouped=False,
 )
 def trace(preconditioned_trace: Estimate) -> Value:
     """The trace of the kernel that the optimizer sees."""
@@ -36,6 +37,7 @@ def trace(preconditioned_trace: Estimate) -> Value:
     convention="eigenvalues, not divided, largest first, " + _P,
     dims=["mode"],
     source=_ADAM,
+    grouped=False,
 )
 def spectrum(preconditioned_eigenvalues: Tensor) -> Tensor:
     """The eigenvalues of the kernel that the optimizer sees."""

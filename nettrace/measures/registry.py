@@ -64,6 +64,7 @@ class Measure:
         convention: what is summed or averaged over what, in words; kept with every value.
         dims: names of the value's axes.
         source: the paper and equation that define it.
+        grouped: whether the group's name stands for it too.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Measure:
     convention: str
     dims: tuple[str, ...]
     source: str
+    grouped: bool
 
     @property
     def reference(self) -> Reference | None:
@@ -151,6 +153,7 @@ def measure(
     convention: str = "",
     dims: Iterable[str] = (),
     source: str = "",
+    grouped: bool = True,
 ) -> Callable[[F], F]:
     """Registers a function of statistics as a measure, to be asked for by name.
 
@@ -165,6 +168,8 @@ def measure(
             the first line of the function's docstring if left out.
         dims: names of the value's axes.
         source: the paper and equation that define it.
+        grouped: whether the group's name stands for it too; not for what is dear, or needs more
+            than a network and a probe.
 
     Raises:
         ValueError: if the name is not of that form, or taken by another function; if a need is no
@@ -222,7 +227,7 @@ def measure(
                 "pass another name, @measure('group/quantity', ...)"
             )
         words = convention or _first_line(function)
-        _MEASURES[called] = Measure(called, needs, function, words, dims, source)
+        _MEASURES[called] = Measure(called, needs, function, words, dims, source, grouped)
         return function
 
     return register
@@ -261,7 +266,7 @@ def resolve(names: str | Iterable[str]) -> list[Measure]:
         group = {
             n: m
             for n, m in _MEASURES.items()
-            if n == name or (n.startswith(name + "/") and not Statistics.of_optimizer & {*m.needs})
+            if n == name or (m.grouped and n.startswith(name + "/"))
         }
         if not group:
             groups = {n.partition("/")[0] for n in _MEASURES}

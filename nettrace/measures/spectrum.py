@@ -13,7 +13,7 @@ real ones). So compare them at equal N and C alone, or corrected.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def _full_and_traced(
     convention: str,
     dims: Iterable[str] = (),
     source: str,
+    grouped: bool = True,
 ) -> Callable[[F], F]:
     """Registers a function of the kernel's statistics for the kernel summed over outputs too."""
 
@@ -41,10 +42,11 @@ def _full_and_traced(
         for suffix, prefix, kernel, modes in (full, traced):
             measure(
                 name.format(suffix),
-                needs=[prefix + need for need in needs],
+                needs=[need if need == "samples" else prefix + need for need in needs],
                 convention=convention.format(kernel=kernel, modes=modes, suffix=suffix),
                 dims=[prefix + dim for dim in dims],
                 source=source,
+                grouped=grouped,
             )(function)
         return function
 
@@ -91,25 +93,20 @@ def entropy_normalised(eigenvalues: Tensor, eigenvectors: Tensor) -> Value:
 
 @_full_and_traced(
     "ntk/entropy{}_corrected",
-    needs=["eigenvalues", "gram"],
+    needs=["eigenvalues", "partial_eigenvalues", "samples"],
     convention="nats, ntk/entropy{suffix} less its bias of order 1/N by the jackknife, leaving out "
     "up to 16 groups of samples in turn; standard error over samples",
     source=f"Busing et al. 1999, Delete-m jackknife; {_ENTROPY}",
+    grouped=False,
 )
-def entropy_corrected(eigenvalues: Tensor, gram: Tensor) -> Value:
+def entropy_corrected(eigenvalues: Tensor, partial: Sequence[Tensor], samples: int) -> Value:
     """The von Neumann entropy that more samples would tend to.
 
     Right where there are several times as many samples as modes that matter; nearer the limit, but
     still below it, where there are fewer. It takes up to 16 further eigendecompositions.
     """
-
-    def kept(samples: Tensor) -> Tensor:
-        samples = samples.to(gram.device)
-        part = gram.index_select(0, samples).index_select(gram.dim() // 2, samples)
-        order = math.isqrt(part.numel())
-        return shannon(torch.linalg.eigvalsh(part.reshape(order, order).double()))
-
-    return Value(*bias_corrected(kept, shannon(eigenvalues), len(gram)))
+    without = torch.stack([shannon(values) for values in partial])
+    return Value(*bias_corrected(shannon(eigenvalues), without, samples))
 
 
 @_full_and_traced(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.jackknife import parts_of
 from nettrace.operator import PerLayer
 from nettrace.statistics.look import Look, Unavailable
 
@@ -16,9 +18,10 @@ class KernelStatistics(Look):
     """The kernel, its trace and its spectrum."""
 
     #: The statistics that are made of the Gram matrix.
-    _of_gram = frozenset(
+    of_gram = frozenset(
         "gram traced_gram eigenvalues eigenvectors traced_eigenvalues traced_eigenvectors "
-        "cosine_eigenvalues leading_eigenvectors".split()
+        "cosine_eigenvalues leading_eigenvectors partial_eigenvalues "
+        "traced_partial_eigenvalues".split()
     )
     #: The statistics of two probes that were joined.
     of_pairs = frozenset({"cross_kernels"})
@@ -46,7 +49,7 @@ class KernelStatistics(Look):
 
     @cached_property
     def _kernel(self) -> tuple[Tensor | None, PerLayer]:
-        if self._needs & self._of_gram:
+        if self._needs & self.of_gram:
             return self.jacobian.gram_and_layer_blocks()
         return None, self.jacobian.blocks(per_layer=True)
 
@@ -123,6 +126,16 @@ class KernelStatistics(Look):
         """(N, N) orthonormal eigenvectors of the Gram matrix summed over outputs, likewise."""
         return self._traced_eigensystem[1]
 
+    @cached_property
+    def partial_eigenvalues(self) -> list[Tensor]:
+        """Eigenvalues of the Gram matrix with each of up to 16 groups of samples left out."""
+        return _partial_eigenvalues(self.gram)
+
+    @cached_property
+    def traced_partial_eigenvalues(self) -> list[Tensor]:
+        """Those of the Gram matrix summed over outputs, likewise."""
+        return _partial_eigenvalues(self.traced_gram)
+
     @property
     def _matrix(self) -> Tensor:
         order = self.samples * self.jacobian.outputs
@@ -171,6 +184,16 @@ class KernelStatistics(Look):
 def _eigenvalues(kernel: Tensor) -> Tensor:
     values: Tensor = torch.linalg.eigvalsh(_finite(kernel))
     return values.flip(0)
+
+
+def _partial_eigenvalues(gram: Tensor) -> list[Tensor]:
+    found = []
+    for kept in parts_of(len(gram)):
+        kept = kept.to(gram.device)
+        part = gram.index_select(0, kept).index_select(gram.dim() // 2, kept)
+        order = math.isqrt(part.numel())
+        found.append(_eigenvalues(part.reshape(order, order)))
+    return found
 
 
 def _eigensystem(kernel: Tensor) -> tuple[Tensor, Tensor]:

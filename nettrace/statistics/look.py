@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
-from nettrace.operator import Jacobian
+from nettrace.operator import Jacobian, PerLayer
 from nettrace.own_loss import LossCheck, compare
 from nettrace.ownership import check_rows
 from nettrace.past import Kept, Past, Reference
@@ -120,7 +120,7 @@ class Look:
         return self._probe.inputs
 
     @property
-    def parameters(self) -> dict[str, Tensor]:
+    def parameters(self) -> PerLayer:
         """By name, all parameters, detached."""
         return {name: p.detach() for name, p in self._model.named_parameters()}
 

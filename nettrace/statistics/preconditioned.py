@@ -22,9 +22,6 @@ class PreconditionedStatistics(KernelStatistics):
     optimizer moves, or that have had no gradient yet, do not count.
     """
 
-    #: The statistics that need an optimizer.
-    of_optimizer = frozenset(["preconditioned_trace", "preconditioned_eigenvalues"])
-
     @cached_property
     def _preconditioned(self) -> Jacobian:
         if not self._optimizers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace.measures import available, registry, resolve, statistics
-from nettrace.statistics import Statistics
+from nettrace.statistics import Inapplicable, Statistics, Unavailable
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
@@ -138,17 +139,16 @@ def test_models_inputs_and_earlier_looks_can_be_needed():
     x = torch.randn(4, 3)
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
 
-    @nt.measure(needs=["model", "inputs", "parameters", "first.parameters", "previous.step"])
-    def moved(model, inputs, now, first, previous):
+    @nt.measure(needs=["model", "inputs", "parameters", "first.parameters"])
+    def moved(model, inputs, now, first):
         """Distance of the weights from the first look's."""
         assert inputs is x
         assert not model.training
         assert not any(p.requires_grad for p in now.values())
-        assert previous == 0
         return sum((now[name] - first[name]).square().sum() for name in now).sqrt()
 
     tracer = nt.Tracer(nt.Probe(x), "custom/moved", on_error="raise")
-    assert [r.name for r in tracer(model, 0)] == ["nettrace/seconds"]
+    assert float(tracer(model, 0)[0].value) == 0
     with torch.no_grad():
         model[0].bias += torch.tensor([3.0, 4.0])
     assert float(tracer(model, 5)[0].value) == pytest.approx(5.0)
@@ -162,7 +162,8 @@ def test_all_statistics_are_listed_with_what_they_are():
     probe = nt.Probe(torch.randn(3, 2), torch.tensor([0, 1, 0]))
     look = Statistics(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), probe, listed)
     for name in listed:
-        getattr(look, name)
+        with suppress(Inapplicable, Unavailable):  # without an optimizer, or another probe
+            getattr(look, name)
 
 
 # From outside -------------------------------------------------------------------------------------
