@@ -24,6 +24,7 @@ lint: .venv/dev
 bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/run.py $(ARGS)
 	.venv/peers/bin/python benchmarks/accuracy.py
+	.venv/peers/bin/python benchmarks/schools.py
 
 clean:
 	rm -rf .venv build *.egg-info
