@@ -255,7 +255,9 @@ class Pieces:
         seconds, held, written = 0.0, [0.0], []
         for layer in self._jacobian._gradients.layers(apart=True):
             made, took, n, x = self._contraction(layer, lambda x, n, k: blocks(x, x))
-            seconds += made / self._timed_on + (self.outputs / self._few) ** 2 * took / n
+            # K cotangents take K (T + K): once through the tokens, and with each other.
+            k, c, t = self._few, self.outputs, x.shape[3] if isinstance(x, Outer) else 0
+            seconds += made / self._timed_on + c * (t + c) / (k * (t + k)) * took / n
             most = float(self._memory / 8)
             held.append(_held(x) / n)
             if _held(x):
@@ -308,13 +310,23 @@ class Pieces:
     def passes_for_pairs(self) -> int:
         """Backward passes for what needs all outputs of a layer at once, within the budget."""
         total = 0
-        for part in self._jacobian._parts(False, self.outputs):
+        for part in self._parts:
             step = max(1, int(self._jacobian._room(part) / self._share))
             if step < self.outputs:
                 step = max(1, int(self._jacobian._room(part, held=2) / self._share))
             ranges = math.ceil(self.outputs / step)
             total += self.outputs * (ranges + 1) // 2
         return total
+
+    @property
+    def depth(self) -> float:
+        """How deep these passes go on average, as a share: each ends at its part of the layers."""
+        parts = len(self._parts)
+        return (parts + 1) / (2 * parts)
+
+    @property
+    def _parts(self) -> list[list[Layer]]:
+        return self._jacobian._parts(False, self.outputs)
 
     def pulled(self, rows: int) -> float:
         """Bytes of the gradients that so many cotangents pull back at a time."""
@@ -423,8 +435,8 @@ class Pieces:
         again, x = once(n)
         return making, min(seconds, again), n, x
 
-    def _time(self, call: Callable[[], object], times: int = 2) -> float:
-        """Wall time; the better of two where it is short, for the first warms up."""
+    def _time(self, call: Callable[[], object], times: int = 3) -> float:
+        """Wall time; the best of three where it is short, for the first warms up."""
         best = math.inf
         for _ in range(times):
             self._synchronise()

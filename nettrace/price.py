@@ -188,7 +188,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     passes = pieces.passes_for_pairs
     fresh = pieces.pulled(c) + pieces.blocks_keep
     temporary = fresh + pieces.written(c) + pieces.one_pass
-    seconds = passes * pieces.pull + pieces.blocks() + pieces.touch(fresh)
+    seconds = passes * pieces.depth * pieces.pull + pieces.blocks() + pieces.touch(fresh)
     kept = pieces.layers * order * c * pieces.item
     if not needs & Statistics.of_gram:
         instead = "ntk/trace and fisher/trace need no blocks"
