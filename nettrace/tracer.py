@@ -54,8 +54,8 @@ class Tracer:
     before the last begins another run.
 
     At the first record, and whenever the operations on the tape change, the price of each measure
-    is predicted (see `nettrace.explanation`). One that is too dear is not taken; its record is missing,
-    with the price, the limit and what would do instead.
+    is predicted (see `explain`). One that is too dear is not taken; its record is missing, with the
+    price, the limit and what would do instead.
 
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each

@@ -133,11 +133,9 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
     kernel = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
     kernel += ["rotation_first", "rotation_previous"]
-    fisher = "diagonal diagonal_empirical spectrum block_spectrum".split()
     assert media == {
         "probe/collective/magnitude_distribution_papyrus",
         *(f"ntk/{name}" for name in kernel),
-        *(f"probe/fisher/{name}" for name in fisher),
     }
     assert (plain | media) - {"nettrace/step"} == bound
 

@@ -20,6 +20,10 @@ from nettrace.statistics import Statistics
 N, C = 5, 3
 COVARIANCE = torch.tensor([[2.0, 0.6, -0.3], [0.6, 1.0, 0.2], [-0.3, 0.2, 0.5]]).double()
 
+#: The group, and those that it leaves out.
+FISHER = ["fisher", *(f"fisher/{q}" for q in "diagonal diagonal_empirical".split())]
+FISHER += ["fisher/spectrum", "fisher/block_spectrum"]
+
 
 def measured(model, probe, *names, seed=0):
     records = nt.Tracer(probe, names, on_error="raise", seed=seed)(model, step=0)
@@ -106,7 +110,7 @@ def case(request):
     case = Case(request.param)
     case.samples = case.fisher()
     case.matrix = case.samples.mean(0)
-    case.found = measured(case.model, case.probe, "fisher")
+    case.found = measured(case.model, case.probe, *FISHER)
     return case
 
 
@@ -210,7 +214,7 @@ def test_sequences_and_many_outputs(most, monkeypatch):
     member = zoo.build("mlp")
     x, f = member.batch, member.model(member.batch).detach()
     probe = nt.Probe(x, torch.zeros(len(f), dtype=torch.long))
-    found = measured(member.model, probe, "fisher", "ntk/trace")
+    found = measured(member.model, probe, *FISHER, "ntk/trace")
     j = nt.jacobian(member.model(x), member.model)
     j = torch.stack([j.rows(n) for n in range(len(f))])
     p = f.softmax(1)
@@ -258,7 +262,7 @@ def test_fisher_and_centred_trace_do_not_see_a_shift_of_all_logits(layout):
     else:
         model, y = Positions(1 if layout == "classes-first" else 2), torch.zeros(N, 2).long()
     probe = nt.Probe(x, y)
-    names = ["fisher", "ntk/trace", "ntk/trace_centred"]
+    names = [*FISHER, "ntk/trace", "ntk/trace_centred"]
     before, after = (measured(m, probe, *names) for m in (model, Shifted(model)))
     assert after["ntk/trace"].value > 1.1 * before["ntk/trace"].value
     for name in [
@@ -284,7 +288,7 @@ def test_numbers_of_an_independent_script():
     model.load_state_dict({"0.weight": first, "0.bias": torch.zeros(16), "2.weight": second})
     for network, kernel in [(model, 44.02), (Shifted(model), 175.62)]:
         probe = nt.Probe(x, torch.zeros(20).long())
-        found = measured(network, probe, "fisher", "ntk/trace", "ntk/trace_centred")
+        found = measured(network, probe, *FISHER, "ntk/trace", "ntk/trace_centred")
         for name in ("fisher/trace", "fisher/trace_ntk"):
             assert found[name].value == pytest.approx(7.831481236008, abs=1e-11)
         assert found["fisher/spectrum"].value.sum() == pytest.approx(7.831481236008, abs=1e-11)
@@ -345,7 +349,7 @@ def test_linear_regression_at_a_given_variance_in_closed_form():
     """F = (1 / sigma^2) (x x^T mean): a covariance of 4 quarters it, rather than multiplying it."""
     model, x = nn.Linear(4, 1, bias=False).double(), normal(N, 4)
     probe = nt.Probe(x, normal(N, 1), likelihood=nt.Gaussian(covariance=4.0))
-    found = measured(model, probe, "fisher")
+    found = measured(model, probe, *FISHER)
     true = (x.T @ x / N / 4).numpy()
     assert found["fisher/trace"].value == pytest.approx(np.trace(true), rel=1e-13)
     np.testing.assert_allclose(found["fisher/diagonal"].value, np.diag(true), rtol=1e-12)
@@ -362,7 +366,7 @@ def test_logistic_and_poisson_regression_in_closed_form():
         ("poisson", f.exp()),
     ]:
         probe = nt.Probe(x, torch.ones(N, 1), likelihood=name)
-        found = measured(model, probe, "fisher")
+        found = measured(model, probe, *FISHER)
         true = torch.einsum("n,np,nq->pq", information, x, x).numpy() / N
         assert found["fisher/trace"].value == pytest.approx(np.trace(true), rel=1e-13)
         np.testing.assert_allclose(found["fisher/diagonal"].value, np.diag(true), rtol=1e-12)
@@ -387,7 +391,7 @@ def test_two_classes_are_one_label():
 
 def test_measures_say_what_was_assumed():
     case = Case("covariance")
-    found = measured(case.model, case.probe, "fisher")
+    found = measured(case.model, case.probe, *FISHER)
     for name in found:
         if name.startswith("fisher/"):
             assert found[name].attributes["likelihood"] == "gaussian"
@@ -417,7 +421,7 @@ class Laplace:
 def test_a_likelihood_from_outside_has_a_fisher_but_no_exact_hessian():
     model, x = nn.Linear(4, C).double(), normal(N, 4)
     probe = nt.Probe(x, normal(N, C), likelihood=Laplace())
-    found = measured(model, probe, "fisher", "loss/mean")
+    found = measured(model, probe, *FISHER, "loss/mean")
     true = C * float((x.square().sum(1) + 1).mean())
     assert found["fisher/trace"].value == pytest.approx(true, rel=1e-12)
     # each outcome has scores of the same squares: but for signs, nothing varies
