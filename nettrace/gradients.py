@@ -34,8 +34,9 @@ View: TypeAlias = Literal["same", "swapped", "view", "computed"]
 
 #: Bytes of pulled-back gradients up to which the cost of a pass is that of starting it.
 _SMALL = 2**21
-#: Bytes of pulled-back gradients that are worked on together.
-_TOGETHER = 2**24
+#: Bytes of pulled-back gradients that are worked on together, and how many cotangents' they are, at
+#: most: more save little, and take memory.
+_TOGETHER, _WIDEST = 2**24, 3
 #: Operations whose backward is as fast for a batch of cotangents.
 _BATCHED = frozenset(
     name + "Backward0"
@@ -250,7 +251,7 @@ class TapeGradients(Gradients):
         """As many as keep the gradients in a cache."""
         if len(self.outputs) == self.outputs.numel():
             return 1
-        return max(1, _TOGETHER // max(1, self.bytes_per_cotangent(layers)))
+        return max(1, min(_WIDEST, _TOGETHER // max(1, self.bytes_per_cotangent(layers))))
 
     def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
         """Those gradients."""
