@@ -32,7 +32,7 @@ _ALIGNMENT = "Cristianini et al. 2001, On kernel-target alignment"
 def trace(whole: Estimate, sample_traces: Mapping[str, Tensor] | None) -> Value:
     """The sum of squares of all entries of the Jacobian."""
     shares = None if sample_traces is None else torch.stack(list(sample_traces.values())).sum(0)
-    return _with_error(whole.value, whole.standard_error, whole.method, shares)
+    return _with_error(whole, shares)
 
 
 @measure(
@@ -61,14 +61,16 @@ def trace_per_layer(
     layer_traces: dict[str, Estimate], sample_traces: Mapping[str, Tensor] | None
 ) -> Value:
     """The trace's share of each parameter."""
-    values = torch.stack([t.value for t in layer_traces.values()])
-    errors = torch.stack([t.standard_error for t in layer_traces.values()])
-    method = next(iter(layer_traces.values())).method
+    layers = Estimate(
+        torch.stack([t.value for t in layer_traces.values()]),
+        torch.stack([t.standard_error for t in layer_traces.values()]),
+        max(t.probes for t in layer_traces.values()),
+        next(iter(layer_traces.values())).method,
+    )
     shares = None
     if sample_traces is not None:
         shares = torch.stack([sample_traces[name] for name in layer_traces], 1)
-    found = _with_error(values, errors, method, shares)
-    return replace(found, coordinates={"layer": list(layer_traces)})
+    return replace(_with_error(layers, shares), coordinates={"layer": list(layer_traces)})
 
 
 @measure(
@@ -80,14 +82,7 @@ def trace_per_layer(
 )
 def trace_centred(centred_trace: Estimate) -> Value:
     """The trace of the kernel of centred logits, tr(Pi Theta Pi) with Pi = 1 - 11^T / C."""
-    method, probes = centred_trace.method, centred_trace.probes
-    if method == "exact":
-        return Value(centred_trace.value, attributes={"method": method})
-    return Value(
-        centred_trace.value,
-        centred_trace.standard_error,
-        attributes={"method": method, "n_probes": probes},
-    )
+    return _with_error(centred_trace, None)
 
 
 @measure(
@@ -130,11 +125,13 @@ def cross_alignment(cross_kernels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return between / norms
 
 
-def _with_error(value: Tensor, estimator: Tensor, method: str, shares: Tensor | None) -> Value:
+def _with_error(found: Estimate, shares: Tensor | None) -> Value:
     """Sums over samples with their error: over samples by their shares (N, ...), if known."""
-    if shares is not None:
-        attributes = {"method": method, "error_of": "samples"}
-        return Value(value, infinitesimal_error(shares), attributes=attributes)
-    if method == "exact":
-        return Value(value, attributes={"method": method})
-    return Value(value, estimator, attributes={"method": method, "error_of": "estimator"})
+    attributes: dict[str, str | int] = {"method": found.method}
+    if found.method != "exact":
+        attributes |= {"n_probes": found.probes, "error_of": "estimator"}
+        return Value(found.value, found.standard_error, attributes=attributes)
+    if shares is None:
+        return Value(found.value, attributes=attributes)
+    attributes["error_of"] = "samples"
+    return Value(found.value, infinitesimal_error(shares), attributes=attributes)
