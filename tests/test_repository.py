@@ -105,7 +105,9 @@ def test_measures_are_all_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     listed = set(re.findall(r"`([a-z]+/[a-z_]+)`", readme))
     own = [
-        m for m in nettrace.measures.available() if m.function.__module__.startswith("nettrace.")
+        m
+        for m in nettrace.measures.available()
+        if str(m.function.__module__).startswith("nettrace.")
     ]
     assert {m.name for m in own} <= listed
 
