@@ -164,7 +164,8 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 @prices("fisher_column_sqnorms")
 def _(pieces: Pieces, needs: Needs) -> Work:
     found = rows(pieces, pieces.outputs, (), "fisher/trace_per_layer sums it over each parameter")
-    return replace(found, kept=pieces.parameter_bytes)
+    cotangents = pieces.samples * pieces.outputs**2 * pieces.item
+    return replace(found, kept=pieces.parameter_bytes, whole=2 * cotangents)
 
 
 @prices("fisher_sqnorms", "fisher_layer_sqnorms")

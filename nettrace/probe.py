@@ -76,7 +76,7 @@ class Probe:
                 f"expected select= to be 'last', a name, a number or a function, got {select!r}"
             )
         first = next(tensors(inputs), None)
-        if first is None and inputs is not None and inputs != {}:
+        if first is None and inputs is not None and not isinstance(inputs, Mapping):
             raise TypeError(
                 f"expected inputs to be a tensor, or a tuple or dict of tensors, got "
                 f"{type(inputs).__name__}: convert arrays by torch.as_tensor, and take samples of "
@@ -86,6 +86,11 @@ class Probe:
             found = "no tensor" if first is None else f"shape {tuple(first.shape)}"
             raise ValueError(
                 f"the probe is empty: expected inputs with a sample or more on axis 0, got {found}"
+            )
+        if targets is not None and losses is None and next(tensors(targets), None) is None:
+            raise TypeError(
+                f"expected targets to be a tensor, got {type(targets).__name__}: convert arrays "
+                "and lists by torch.as_tensor, or pass losses= for targets of another kind"
             )
         for target in tensors(targets):
             if forward is None and target.dim() > 0 and len(target) != len(first):

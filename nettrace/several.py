@@ -54,7 +54,7 @@ class Several:
             k: t.measure(model, step, single, optimizer) for k, t in self.tracers.items() if single
         }
         pairs = combinations(self._probes, 2) if paired else ()
-        both = {f"{a}, {b}": self._compare(a, b, model, step, paired) for a, b in pairs}
+        both = {f"{a}-{b}": self._compare(a, b, model, step, paired) for a, b in pairs}
         found = [*_by_quantity("probe", each), *_by_quantity("pair", both)]
         if paired and not both:
             alone = Unavailable("there is one probe, and this compares two: name another")
@@ -75,7 +75,7 @@ class Several:
         return [replace(r, name=_OF_PAIRS.get(r.name, r.name)) for r in records]
 
     def _pair(self, one: str, other: str) -> Tracer | Unavailable:
-        name = f"{one}, {other}"
+        name = f"{one}-{other}"
         if name not in self._pairs:
             try:
                 both = self._probes[one].joined(self._probes[other])

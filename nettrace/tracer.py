@@ -31,6 +31,7 @@ from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
+from nettrace.tape import precision
 
 OnError = Literal["record", "raise"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
@@ -292,21 +293,22 @@ class Tracer:
         found: Statistics | Exception,
         refused: Mapping[str, TooDear],
     ) -> list[Record]:
-        records = []
-        for measure in measures:
+        records = {}
+        # Those of others come last: what they may do to the network is undone afterwards.
+        for measure in sorted(measures, key=lambda measure: not measure.is_own):
             try:
                 if isinstance(found, Exception):
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
-                records.append(_record(measure, step, measure(found), found))
+                records[measure.name] = _record(measure, step, measure(found), found)
             except Inapplicable:
                 continue
             except Exception as error:
                 if self.on_error == "raise":
                     raise
-                records.append(self._missing(measure, step, error))
-        return records
+                records[measure.name] = self._missing(measure, step, error)
+        return [records[m.name] for m in measures if m.name in records]
 
     def _examine(self, model: nn.Module, statistics: Statistics) -> None:
         """Checks that samples are evaluated independently of each other.
@@ -333,10 +335,11 @@ class Tracer:
         if again is None:
             return  # samples cannot be told apart in the probe
         order = order.to(outputs.device)
-        same = _same(again[0], outputs[order], noise)
+        eps = precision(statistics._outputs)
+        same = _same(again[0], outputs[order], noise, eps)
         if not same:
             _ = statistics.routes  # raises, naming the operation, if that is on the tape
-        if not same or (losses is not None and not _same(again[1], losses[order], noise)):
+        if not same or (losses is not None and not _same(again[1], losses[order], noise, eps)):
             raise CoupledSamplesError(
                 f"the samples are coupled: the {'losses' if same else 'outputs'} change when the "
                 "probe is evaluated in two parts or another order. Per-sample derivatives are not "
@@ -386,11 +389,11 @@ def chosen(
     return [m for m in resolve(names) if several or m.name in names or not of_pairs(m)]
 
 
-def _same(found: Tensor, expected: Tensor, noise: Tensor) -> bool:
+def _same(found: Tensor, expected: Tensor, noise: Tensor, eps: float) -> bool:
     """Whether values agree but for rounding, and the noise of networks that draw at random."""
     if found.shape != expected.shape:
         return False
-    rounding = min(1e3 * torch.finfo(expected.dtype).eps, 0.03)
+    rounding = min(1e3 * eps, 0.03)
     bound = rounding * expected.abs().max() + 10 * noise.abs().max()
     return bool(((found - expected).abs() <= bound).all() | ~expected.isfinite().all())
 

@@ -82,7 +82,7 @@ def test_the_trace_keeps_the_probes_apart(tmp_path):
     data = nt.open(tmp_path)
     assert data.loss_mean.dims == ("step", "probe")
     assert data.probe.values.tolist() == ["train", "val", "test"]
-    assert data.pair.values.tolist() == ["train, val", "train, test", "val, test"]
+    assert data.pair.values.tolist() == ["train-val", "train-test", "val-test"]
     assert data.ntk_cross.dims == ("step", "pair", "sample", "sample_2")
     for name in ("loss/mean", "fisher/trace_mc", "ntk/gram", "ntk/cross"):
         np.testing.assert_array_equal(data[name.replace("/", "_")][1], records[name].value)
@@ -179,7 +179,7 @@ def test_the_kernel_between_probes_is_that_of_plain_autograd(sizes):
     a, b = (rows(model, one.inputs) for one in (train, val))
     true = torch.einsum("ncp,mcp->nm", a, b)
     assert found["ntk/cross"].dims == ("pair", "sample", "sample_2")
-    assert found["ntk/cross"].coordinates == {"pair": ["train, val"]}
+    assert found["ntk/cross"].coordinates == {"pair": ["train-val"]}
     np.testing.assert_allclose(found["ntk/cross"].value[0], true, rtol=1e-12, atol=1e-13)
     own = [torch.einsum("ncp,mcp->nm", j, j).norm() for j in (a, b)]
     alignment = float(true.square().sum() / (own[0] * own[1]))

@@ -138,6 +138,11 @@ def _similarity(targets: Tensor, likelihood: Likelihood | None) -> Tensor:
 
 
 def _are_classes(targets: Tensor, likelihood: Likelihood | None) -> bool:
+    if not targets.is_floating_point() and bool((targets < 0).any()):
+        raise ValueError(
+            f"expected classes from 0 on, got {int(targets.min())}: leave samples whose target is "
+            "to be ignored out of the probe"
+        )
     return isinstance(likelihood, Categorical) or (
         likelihood is None and not targets.is_floating_point()
     )

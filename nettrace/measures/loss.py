@@ -33,5 +33,11 @@ def accuracy(outputs: Tensor, targets: Tensor, likelihood: Likelihood | None) ->
         )
     if not isinstance(likelihood, Categorical):
         raise Inapplicable(f"accuracy is for classes, but the likelihood is {likelihood.name}")
+    count = outputs.shape[likelihood.axis]
+    if bool(((targets < 0) | (targets >= count)).any()):
+        raise ValueError(
+            f"expected classes from 0 to {count - 1}, got {int(targets.min())} to "
+            f"{int(targets.max())}: leave targets to be ignored out of the probe"
+        )
     right = (outputs.argmax(likelihood.axis) == targets).double()
     return Value.mean(right.flatten(1).mean(1) if right.dim() > 1 else right)

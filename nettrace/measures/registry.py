@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nettrace.batch import mapped
 from nettrace.past import Reference, references
 from nettrace.statistics import Statistics
 
@@ -76,6 +77,11 @@ class Measure:
     grouped: bool
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is nettrace's own."""
+        return str(self.function.__module__).startswith("nettrace.measures.")
+
+    @property
     def reference(self) -> Reference | None:
         """The earlier look that it compares with, if any, and what it wants of that."""
         return next(iter(references(self.needs, Statistics.references)), None)
@@ -97,6 +103,8 @@ class Measure:
         for need in self.needs:
             when, _, name = need.rpartition(".")
             arguments.append(earlier[name] if when and earlier else getattr(statistics, name))
+        if not self.is_own:  # which may write into what it is given
+            arguments = [mapped(argument, Tensor.clone) for argument in arguments]
         found = self.function(*arguments)
         found = found if isinstance(found, Value) else Value(found)
         if earlier is not None:

@@ -57,8 +57,8 @@ class InformationStatistics(KernelStatistics):
         exact = self.jacobian.outputs <= self.exact_outputs
         if exact and self._needs & {"trace", "layer_traces"} and self.likelihood:
             eigenvalues, squares = self._sqnorms
-            assert eigenvalues is not None
-            return {name: (share * eigenvalues).sum(1) for name, share in squares.items()}
+            if eigenvalues is not None:
+                return {name: (share * eigenvalues).sum(1) for name, share in squares.items()}
         per_layer = "fisher_layer_sqnorms" in self._needs
         norms = self._roots.norms(per_layer=True) if per_layer else {"": self._roots.norms()}
         return {name: norm.double().square().sum(1) for name, norm in norms.items()}

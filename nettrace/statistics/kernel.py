@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import cached_property
 
 import torch
@@ -40,9 +41,10 @@ class KernelStatistics(Look):
         """
         rows, eigenvalues = self.jacobian, None
         fisher = {"fisher_sqnorms", "fisher_layer_sqnorms", "hessian_traces"}
-        if self._needs & fisher and self.assumed_likelihood:
-            eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
-            rows = rows.project(vectors.permute(2, 0, 1))
+        if self._needs & fisher:
+            with suppress(ValueError, Unavailable):  # which the Fisher information will report
+                eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
+                rows = rows.project(vectors.permute(2, 0, 1))
         per_layer = bool(self._needs & {"layer_traces", "fisher_layer_sqnorms"})
         norms = rows.norms(per_layer=True) if per_layer else {"": rows.norms()}
         return eigenvalues, {name: norm.double().square() for name, norm in norms.items()}

@@ -67,6 +67,8 @@ def _inverse_roots(optimizer: Optimizer) -> dict[int, Tensor]:
             f"how {type(optimizer).__name__} divides gradients is not known: expected "
             "torch.optim.SGD, Adam or AdamW"
         )
+    if not isinstance(optimizer, SGD) and not optimizer.state:
+        raise Unavailable(f"{type(optimizer).__name__} has no second moments before its first step")
     roots = {}
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -287,7 +287,7 @@ def test_wandb_gets_what_is_an_array_on_each_probe(several: tuple[Run, Any]) -> 
         counts = run.column(f"ntk/spectrum/{probe}.values")
         assert {sum(one) for one in counts.values()} == {3 * size}  # without what was padded
         assert set(run.column(f"ntk/gram/{probe}._type").values()) == {"image-file"}
-    assert set(run.column("ntk/cross/train, val._type").values()) == {"image-file"}
+    assert set(run.column("ntk/cross/train-val._type").values()) == {"image-file"}
 
 
 # A logger that is not as it should be ------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_models_inputs_and_earlier_looks_can_be_needed():
     @nt.measure(needs=["model", "inputs", "parameters", "first.parameters"])
     def moved(model, inputs, now, first):
         """Distance of the weights from the first look's."""
-        assert inputs is x
+        assert torch.equal(inputs, x)
         assert not model.training
         assert not any(p.requires_grad for p in now.values())
         return sum((now[name] - first[name]).square().sum() for name in now).sqrt()
@@ -236,3 +236,25 @@ def test_it_is_in_the_trace_and_in_wandb(package, tmp_path, monkeypatch):
         row for row in training.history(list(training.read_wandb(path))) if "mine/confidence" in row
     ]
     assert [row["mine/confidence"] for row in rows] == trace.values.tolist()
+
+
+def test_what_writes_into_what_it_is_given_spoils_nothing():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    model = nn.Linear(3, 2)
+    kept = x.clone(), model.weight.detach().clone()
+
+    @nt.measure(needs=["outputs", "gram", "inputs", "model"])
+    def careless(outputs, gram, inputs, model):
+        """Writes into everything."""
+        for tensor in (outputs, gram, inputs, model.weight.data):
+            tensor.mul_(0)
+        return 0.0
+
+    names = ["loss/mean", "ntk/entropy", "ntk/trace"]
+    alone = nt.Tracer(nt.Probe(x, y), names)(model, 0)
+    beside = nt.Tracer(nt.Probe(x, y), ["custom/careless", *names])(model, 0)
+    assert [r.name for r in beside][:4] == ["custom/careless", *names]
+    assert [float(r.value) for r in beside[1:4]] == [float(r.value) for r in alone[:3]]
+    assert torch.equal(x, kept[0])
+    assert torch.equal(model.weight, kept[1])
