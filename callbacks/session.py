@@ -65,7 +65,9 @@ class Session:
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
-            key = (_shared(callback), callback.on_error, callback.max_seconds)
+            key: object = (_shared(callback), callback.on_error, callback.max_seconds)
+            if any(_compare_apart(callback, other) for other in self._sharing(key)):
+                key = (key, id(callback))
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
@@ -92,6 +94,9 @@ class Session:
         ]
         self._first_batch = FirstBatch(trainer, module, tracers)
 
+    def _sharing(self, key: object) -> list[Trace]:
+        return self._groups[key][1] if key in self._groups else []
+
     def begin_batch(self, batch: Any) -> None:
         """Sees a batch before its training step."""
         with _silenced(self._module):
@@ -102,16 +107,21 @@ class Session:
         self._first_batch.compare(returned)
 
     def state_dict(self) -> dict[str, Any]:
-        """What looks left for measures that compare them, by the probe's fingerprint."""
+        """What looks left for measures that compare them, by the probe's fingerprint.
+
+        Where several tracers have looked at one probe, the looks before are left out: a resumed
+        run begins without.
+        """
         found: dict[str, Any] = {}
         for tracer, _ in self._groups.values():
             for probe, past in tracer.state_dict().items():
-                if past["kept"]:
-                    both = found.setdefault(probe, past)
-                    found[probe] = {
-                        "last": max(both["last"], past["last"]),
-                        "kept": past["kept"] | both["kept"],
-                    }
+                if past["kept"] and probe in found:
+                    both = found[probe]["kept"] | past["kept"]
+                    last = max(found[probe]["last"], past["last"])
+                    first = {name: kept for name, kept in both.items() if name.startswith("first ")}
+                    found[probe] = {"last": last, "kept": first}
+                elif past["kept"]:
+                    found[probe] = past
         return found
 
     def measure(self, step: int, batches: int) -> None:
@@ -256,6 +266,16 @@ def _shared(callback: Trace) -> object:
     if isinstance(callback.probe, Probe):
         return None, id(callback.probe)
     return tuple((name, id(probe)) for name, probe in callback.probe.items())
+
+
+def _compare_apart(one: Trace, other: Trace) -> bool:
+    """Whether two schedules make the look before another for measures that both compare with it."""
+
+    def before(callback: Trace) -> set[object]:
+        found = {measure.reference for measure in callback.measures}
+        return {reference for reference in found if reference and reference[0] == "previous"}
+
+    return one.due != other.due and bool(before(one) & before(other))
 
 
 def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:

@@ -572,3 +572,21 @@ def test_each_fit_takes_its_own_probe(tmp_path: Path, monkeypatch: pytest.Monkey
         training.fit(callback, data=training.loader(training.Samples(seed=seed)))
         assert torch.equal(made[-1].inputs, training.Samples(seed=seed).inputs)
     assert len(made) == 2
+
+
+def test_the_look_before_is_that_of_the_callbacks_own_schedule(tmp_path):
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets)
+    names = ["ntk/distance_previous", "ntk/distance_first"]
+
+    def fit(name, **every):
+        callbacks = [
+            Trace(names, every=period, probe=probe, to=tmp_path / name / which)
+            for which, period in every.items()
+        ]
+        training.fit(callbacks, max_steps=9)
+        return nt.open(tmp_path / name / "a").load()
+
+    alone, beside = fit("alone", a=2), fit("beside", b=3, a=2)
+    for name in ("ntk_distance_previous", "ntk_distance_first"):
+        np.testing.assert_array_equal(beside[name].values, alone[name].values)
