@@ -116,11 +116,12 @@ def main() -> None:
     data = nt.open(trace)
     steps = data.sizes["step"]
     print(f"\nRecorded at {steps} steps; nettrace.open({str(trace)!r}) returns it labelled:\n")
-    print(f"  {'quantity':38s} {'shape':18s} {'first':>10s} {'last':>10s}")
+    width = max(len(str(name)) for name in data)
+    print(f"  {'quantity':{width}s} {'shape':18s} {'first':>10s} {'last':>10s}")
     for name, variable in data.data_vars.items():
         shape = " x ".join(map(str, variable.shape[1:]))
         ends = [f"{float(v):10.4g}" for v in variable[[0, -1]]] if variable.ndim == 1 else []
-        print(f"  {name:38s} {shape:18s} {' '.join(ends)}".rstrip())
+        print(f"  {name:{width}s} {shape:18s} {' '.join(ends)}".rstrip())
     size = sum(part.stat().st_size for part in trace.iterdir()) / 1e6
     spent = float(data.nettrace_seconds.sum())
     print(
