@@ -31,7 +31,7 @@ def adam(namespace: str = training.NAMESPACES[0]) -> Any:
 
 def run(
     folder: Path, last: int, checkpoint: Path | None = None, **options: Any
-) -> tuple[xr.Dataset, dict[str, Any]]:
+) -> tuple[xr.Dataset, torch.nn.Module]:
     """Trains with callbacks that share a tracer and are due at different steps."""
     namespace = options.pop("namespace", training.NAMESPACES[0])
     callbacks = [
@@ -54,7 +54,7 @@ def run(
         ckpt_path=checkpoint,
         **options,
     )
-    return nt.open(folder / "trace"), training.state(model)
+    return nt.open(folder / "trace"), model
 
 
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
@@ -64,7 +64,8 @@ def test_a_resumed_run_compares_as_the_whole_one(namespace: str, tmp_path: Path)
     checkpoint = tmp_path / "parts" / "step=4.ckpt"
     assert "nettrace" in torch.load(checkpoint, weights_only=True)
     parts, resumed = run(tmp_path / "parts", 6, checkpoint, namespace=namespace)
-    if training.differences(trained, resumed):
+    ends = zip(trained.parameters(), resumed.parameters(), strict=True)
+    if not all(torch.equal(a, b) for a, b in ends):
         pytest.skip("this Lightning goes on with other batches")
     names = "ntk_distance_first ntk_velocity ntk_rotation_previous weights_displacement "
     names += "weights_linearised_loss weights_lazy_rich_index ntk_preconditioned_trace loss_mean"

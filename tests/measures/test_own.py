@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -215,8 +214,6 @@ def test_a_module_that_is_not_installed_is_imported_by_name(tmp_path):
     assert "gram\n    (N, C, N, C) the Gram matrix" in listed(tmp_path, "--statistics").stdout
 
 
-# Old versions of W&B leave a socket open.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_it_is_in_the_trace_and_in_wandb(package, tmp_path, monkeypatch):
     import wandb
     from pytorch_lightning.loggers import WandbLogger
@@ -231,7 +228,6 @@ def test_it_is_in_the_trace_and_in_wandb(package, tmp_path, monkeypatch):
     training.fit([Trace("mine", every=2, to=tmp_path / "trace")], logger=logger)
     logger.experiment.finish()
     wandb.teardown()
-    gc.collect()
     trace = nt.open(tmp_path / "trace").mine_confidence
     assert trace.step.values.tolist() == [0, 2, 4]
     assert trace.attrs["convention"] == "mean over samples"
