@@ -76,7 +76,6 @@ Rule: TypeAlias = Callable[[Pieces, Needs], Work]
 #: By statistic, what it costs where all of `needs` are wanted; parts that several share have names
 #: with an underscore.
 PRICES: dict[str, Rule] = {}
-_FISHER = frozenset({"fisher_sqnorms", "hessian_traces"})
 _TRACES = frozenset({"trace", "layer_traces"})
 
 
@@ -139,7 +138,7 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 
 @prices("_sqnorms")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    turned = bool(needs & _FISHER) and pieces.has_likelihood
+    turned = bool(needs & Statistics.of_fisher) and pieces.has_likelihood
     instead = "Jacobian.estimate_trace(relative_error=...) takes few passes"
     return rows(pieces, pieces.outputs, ("fisher_metric",) if turned else (), instead)
 
@@ -266,12 +265,15 @@ def _parts(pieces: Pieces, order: int) -> Work:
 
 @prices("fisher_eigenvalues", "fisher_layer_eigenvalues")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    order = pieces.samples * pieces.outputs
+    """A Gram matrix of its own, of each layer where their spectra are wanted."""
+    order, passes = pieces.samples * pieces.outputs, pieces.passes_for_pairs
     spectra = 1 + pieces.layers if "fisher_layer_eigenvalues" in needs else 1
     one = _spectrum(pieces, order, "fisher/trace_per_layer needs no matrix")
-    return replace(
-        one, seconds=spectra * one.seconds, kept=spectra * order**2 * pieces.item, of=("_kernel",)
-    )
+    seconds = passes * pieces.pull + pieces.gram() + spectra * one.seconds
+    kept = spectra * order**2 * pieces.item
+    temporary = pieces.pulled(pieces.outputs) + pieces.one_pass
+    of = ("jacobian",)
+    return replace(one, seconds=seconds, passes=passes, kept=kept, temporary=temporary, of=of)
 
 
 @prices("cross_kernels")

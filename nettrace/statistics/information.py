@@ -12,7 +12,7 @@ from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import CANONICAL, Categorical
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.piecewise import check_piecewise_linear
-from nettrace.statistics.kernel import KernelStatistics, _eigenvalues
+from nettrace.statistics.kernel import KernelStatistics, spectrum_of
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.tape import Tape
 
@@ -92,8 +92,8 @@ class InformationStatistics(KernelStatistics):
         else:
             grams = {"": self._roots.gram()}
         grams = {name: gram.flatten(2).flatten(0, 1) for name, gram in grams.items()}
-        blocks = {n: _eigenvalues(g)[: self.modes] for n, g in grams.items() if n}
-        return _eigenvalues(sum(grams.values(), torch.zeros(()))), blocks
+        blocks = {n: spectrum_of(g)[: self.modes] for n, g in grams.items() if n}
+        return spectrum_of(sum(grams.values(), torch.zeros(()))), blocks
 
     @property
     def _roots(self) -> Jacobian:

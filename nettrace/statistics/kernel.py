@@ -24,6 +24,8 @@ class KernelStatistics(Look):
         "cosine_eigenvalues leading_eigenvectors partial_eigenvalues "
         "traced_partial_eigenvalues".split()
     )
+    #: The statistics made of norms of rows that are turned onto eigenvectors of the Fisher metric.
+    of_fisher = frozenset({"fisher_sqnorms", "fisher_layer_sqnorms", "hessian_traces"})
     #: The statistics of two probes that were joined.
     of_pairs = frozenset({"cross_kernels"})
 
@@ -40,8 +42,7 @@ class KernelStatistics(Look):
             or by the empty name for all together.
         """
         rows, eigenvalues = self.jacobian, None
-        fisher = {"fisher_sqnorms", "fisher_layer_sqnorms", "hessian_traces"}
-        if self._needs & fisher:
+        if self._needs & self.of_fisher:
             with suppress(ValueError, Unavailable):  # which the Fisher information will report
                 eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
                 rows = rows.project(vectors.permute(2, 0, 1))
@@ -109,7 +110,7 @@ class KernelStatistics(Look):
         """(N C,) eigenvalues of the Gram matrix in float64, the largest first."""
         if self._needs & {"eigenvectors", "leading_eigenvectors"}:
             return self._eigensystem[0]
-        return _eigenvalues(self._matrix)
+        return spectrum_of(self._matrix)
 
     @cached_property
     def eigenvectors(self) -> Tensor:
@@ -121,7 +122,7 @@ class KernelStatistics(Look):
         """(N,) eigenvalues of the Gram matrix summed over outputs, in float64, largest first."""
         if "traced_eigenvectors" in self._needs:
             return self._traced_eigensystem[0]
-        return _eigenvalues(self.traced_gram)
+        return spectrum_of(self.traced_gram)
 
     @cached_property
     def traced_eigenvectors(self) -> Tensor:
@@ -160,7 +161,7 @@ class KernelStatistics(Look):
         kernel = self._matrix.double()
         norms = kernel.diagonal().clamp_min(0).sqrt()
         inverse = torch.where(norms > 0, 1 / norms, 0)
-        return _eigenvalues(inverse[:, None] * kernel * inverse)
+        return spectrum_of(inverse[:, None] * kernel * inverse)
 
     @cached_property
     def cross_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +184,12 @@ class KernelStatistics(Look):
         return kernel[:cut, cut:], kernel[:cut, :cut], kernel[cut:, cut:]
 
 
-def _eigenvalues(kernel: Tensor) -> Tensor:
+def spectrum_of(kernel: Tensor) -> Tensor:
+    """The eigenvalues of a symmetric matrix in float64, the largest first.
+
+    Raises:
+        ValueError: if it is not finite.
+    """
     values: Tensor = torch.linalg.eigvalsh(_finite(kernel))
     return values.flip(0)
 
@@ -194,7 +200,7 @@ def _partial_eigenvalues(gram: Tensor) -> list[Tensor]:
         kept = kept.to(gram.device)
         part = gram.index_select(0, kept).index_select(gram.dim() // 2, kept)
         order = math.isqrt(part.numel())
-        found.append(_eigenvalues(part.reshape(order, order)))
+        found.append(spectrum_of(part.reshape(order, order)))
     return found
 
 

@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.operator import Jacobian, PerLayer
-from nettrace.statistics.kernel import KernelStatistics, _eigenvalues
+from nettrace.statistics.kernel import KernelStatistics, spectrum_of
 from nettrace.statistics.look import Unavailable
 
 
@@ -54,7 +54,7 @@ class PreconditionedStatistics(KernelStatistics):
     def preconditioned_eigenvalues(self) -> Tensor:
         """(N C,) eigenvalues of J P^-1 J^T in float64, the largest first."""
         order = self.samples * self._preconditioned.outputs
-        return _eigenvalues(self._preconditioned.gram().reshape(order, order))
+        return spectrum_of(self._preconditioned.gram().reshape(order, order))
 
 
 def _inverse_roots(optimizer: Optimizer) -> dict[int, Tensor]:
