@@ -173,6 +173,10 @@ def open(folder: str | Path) -> xr.Dataset:
         ValueError: if its format is newer than this version can read.
     """
     folder = Path(folder)
+    if folder.suffix in (".nc", ".zarr"):
+        from nettrace.export.datasets import read
+
+        return read(folder)
     parts = sorted(folder.glob("part-*" + _SUFFIX))
     if not parts:
         raise FileNotFoundError(
