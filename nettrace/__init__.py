@@ -3,7 +3,7 @@
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
-from nettrace.export import export
+from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
 from nettrace.operator import Jacobian

@@ -174,7 +174,7 @@ def open(folder: str | Path) -> xr.Dataset:
     """
     folder = Path(folder)
     if folder.suffix in (".nc", ".zarr"):
-        from nettrace.export.datasets import read
+        from nettrace.exports.datasets import read
 
         return read(folder)
     parts = sorted(folder.glob("part-*" + _SUFFIX))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nettrace.export.datasets import as_json, block_of
+from nettrace.exports.datasets import as_json, block_of
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -75,7 +75,7 @@ def export(
     """
     import xarray as xr
 
-    from nettrace.export import datasets, tables
+    from nettrace.exports import datasets, tables
 
     to = Path(to)
     format = format or SUFFIXES.get(to.suffix)
