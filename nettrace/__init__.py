@@ -5,6 +5,7 @@ from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
+from nettrace.offline import Analysis, analyze
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
@@ -16,6 +17,7 @@ from nettrace.store import open
 from nettrace.tracer import MissingMeasureWarning, Tracer
 
 __all__ = [
+    "Analysis",
     "Bernoulli",
     "Categorical",
     "Certificate",
@@ -33,6 +35,7 @@ __all__ = [
     "TooDear",
     "Tracer",
     "Value",
+    "analyze",
     "at",
     "certify",
     "epochs",
