@@ -6,6 +6,7 @@ from nettrace.estimators import Estimate
 from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
+from nettrace.offline import Analysis, analyze
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
@@ -17,6 +18,7 @@ from nettrace.store import open
 from nettrace.tracer import MissingMeasureWarning, Tracer
 
 __all__ = [
+    "Analysis",
     "Bernoulli",
     "Categorical",
     "Certificate",
@@ -34,6 +36,7 @@ __all__ = [
     "TooDear",
     "Tracer",
     "Value",
+    "analyze",
     "at",
     "certify",
     "epochs",

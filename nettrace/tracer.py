@@ -6,7 +6,7 @@ import copy
 import operator
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,7 +23,7 @@ from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
 from nettrace.ownership import CoupledSamplesError
-from nettrace.past import Past
+from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
@@ -112,6 +112,7 @@ class Tracer:
         self._past = Past()
         self._prices = PriceList(max_seconds)
         self._where = ""
+        self._failure: Exception | None = None
         #: What is known of a loss that is not declared, from where it is trained.
         self.loss_check: LossCheck | None = None
         self._several = None if isinstance(probe, Probe) else Several(self, probe)
@@ -179,51 +180,46 @@ class Tracer:
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
-        seed = self._seed * 1_000_003 + step
-        needs = {need for measure in measures for need in measure.needs}
-        references = {measure.reference for measure in measures if measure.reference is not None}
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
-
-        def check(jacobian: Jacobian) -> None:
-            try:
-                certificate = self._spot_checks(jacobian, seed)
-            except SpotCheckError as error:
-                checks.append(_spot_check(step, error))
-                raise
-            if certificate is not None:
-                checks.append(_spot_check(step, certificate))
-
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
         try:
             with frozen(model):
                 try:
-                    found = Statistics(
-                        model,
-                        self.probe,
-                        needs,
-                        step=step,
-                        past=self._past,
-                        optimizers=optimizers,
-                        seed=seed,
-                        memory_budget=self._memory_budget,
-                        check=check,
-                        loss_check=self.loss_check,
-                    )
-                    self._examine(model, found)
-                    refused = self._prices.refused(found, measures)
+                    found, refused = self._see(model, step, measures, optimizers, checks)
                 except Exception as error:
                     found = error
                 records = self._take(measures, step, found, refused)
                 if not isinstance(found, Exception):
-                    self._past.keep(found, references)
+                    self._past.keep(found, _references(measures, refused))
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
+            found = error
             records = self._take(measures, step, error, refused)
+        self._failure = found if isinstance(found, Exception) else None
         seconds = np.asarray(time.perf_counter() - start)
         convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
         timed = Record("nettrace/seconds", step, seconds, attributes=convention)
         return [*records, *checks, timed]
+
+    def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
+        """Keeps what measures will ask of this look, as if they were taken now, but takes none.
+
+        Raises:
+            Exception: whatever goes wrong with looking; nothing is kept then.
+        """
+        if self._several is not None:
+            measures = [measure for measure in measures if not of_pairs(measure)]
+        for one in self.each():
+            with frozen(model):
+                found, refused = one._see(model, step, measures, (), [])
+                one._past.keep(found, _references(measures, refused))
+
+    @property
+    def failure(self) -> Exception | None:
+        """What kept the last look from being taken at all; on each probe, if there are several."""
+        found = [one._failure for one in self.each()]
+        return found[0] if all(found) else None
 
     def state_dict(self) -> dict[str, Any]:
         """What earlier looks left, by the probe's fingerprint: tensors, numbers and texts alone.
@@ -285,6 +281,47 @@ class Tracer:
             Exception: the reason, if `on_error="raise"`.
         """
         return self._take(measures, step, error, {})
+
+    def _see(
+        self,
+        model: nn.Module,
+        step: int,
+        measures: Sequence[Measure],
+        optimizers: Sequence[Optimizer],
+        checks: list[Record],
+    ) -> tuple[Statistics, Mapping[str, TooDear]]:
+        """A look that has been examined, and which measures are too dear; adds to `checks`."""
+
+        def check(jacobian: Jacobian) -> None:
+            try:
+                certificate = self._spot_check(jacobian, step)
+            except SpotCheckError as error:
+                checks.append(_spot_check(step, error))
+                raise
+            if certificate is not None:
+                checks.append(_spot_check(step, certificate))
+
+        found = Statistics(
+            model,
+            self.probe,
+            {need for measure in measures for need in measure.needs},
+            step=step,
+            past=self._past,
+            optimizers=optimizers,
+            seed=self._seed_at(step),
+            memory_budget=self._memory_budget,
+            check=check,
+            loss_check=self.loss_check,
+        )
+        self._examine(model, found)
+        return found, self._prices.refused(found, measures)
+
+    def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
+        """A certificate, if one is due."""
+        return self._spot_checks(jacobian, self._seed_at(step))
+
+    def _seed_at(self, step: int) -> int:
+        return self._seed * 1_000_003 + step
 
     def _take(
         self,
@@ -387,6 +424,11 @@ def chosen(
     names = [measures] if isinstance(measures, str) else list(measures or ())
     several = isinstance(probe, Mapping) and len(probe) > 1
     return [m for m in resolve(names) if several or m.name in names or not of_pairs(m)]
+
+
+def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
+    """The earlier looks that measures which are not refused compare with."""
+    return {m.reference for m in measures if m.reference is not None and m.name not in refused}
 
 
 def _same(found: Tensor, expected: Tensor, noise: Tensor, eps: float) -> bool:

@@ -1,0 +1,185 @@
+"""Checkpoints among files and folders, in the order of their steps."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nettrace.checkpoints import pickled, reading
+from nettrace.checkpoints.contents import Checkpoint, CheckpointError
+
+#: What training scripts write beside weights.
+_OTHERS = re.compile(
+    r"(^|[._-])(optim(izers?)?(_states?)?|(lr_)?scheduler|scaler|rng_state|random_states?"
+    r"|training_args|meta)([._-]|$)"
+)
+
+
+def find(
+    paths: Iterable[str | Path], allow_pickle: bool = False
+) -> tuple[list[Checkpoint], dict[Path, CheckpointError]]:
+    """Finds checkpoints and tells their steps.
+
+    The step is what the content says (`global_step`, `step`, ...), else what the name says
+    ("step=100", "checkpoint-100", "model_100.pt", "100.pt"). If none says so, but all have epochs,
+    these are the steps. A single checkpoint of which nothing is known has step 0, so that a
+    published model needs no renaming. Of two with one step, that whose name tells it is kept; the
+    other is left out if its weights are equal, like Lightning's last.ckpt, else it is broken.
+
+    Args:
+        paths: files, folders to search with all that lie within, and patterns such as
+            "runs/*/*.ckpt". What is no checkpoint is passed over in folders and patterns.
+        allow_pickle: whether to run the code that files may hold, as pickle does. Only for files
+            whose author is trusted.
+
+    Returns:
+        The checkpoints in the order of their steps, and why others cannot be used.
+
+    Raises:
+        CheckpointError: if a path does not exist, or there is nothing like a checkpoint.
+    """
+    places = [Path(path) for path in paths]
+    seen: dict[Path, _Seen] = {}
+    broken: dict[Path, CheckpointError] = {}
+    for path, named in _candidates(places):
+        try:
+            found = reading.read(path, allow_pickle, glance=True)
+        except pickled.NotWeights as error:
+            if named:
+                broken[path] = error
+            continue
+        except CheckpointError as error:
+            broken[path] = error
+            continue
+        named_step = reading.step_in_name(path)
+        epoch = found.coordinates.get("epoch", reading.epoch_in_name(path))
+        step = named_step if found.step is None else found.step
+        seen[path] = _Seen(path, step, epoch, named_step is not None and named_step == step)
+    if not seen and not broken:
+        raise CheckpointError(
+            f"there is no checkpoint in {', '.join(map(str, places)) or 'an empty list'}: searched "
+            f"for files {', '.join('*' + suffix for suffix in reading.SUFFIXES)}, for Hugging Face "
+            "folders with config.json, and for distributed checkpoints with .metadata"
+        )
+    stepped = list(_stepped(seen.values(), broken))
+    by_step: dict[int, _Seen] = {}
+    for one in sorted(stepped, key=lambda s: (s.step or 0, not s.step_in_name, str(s.path))):
+        kept = by_step.setdefault(one.step or 0, one)
+        if kept is not one:
+            try:
+                equal = _equal(kept.path, one.path, allow_pickle)
+            except CheckpointError as error:
+                broken[one.path] = error
+                continue
+            if not equal:
+                broken[one.path] = CheckpointError(
+                    f"{one.path} has other weights than {kept.path}, of the same step "
+                    f"{one.step}: give one run at a time, or rename it to ...step={one.step}..."
+                )
+    return [one.checkpoint() for one in by_step.values()], broken
+
+
+@dataclass
+class _Seen:
+    path: Path
+    step: int | None
+    epoch: float | None
+    step_in_name: bool
+
+    def checkpoint(self) -> Checkpoint:
+        path = self.path
+        files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
+        about = [file.stat() for file in files]
+        return Checkpoint(
+            path,
+            self.step or 0,
+            {} if self.epoch is None else {"epoch": self.epoch},
+            sum(one.st_size for one in about),
+            max(one.st_mtime for one in about),
+        )
+
+
+def _stepped(seen: Iterable[_Seen], broken: dict[Path, CheckpointError]) -> Iterator[_Seen]:
+    """Those whose steps are known, or that can go by their epochs."""
+    seen = list(seen)
+    if len(seen) == 1 or all(s.step is None and s.epoch is not None for s in seen):
+        for one in seen:
+            one.step = int(one.epoch or 0) if one.step is None else one.step
+    for one in seen:
+        if one.step is not None:
+            yield one
+        else:
+            known = "" if one.epoch is None else f", only its epoch {one.epoch:g}"
+            broken[one.path] = CheckpointError(
+                f"{one.path} does not tell its step{known}: rename it to "
+                f"{one.path.stem}-step=100{one.path.suffix}, with its step in place of 100"
+            )
+
+
+def _candidates(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
+    """What may be a checkpoint, each once, and whether it was named rather than searched for."""
+    met: set[Path] = set()
+    for path in paths:
+        named = path.exists()
+        places = (
+            [path] if named else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        )
+        if not places:
+            raise CheckpointError(f"there is no {path}, nor anything that matches it as a pattern")
+        for place in places:
+            if named and not place.is_dir():
+                candidates: Iterable[Path] = [place]
+            else:
+                candidates = _within(place)
+            for candidate in candidates:
+                if (real := candidate.absolute()) not in met:
+                    met.add(real)
+                    yield candidate, named and candidate == place
+
+
+def _within(place: Path) -> Iterator[Path]:
+    """What may be a checkpoint in a folder, itself included, or at a file."""
+    if not place.is_dir():
+        if _promising(place):
+            yield place
+        return
+    whole = reading.is_folder(place)
+    if whole:
+        yield place
+    for path in sorted(place.iterdir()):
+        if not path.name.startswith(".") and (path.is_dir() or not whole):
+            if not (path.is_dir() and path.is_symlink()):  # which may lead round in circles
+                yield from _within(path)
+
+
+def _promising(file: Path) -> bool:
+    """Whether a file may hold weights, by its name; and by its beginning if it is called .bin."""
+    if file.suffix not in reading.SUFFIXES or _OTHERS.search(file.stem.lower()):
+        return False
+    if file.suffix != ".bin":
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(2) in (b"PK", b"\x80\x02")
+    except OSError:
+        return True  # which reading it will report
+
+
+def _equal(one: Path, other: Path, allow_pickle: bool) -> bool:
+    """Whether two checkpoints hold the same weights."""
+    if one.samefile(other):
+        return True
+    first, second = (reading.read(path, allow_pickle).state for path in (one, other))
+    return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other)  # extra state of a module

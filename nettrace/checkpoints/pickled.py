@@ -1,0 +1,249 @@
+"""Files written by torch.save, read without running anything that is in them.
+
+torch's restricted unpickler calls what rebuilds tensors and nothing else. Lightning keeps
+hyper-parameters beside the weights, with classes of its own and of others; where these only hold
+data, an inert stand-in takes what they held. So no class that a file names is ever imported or
+called: `torch.load(weights_only=True)` with a few more words that it understands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nettrace.checkpoints.contents import CheckpointError, Contents, progress, told
+
+#: Under which names training scripts save weights, in order of preference.
+STATES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optimizers", "optim")
+
+
+def read(path: Path, allow_pickle: bool = False) -> Contents:
+    """What a file that torch.save wrote holds; mapped into memory where the format allows.
+
+    Raises:
+        CheckpointError: if it cannot be read, holds code, or holds no weights.
+    """
+    return contents(unpickled(path, allow_pickle), path)
+
+
+def contents(found: Any, path: Path) -> Contents:
+    """What was unpickled, sorted into weights, optimizers and the rest.
+
+    Raises:
+        CheckpointError: if it holds no weights.
+    """
+    if isinstance(found, nn.Module):
+        return Contents(found.state_dict())
+    about = found if isinstance(found, Mapping) else {}
+    inner = (about[name] for name in STATES if name in about)
+    inner = (value.state_dict() if isinstance(value, nn.Module) else value for value in inner)
+    state = next((value for value in [*inner, found] if is_state(value)), None)
+    if state is None:
+        raise NotWeights(
+            f"{path} holds no weights: expected a state dict, as model.state_dict() gives it, or "
+            f"one under {' or '.join(map(repr, STATES[:3]))}; got {_described(found)}"
+        )
+    if state is found:
+        about = {}
+    optimizers: Any = next((about[name] for name in _OPTIMIZERS if name in about), [])
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+    return Contents(
+        state,
+        [dict(one) for one in optimizers if isinstance(one, Mapping)],
+        *progress(about),
+        hyperparameters(about),
+    )
+
+
+def hyperparameters(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What Lightning keeps for building the module anew."""
+    found = about.get("hyper_parameters")
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
+    return found if isinstance(found, Mapping) else {}
+
+
+class NotWeights(CheckpointError):
+    """A sound file of something else."""
+
+
+def is_state(value: object) -> bool:
+    """Whether something is a state dict: tensors by name, and extra state of modules."""
+    return (
+        isinstance(value, dict)
+        and any(isinstance(v, Tensor) for v in value.values())
+        and all(
+            isinstance(k, str) and (isinstance(v, Tensor) or k.endswith("_extra_state"))
+            for k, v in value.items()
+        )
+    )
+
+
+def unpickled(file: Path | io.BytesIO, allow_pickle: bool, name: str = "") -> Any:
+    """An object saved by torch.save, on the CPU.
+
+    Args:
+        file: a file, which is mapped into memory if its format allows, or its bytes.
+        allow_pickle: whether to run the code that a file may hold, as pickle does.
+        name: what to call it in errors.
+
+    Raises:
+        CheckpointError: if it cannot be read, or would run code and this is not allowed.
+    """
+    name = name or str(file)
+    try:
+        mapped = isinstance(file, Path) and _is_zip(file)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins()):
+            warnings.simplefilter("ignore")  # of protocols and deprecated storages
+            return torch.load(
+                file, map_location="cpu", weights_only=not allow_pickle, mmap=mapped or None
+            )
+    except Exception as error:
+        if (offender := _offender(str(error))) is not None:
+            raise CheckpointError(
+                f"{name} is refused: it names {offender}, so that loading it would run code from "
+                "the file. Only if you trust its author, load it with --allow-pickle "
+                "(allow_pickle=True); weights alone, as torch.save(model.state_dict(), file) "
+                "writes them, need no trust"
+            ) from error
+        raise CheckpointError(
+            f"{name} cannot be read, it is damaged, cut off or no checkpoint ({_plain(error)}): "
+            "copy or save it again"
+        ) from error
+
+
+def check(path: Path) -> None:
+    """Compares a file's checksums, which torch does not; older formats have none.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.CRC:  # 0 if torch was told to leave it out
+                    with archive.open(record) as stream:
+                        while stream.read(1 << 20):
+                            pass
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged ({told(error)}): copy or save it again") from None
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _offender(message: str) -> str | None:
+    """The global that torch's restricted unpickler would not call."""
+    if "TorchScript archive" in message:
+        return "a TorchScript program"
+    found = re.search(r"GLOBAL (\S+)", message) or re.search(
+        r"unrecognized function (.+)|allowlisted via `add_safe_globals`,? but got (.+)"
+        r"|Can only \w+ for dict.*but got (.+)|(\S+)`` must be imported",
+        message,
+    )
+    if found is None:
+        return None
+    return next(group for group in found.groups() if group).strip()
+
+
+def _plain(error: Exception) -> str:
+    """An error of torch, without its advice to unpickle everything."""
+    message = str(error)
+    if "Weights only load failed" in message:
+        last = [line for line in message.splitlines() if line and "torch.load" not in line][-1]
+        return f"{type(error).__name__}: {last.strip()[:300]}"
+    return told(error)
+
+
+def _described(found: object) -> str:
+    if isinstance(found, Mapping):
+        names = [str(name) for name in found]
+        return f"a dictionary of {', '.join(names[:5]) or 'nothing'}{', ...' * (len(names) > 5)}"
+    return type(found).__name__
+
+
+class _Inert:
+    """In place of an object of a known class: keeps what it was made of, and does nothing."""
+
+    def __init__(self, *made_of: Any, **named: Any) -> None:
+        self.made_of = made_of
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Dtype:
+    """In place of numpy.dtype, for numbers alone."""
+
+    def __init__(self, code: str = "f8", align: bool = False, copy: bool = True) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    """In place of numpy's scalars: a number of Python's."""
+    kind = np.dtype(dtype.order + dtype.code)
+    if kind.kind not in "biufc":
+        raise ValueError(f"a numpy scalar of type {kind}")
+    return np.frombuffer(data, kind, 1)[0].item()
+
+
+def _default_dict(factory: object = None, *_: Any) -> dict[Any, Any]:
+    return {}
+
+
+@functools.cache
+def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    """By name of a class that holds data and nothing else, what takes its place.
+
+    Each is here because it stands in many Lightning checkpoints. Optimizers, schedulers and
+    modules of torch are there as arguments of `save_hyperparameters`; partial because Hydra's
+    configurations give them unfinished. None of them is imported, called or built.
+    """
+    names: dict[str, Callable[..., Any]] = {
+        "argparse.Namespace": argparse.Namespace,
+        "jsonargparse._namespace.Namespace": argparse.Namespace,
+        "jsonargparse.namespace.Namespace": argparse.Namespace,
+        "functools.partial": _Inert,
+        "datetime.timedelta": _Inert,
+        "collections.defaultdict": _default_dict,
+        "builtins.dict": dict,
+        "numpy.dtype": _Dtype,
+        "numpy.core.multiarray.scalar": _scalar,
+        "numpy._core.multiarray.scalar": _scalar,
+    }
+    for module in ("pathlib", "pathlib._local"):
+        for kind in ("Path", "PosixPath", "PurePosixPath", "PurePath"):
+            names[f"{module}.{kind}"] = PurePosixPath
+        for kind in ("WindowsPath", "PureWindowsPath"):
+            names[f"{module}.{kind}"] = PureWindowsPath
+    for package in ("lightning.fabric", "lightning_fabric"):
+        names[f"{package}.utilities.data.AttributeDict"] = dict
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        names[f"{package}.utilities.parsing.AttributeDict"] = dict
+    for kind in vars(np.dtypes).values():
+        if isinstance(kind, type):
+            names[f"numpy.dtypes.{kind.__name__}"] = _Dtype
+    for namespace in (torch.optim, torch.optim.lr_scheduler, nn):
+        for kind in vars(namespace).values():
+            if isinstance(kind, type) and not issubclass(kind, Tensor):
+                names[f"{kind.__module__}.{kind.__qualname__}"] = _Inert
+    return [(stand_in, name) for name, stand_in in names.items()]

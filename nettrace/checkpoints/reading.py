@@ -1,0 +1,112 @@
+"""Any checkpoint, by its format."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from nettrace.checkpoints import distributed, hugging_face, pickled
+from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents
+
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+
+
+def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Contents:
+    """Loads a checkpoint onto the CPU.
+
+    Files are mapped into memory rather than copied, where their format allows. Checksums are
+    compared where there are any: in files that torch.save wrote.
+
+    Args:
+        checkpoint: one that `find` found, a file, or the folder of a Hugging Face model or of a
+            distributed checkpoint.
+        allow_pickle: whether to run the code that a file may hold, as pickle does. Only for files
+            whose author is trusted.
+
+    Returns:
+        What is in it; its step is that of a `Checkpoint`, else what the content says, else its
+        name, else 0.
+
+    Raises:
+        CheckpointError: if it cannot be read or is refused.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        path, step = checkpoint.path, checkpoint.step
+    else:
+        path, step = Path(checkpoint), None
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        pickled.check(path)
+    found = read(path, allow_pickle)
+    if step is None:
+        step = step_in_name(path) or 0 if found.step is None else found.step
+    return replace(found, step=step)
+
+
+def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Contents:
+    """What a checkpoint holds, by the words of its content alone.
+
+    Args:
+        path: a file or folder, which is there.
+        allow_pickle: as in `load`.
+        glance: whether weights may be left unread, as far as that saves time.
+
+    Raises:
+        CheckpointError: if it cannot be read or is refused.
+    """
+    try:
+        if path.is_dir():
+            if distributed.is_folder(path):
+                return distributed.read(path, allow_pickle, glance)
+            if hugging_face.is_folder(path):
+                return hugging_face.read_folder(path, allow_pickle, glance)
+            raise CheckpointError(f"{path} is a folder, but no checkpoint")
+        if not path.stat().st_size:
+            raise CheckpointError(f"{path} is empty: was it being written?")
+        if hugging_face.SHARD.search(path.name):
+            raise CheckpointError(
+                f"{path} is one of several files of a checkpoint: give its folder, with an index "
+                "*.index.json in it"
+            )
+        return hugging_face.read_file(path, allow_pickle)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is a checkpoint by itself."""
+    return distributed.is_folder(path) or hugging_face.is_folder(path)
+
+
+_END = r"[=_\-. ]?(\d+)(?![0-9a-z])"
+_STEP = re.compile(r"(?<![a-z])(?:global[_-]?)?(?:steps?|iter(?:ation)?s?|it)" + _END)
+_EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)" + _END)
+_ANY = re.compile(r"(?:checkpoint|ckpt|model|weights|state|params|snapshot|save|net)?" + _END)
+
+
+def step_in_name(path: Path) -> int | None:
+    """The step that the name of a checkpoint, or of the folder that it is in, tells."""
+    for name in (path.name, path.parent.name):
+        if found := _STEP.search(name.lower()):
+            return int(found[1])
+    for name in (_stem(path), path.parent.name):
+        # Folders of runs may be called 1 and 2; an epoch is no step.
+        found = _ANY.fullmatch(name)
+        if found and not (name.isdecimal() and name != _stem(path)):
+            return int(found[1])
+    return None
+
+
+def epoch_in_name(path: Path) -> float | None:
+    """The epoch that the name of a checkpoint, or of the folder that it is in, tells."""
+    for name in (path.name, path.parent.name):
+        if found := _EPOCH.search(name.lower()):
+            return float(found[1])
+    return None
+
+
+def _stem(path: Path) -> str:
+    name = path.name.lower()
+    return name.removesuffix(path.suffix.lower()) if path.suffix.lower() in SUFFIXES else name

@@ -1,0 +1,204 @@
+"""Weights put into a network, whatever their names were prefixed with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from nettrace.checkpoints.contents import CheckpointError, told
+
+#: What torch.compile, FSDP, DeepSpeed and activation checkpointing put into names.
+_WRAPPERS = re.compile(
+    r"(_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
+)
+
+
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts weights and buffers into a network, all of them and no others.
+
+    Names may differ by a prefix that all share, as "model." or "module.", by one of the network's
+    submodules, and by what wrappers put into them. Tied weights need to be there once.
+
+    Weights keep the type in which they were saved, since live and offline measurements agree in
+    every bit only if they are made in the same type: a network that was built in float32 and
+    trained in bfloat16 or float64 is converted. If all of its weights are of one type, so are its
+    buffers that are not saved, as by `model.to(dtype)`.
+
+    Args:
+        model: the network, changed in place.
+        state: by name; copied.
+
+    Raises:
+        CheckpointError: if names or shapes do not fit, with those that do not and what to do; the
+            network may then be changed in part.
+    """
+    ours = model.state_dict(keep_vars=True)
+    ties = _ties(ours)
+    attempts = [_Attempt(names, state, ours, ties) for names in _renamings(state, ours)]
+    fitting = [attempt for attempt in attempts if attempt.fits]
+    if fitting and fitting[0].prefixed:
+        same = {tuple(sorted(attempt.names.items())) for attempt in fitting}
+        if len(same) > 1:
+            both = " and ".join(repr(next(iter(a.names.values()))) for a in fitting[:2])
+            raise CheckpointError(
+                f"the weights fit several parts of {type(model).__name__}: "
+                f"{next(iter(state), '')!r} may be {both}; name them as the network does"
+            )
+    if fitting:
+        _convert(model, ours, fitting[0].complete())
+        model.load_state_dict(fitting[0].complete())
+        return
+    try:  # what the network's own hooks rename
+        model.load_state_dict(dict(state))
+    except Exception as error:
+        best = min(attempts, key=lambda attempt: attempt.misfits)
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(model).__name__}: {best.described() or told(error)}"
+            ". Give the network that was trained, as --model; restore(model, state) takes a state "
+            "renamed by hand"
+        ) from error
+
+
+class _Attempt:
+    """One way of naming the entries of a state.
+
+    Args:
+        names: by name in the state, that in the network.
+        state: what to restore.
+        ours: the network's own state, of uncopied tensors.
+        ties: by name, all names of the same tensor.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        state: Mapping[str, Tensor],
+        ours: Mapping[str, Any],
+        ties: Mapping[str, list[str]],
+    ) -> None:
+        self.names = names
+        self.prefixed = any(_bare(old) != _bare(new) for old, new in names.items())
+        self._found = {new: state[old] for old, new in names.items()}
+        self._tied = {
+            name: next((other for other in ties[name] if other in self._found), None)
+            for name in ours
+            if name not in self._found
+        }
+        self.missing = [name for name, other in self._tied.items() if other is None]
+        self.unexpected = [name for name in self._found if name not in ours]
+        self.different = [
+            f"{name} of shape {_shape(value)} where the network has {_shape(ours[name])}"
+            for name, value in self._found.items()
+            if name in ours and not _alike(value, ours[name])
+        ]
+        self.untied = [
+            f"{name} differs from {ties[name][0]}, which is the same in the network"
+            for name, value in self._found.items()
+            if name in ours
+            and (first := self._found.get(ties[name][0])) is not None
+            and first is not value
+            and not (first.shape == value.shape and torch.equal(first, value))
+        ]
+
+    @property
+    def misfits(self) -> int:
+        return sum(map(len, (self.missing, self.unexpected, self.different, self.untied)))
+
+    @property
+    def fits(self) -> bool:
+        return not self.misfits
+
+    def complete(self) -> dict[str, Tensor]:
+        """The entries by the network's names, tied ones under each."""
+        tied = {name: self._found[other] for name, other in self._tied.items() if other}
+        return {**self._found, **tied}
+
+    def described(self) -> str:
+        """What does not fit, a few of each kind."""
+        kinds = [
+            ("it lacks ", self.missing),
+            ("the network lacks ", self.unexpected),
+            ("", self.different),
+            ("", self.untied),
+        ]
+        return "; ".join(label + _few(names) for label, names in kinds if names)
+
+
+def _renamings(state: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Ways of naming a state's entries: as they are, then with prefixes taken off and put on."""
+    full = {_bare(name): name for name in ours}
+    theirs = {name: _bare(name) for name in state}
+    yield {old: full.get(bare, bare) for old, bare in theirs.items()}
+    # From the first names that match but for a prefix: all others must match with the same one.
+    taken = ["", *_common_prefixes(list(theirs.values()))]
+    put = dict.fromkeys(chain([""], (p for name in full for p in _prefixes(name))))
+    for off in taken:
+        for on in put:
+            if not off and not on:
+                continue
+            renamed = {old: on + bare.removeprefix(off) for old, bare in theirs.items()}
+            known = sum(new in full for new in renamed.values())
+            if 2 * known > len(renamed):
+                yield {old: full.get(new, new) for old, new in renamed.items()}
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")[:-1]
+    for length in range(1, len(parts) + 1):
+        yield ".".join(parts[:length]) + "."
+
+
+def _common_prefixes(names: list[str]) -> list[str]:
+    return [p for p in _prefixes(names[0]) if all(n.startswith(p) for n in names)] if names else []
+
+
+def _bare(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _ties(state: Mapping[str, Any]) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(id(value), []).append(name)
+    return {name: names[id(value)] for name, value in state.items()}
+
+
+def _alike(value: object, own: object) -> bool:
+    """Whether shapes agree, and whether both are of numbers or of integers."""
+    if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+        return not isinstance(value, Tensor) and not isinstance(own, Tensor)
+    kinds = [(x.is_floating_point(), x.is_complex()) for x in (value, own)]
+    return kinds[0] == kinds[1] and (is_lazy(own) or value.shape == own.shape)
+
+
+def _shape(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return str(tuple(value.shape)) + ("" if value.is_floating_point() else f" of {value.dtype}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _convert(model: nn.Module, ours: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Turns the network's weights and buffers to the types of a state's."""
+    numbers = {n: v for n, v in state.items() if isinstance(v, Tensor) and _is_number(v)}
+    dtypes = {value.dtype for value in numbers.values()}
+    if all(ours[name].dtype == value.dtype for name, value in numbers.items()):
+        return
+    if len(dtypes) == 1 and not any(dtype.is_complex for dtype in dtypes):
+        model.to(dtypes.pop())
+        return
+    for name, value in numbers.items():
+        ours[name].data = ours[name].data.to(value.dtype)
+
+
+def _is_number(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()

@@ -1,0 +1,320 @@
+"""Analysing checkpoints: which are to be measured, by whom, and where the records go."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from nettrace import checkpoints as saved
+from nettrace import locate
+from nettrace.checkpoints import Checkpoint
+from nettrace.differentiate import parse_bytes
+from nettrace.offline import pools
+from nettrace.offline.done import MODIFIED, SIZE, left_to_do
+from nettrace.offline.worker import Model, Outcome, Plan
+from nettrace.probe import Probe, check_probes, fingerprint
+from nettrace.store import TraceWriter
+from nettrace.store import open as open_trace
+from nettrace.tracer import chosen
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` did; printed as a report.
+
+    Args:
+        folder: of the trace.
+        done: the steps that were measured.
+        skipped: the steps of which all was done before.
+        failed: by checkpoint, why it could not be measured.
+        missing: by measure, why it is missing where it is, at the first such step.
+        seconds: how long it took.
+    """
+
+    folder: Path
+    done: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+    failed: Mapping[Path, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def trace(self) -> xr.Dataset:
+        """All that the trace holds, as `nettrace.open` gives it."""
+        return open_trace(self.folder)
+
+    def __str__(self) -> str:
+        counts = [f"{len(self.done)} measured in {self.seconds:.1f} s"]
+        counts += [f"{len(self.skipped)} done before"] * bool(self.skipped)
+        counts += [f"{len(self.failed)} failed"] * bool(self.failed)
+        total = len(self.done) + len(self.skipped) + len(self.failed)
+        lines = [
+            f"{total} checkpoint{'s' * (total != 1)}: {', '.join(counts)}",
+            f"the trace is in {self.folder}",
+        ]
+        lines += [f"failed: {path}: {reason}" for path, reason in self.failed.items()]
+        lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
+        return "\n".join(lines)
+
+
+def analyze(
+    checkpoints: str | Path | Iterable[str | Path],
+    probe: Probe | Mapping[str, Probe] | str,
+    measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
+    *,
+    model: Model = None,
+    to: str | Path | None = None,
+    jobs: int = 1,
+    executor: Executor | None = None,
+    dask: str | Client | None = None,
+    threads: int | None = None,
+    memory_budget: int | str = "2GiB",
+    max_seconds: float | None = None,
+    seed: int = 0,
+    allow_pickle: bool = False,
+    retry: bool = False,
+    progress: bool | Literal["always"] = True,
+    modules: Iterable[str] = (),
+) -> Analysis:
+    """Measures checkpoints as a callback would have measured the network while it was trained.
+
+    A checkpoint saved at step k gives, bit for bit, what a `Tracer` with these measures, this seed
+    and as many threads wrote at step k. Measures that compare looks compare with the first of all
+    these checkpoints and with the one before, whoever measures those, and whether it was before.
+    Those that need an optimizer get the one that a LightningModule configures, with the
+    checkpoint's states.
+
+    What is done is not done again: what was asked for of a checkpoint of the same step, size and
+    time of modification, with the same samples, likelihood, seed and network by name. Where any of
+    these is another, all that was ever asked for of that checkpoint is measured anew. A checkpoint
+    that cannot be measured is reported, and the others go on. What is written stays, whatever ends
+    the analysis.
+
+    In a process, one checkpoint is measured at a time, since that sets random states and modes of
+    the whole process: an executor of threads, or a worker of Dask that has several, gains nothing
+    over one.
+
+    Args:
+        checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`.
+        probe: the samples, or several by name; or a name as for `nettrace.locate.probe`.
+        measures: names of measures or of groups of them.
+        model: a network to load the weights into, which is left as it is; a function that builds
+            one; or "module:name" or "path/to/file.py:name" of either. By default, what the
+            checkpoint says itself. Which parameters require a gradient is not in checkpoints.
+        to: a folder for the trace; by default "analysis" in the folder that holds the first
+            checkpoint, or beside that if it is called "checkpoints".
+        jobs: how many processes to measure in; 1 for this one.
+        executor: measures in its workers instead; it must be able to send what is given to them.
+        dask: the address of a scheduler, or a client, to measure on its cluster instead.
+        threads: how many each worker computes with. By default, the cores shared out among jobs,
+            or as they are set.
+        memory_budget: as in `nettrace.jacobian`, of each worker.
+        max_seconds: as in `nettrace.Tracer`; without a limit by default.
+        seed: for measures that draw random numbers; they draw the same at the same step.
+        allow_pickle: whether the code that checkpoints may hold may be run. Only if their author is
+            trusted.
+        retry: whether to take again what is missing.
+        progress: whether to show a bar where the standard error stream is a terminal, or "always".
+        modules: those that define measures of one's own, for workers to import.
+
+    Raises:
+        CheckpointError: if there are no checkpoints.
+        LocateError: if a name stands for nothing.
+        ValueError: if a measure is unknown; if the trace is of another probe; or if what is given
+            cannot be sent to workers.
+        OSError: if the trace cannot be written.
+
+    Example:
+        >>> import tempfile, torch, nettrace as nt
+        >>> folder, network = tempfile.mkdtemp(), torch.nn.Linear(3, 2)
+        >>> for step in (0, 10):
+        ...     torch.save(network.state_dict(), f"{folder}/step={step}.pt")
+        >>> probe = nt.Probe(torch.randn(8, 3), torch.randint(0, 2, (8,)))
+        >>> analysis = nt.analyze(folder, probe, ["ntk/trace", "loss"], model=network)
+        >>> analysis.done, analysis.trace.ntk_trace.dims
+        ((0, 10), ('step',))
+    """
+    start = time.perf_counter()
+    _check(jobs, threads, [executor, dask, jobs if jobs > 1 else None])
+    parse_bytes(memory_budget)
+    modules = (modules,) if isinstance(modules, str) else tuple(modules)
+    for module in modules:
+        locate.import_module(module)
+    paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    found, broken = saved.find(paths, allow_pickle)
+    failed = {path: str(error) for path, error in broken.items()}
+    samples = locate.probe(probe) if isinstance(probe, str) else probe
+    check_probes(samples)
+    names = [measure.name for measure in chosen(measures, samples)]
+    first = found[0].path if found else next(iter(failed))
+    folder = _beside(first) if to is None else Path(to)
+    provenance = {
+        "probe": fingerprint(samples),
+        "samples": _described(samples),
+        "model": _named(model),
+        "seed": seed,
+    }
+    todo = left_to_do(folder, found, names, provenance, retry)
+    tasks = [(place, left) for place, left in enumerate(todo) if left]
+    skipped = tuple(c.step for c, left in zip(found, todo, strict=True) if not left)
+    if not tasks:
+        return Analysis(folder, (), skipped, failed, {}, time.perf_counter() - start)
+    if threads is None and jobs > 1:
+        threads = max(1, _cores() // jobs)
+    plan = Plan(
+        tuple(found),
+        _without_trainer(model) if isinstance(model, nn.Module) else model,
+        probe,
+        provenance["probe"],
+        seed,
+        memory_budget,
+        max_seconds,
+        threads,
+        allow_pickle,
+        modules,
+    )
+    outcomes = _run(plan, tasks, jobs, executor, dask)
+    told = {
+        **provenance,
+        "data": probe if isinstance(probe, str) else repr(samples),
+        "checkpoints": str(Path(first).parent),
+    }
+    if threads is not None:
+        told["threads"] = threads
+    attempt = uuid.uuid4().hex
+    writers: dict[tuple[str, ...], TraceWriter] = {}
+    done: list[int] = []
+    missing: dict[str, str] = {}
+    try:
+        for outcome in _shown(outcomes, len(tasks), progress):
+            checkpoint, asked = found[outcome.position], todo[outcome.position]
+            if outcome.failure is not None:
+                failed[checkpoint.path] = outcome.failure
+                continue
+            if asked not in writers:  # each part says what was asked for at all of its steps
+                writers[asked] = TraceWriter(
+                    folder, attempt, start=None, measures=list(asked), **told
+                )
+            writers[asked].write(outcome.records, _coordinates(checkpoint))
+            done.append(checkpoint.step)
+            for record in outcome.records:
+                for reason in filter(None, [record.missing, *record.missing_on.values()]):
+                    missing.setdefault(record.name, reason)
+    finally:
+        outcomes.close()
+        for writer in writers.values():
+            writer.sync()
+            writer.close()
+    seconds = time.perf_counter() - start
+    return Analysis(folder, tuple(sorted(done)), skipped, failed, missing, seconds)
+
+
+def _run(
+    plan: Plan,
+    tasks: Sequence[pools.Task],
+    jobs: int,
+    executor: Executor | None,
+    dask: str | Client | None,
+) -> Iterator[Outcome]:
+    shared = pools.Shared(plan)
+    if executor is not None:
+        workers = getattr(executor, "_max_workers", None) or _cores()
+        return pools.executed(shared, tasks, executor, workers)
+    if dask is not None:
+        need = pools.bytes_of_task(plan.memory_budget, max(c.size for c in plan.checkpoints))
+        return pools.on_dask(shared, tasks, dask, need)
+    return pools.processes(shared, tasks, jobs) if jobs > 1 else pools.here(shared, tasks)
+
+
+def _shown(
+    outcomes: Iterable[Outcome], total: int, progress: bool | Literal["always"]
+) -> Iterator[Outcome]:
+    """The same, with a bar."""
+    from tqdm import tqdm
+
+    disable = {True: None, False: True, "always": False}[progress]  # None where there is no terminal
+    with tqdm(total=total, unit="checkpoint", disable=disable, smoothing=0.1) as bar:
+        for outcome in outcomes:
+            yield outcome
+            bar.update()
+
+
+def _check(jobs: int, threads: int | None, ways: Sequence[object]) -> None:
+    for name, number in (("jobs", jobs), ("threads", threads)):
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"expected {name} to be an integer of at least 1, got {number!r}")
+    if sum(way is not None for way in ways) > 1:
+        raise ValueError("expected one of jobs, executor and dask, got more: they do the same")
+
+
+def _coordinates(checkpoint: Checkpoint) -> dict[str, float]:
+    return {**checkpoint.coordinates, SIZE: checkpoint.size, MODIFIED: checkpoint.modified}
+
+
+def _beside(checkpoint: Path) -> Path:
+    holder = checkpoint.absolute().parent
+    folder = (holder.parent if holder.name == "checkpoints" else holder) / "analysis"
+    try:
+        return folder.relative_to(Path.cwd())
+    except ValueError:
+        return folder
+
+
+def _described(probe: Probe | Mapping[str, Probe]) -> str:
+    """What beside the samples decides on what is measured on them."""
+    several = {"": probe} if isinstance(probe, Probe) else probe
+    texts = []
+    for name, one in several.items():
+        options = {
+            "forward": one.forward,
+            "losses": one.losses,
+            "likelihood": one.likelihood,
+            "class_axis": one.class_axis,
+        }
+        given = [f"{k}={_named(v)}" for k, v in options.items() if v is not None]
+        texts.append(" ".join([*([name] if name else []), f"{len(one)} samples", *given]))
+    return "; ".join(texts)
+
+
+def _named(value: Any) -> str:
+    """A text that is the same in another process for what is meant to be the same."""
+    if value is None:
+        return "as the checkpoint says"
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, nn.Module):
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+        return f"{_named(type(value))} {digest}"
+    if isinstance(value, functools.partial):
+        return f"{_named(value.func)} {value.args} {value.keywords}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return f"{_named(type(value))} {getattr(value, '__dict__', '')}"
+
+
+def _without_trainer(model: nn.Module) -> nn.Module:
+    """The network itself, but for the trainer that a Lightning module refers to."""
+    if vars(model).get("_trainer") is None:
+        return model
+    twin = copy.copy(model)
+    vars(twin)["_trainer"] = None
+    return twin
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

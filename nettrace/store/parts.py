@@ -1,0 +1,69 @@
+"""The parts of a trace, whatever their format."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+from nettrace.store import format_1, format_2
+from nettrace.store.frames import MAGIC, DamagedTraceError
+from nettrace.store.part import Collected, Header, Part
+
+SUFFIX = ".ntl"
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The files of a trace, in the order in which they were begun."""
+    found = [p for p in folder.glob("part-*" + SUFFIX) if p.stem[5:].isdecimal() and p.is_file()]
+    return sorted(found, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """That of a part, from its file's name."""
+    return int(path.stem[5:])
+
+
+def parts(folder: str | Path) -> list[Part]:
+    """The parts of the trace in a folder, in the order in which they were begun.
+
+    Each is read up to where it is cut off or damaged; damage is said by a warning.
+
+    Raises:
+        ValueError: if a part was written by a newer version.
+        OSError: if a part cannot be read.
+    """
+    found = [_read(path) for path in part_files(Path(folder))]
+    return [part for part in found if part is not None]
+
+
+def header(path: Path) -> Header | None:
+    """What a part begins with; None if that cannot be read, or is not there yet.
+
+    Raises:
+        ValueError: if it was written by a newer version.
+    """
+    try:
+        found: Header | None = _format(path).header(path)
+        return found
+    except DamagedTraceError:
+        return None
+
+
+def _format(path: Path) -> ModuleType:
+    with path.open("rb") as file:
+        begin = file.read(len(format_1.MAGIC) + format_1.BEFORE)
+    if begin[format_1.BEFORE :] == format_1.MAGIC:
+        return format_1
+    if not begin.startswith(MAGIC[: len(begin)]):
+        raise DamagedTraceError(f"{path} is no part of a trace, or damaged where it begins")
+    return format_2
+
+
+def _read(path: Path) -> Part | None:
+    found = Collected()
+    try:
+        _format(path).read(path, found)
+    except DamagedTraceError as error:
+        warnings.warn(f"{error}: what follows in it is left out", stacklevel=4)
+    return found.part(path)
