@@ -71,6 +71,7 @@ class Trace(Callback):
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
         self.measures = chosen(measures, probe)
+        self.every = every
         self.due = schedule(every)
         self.probe = probe
         self.to = to
@@ -133,7 +134,9 @@ class Trace(Callback):
     # Not in `state_dict`, which is one callback's own: what peers share is saved once.
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Saves what measures need of earlier looks, if any does, as "nettrace"."""
+        """Saves what measures need of earlier looks as "nettrace", and the trace's files."""
+        if self._session is not None:
+            self._session.sync()
         past = self._past if self._session is None else self._session.state_dict()
         if past:
             checkpoint["nettrace"] = past

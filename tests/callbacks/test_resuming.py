@@ -95,10 +95,11 @@ def test_a_run_that_goes_on_after_its_end_compares_with_its_start(tmp_path: Path
     assert nt.open(tmp_path / "trace").weights_displacement.values[0] == 0
 
 
-def test_checkpoints_are_as_they_were_where_no_measure_compares(tmp_path: Path) -> None:
+def test_checkpoints_hold_a_count_alone_where_no_measure_compares(tmp_path: Path) -> None:
     trainer = training.fit(Trace(["ntk/trace", "loss"], every=1))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert "nettrace" not in torch.load(tmp_path / "end.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["nettrace"]
+    assert saved == {"samples": 16, "looks": {}}
 
 
 def test_a_run_resumed_on_other_samples_says_so(tmp_path: Path) -> None:
