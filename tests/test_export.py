@@ -157,7 +157,7 @@ def test_parquet_has_a_row_a_step_with_names_dtypes_and_attributes(tmp_path, run
     for name in [*data.data_vars, "epoch", "wall_time", "step"]:
         values = data[name].values
         if runs and name != "step":
-            values = values.reshape(-1, *values.shape[2:])
+            values = values.reshape(runs * 7, *values.shape[2:])
         elif runs:
             values = np.tile(values, runs)
         parts = {str(name): values}
@@ -234,10 +234,12 @@ def test_one_csv_table_is_for_numbers(tmp_path):
         nt.export(data, tmp_path / "x.csv")
     assert list(tmp_path.iterdir()) == []
     nt.export(data[["number_f8", "number_f4"]], tmp_path / "x.csv")
-    frame = pytest.importorskip("pandas").read_csv(tmp_path / "x.csv", float_precision="round_trip")
-    assert {"step", "epoch", "wall_time", "number_f8", "number_f4"} == set(frame)
-    np.testing.assert_array_equal(frame["number_f8"], data["number_f8"])
-    np.testing.assert_array_equal(frame["number_f4"].astype("f4"), data["number_f4"])
+    with (tmp_path / "x.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"step", "epoch", "wall_time", "number_f8", "number_f4"}
+    for name in ("number_f8", "number_f4"):
+        found = np.array([float(row[name]) for row in rows], data[name].dtype)
+        np.testing.assert_array_equal(found, data[name])
 
 
 @given(
@@ -340,7 +342,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, format):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
         process.stdout.readline()
-        while not list(tmp_path.iterdir()):
+        while process.poll() is None and not list(tmp_path.iterdir()):
             time.sleep(0.01)
         time.sleep(0.1)
         process.send_signal(signal.SIGKILL)

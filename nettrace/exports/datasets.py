@@ -10,7 +10,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
+
+from nettrace.store.dataset import chosen
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -64,16 +66,20 @@ def write_zarr(data: xr.Dataset, path: Path) -> None:
         data.to_zarr(path, encoding=encoding, consolidated=True, **version)
 
 
-def read(path: str | Path) -> xr.Dataset:
+def read(path: Path, names: str | Iterable[str] | None = None) -> xr.Dataset:
     """What was exported as netCDF or zarr, lazily loaded; others' files are read too.
+
+    Args:
+        path: ends in .nc or .zarr.
+        names: the quantities wanted, or their groups.
 
     Raises:
         FileNotFoundError: if it is not there.
+        KeyError: if a quantity is not in it.
         ImportError: if packages for the format are missing.
     """
     import xarray as xr
 
-    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     if path.suffix == ".zarr":
@@ -88,6 +94,9 @@ def read(path: str | Path) -> xr.Dataset:
     coordinates = {name: v for name, v in variables.items() if name in data.coords}
     quantities = {name: v for name, v in variables.items() if name not in data.coords}
     found = xr.Dataset(quantities, coordinates, _all_attributes(data.attrs)[0])
+    if names is not None:
+        known = {str(v.attrs.get("name", name)): name for name, v in found.data_vars.items()}
+        found = found[[known[name] for name in sorted(chosen(names, set(known)))]]
     found.set_close(data.close)
     return found
 

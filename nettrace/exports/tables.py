@@ -23,6 +23,7 @@ _ROWS = {"run", "step"}
 def write_csv_folder(data: xr.Dataset, path: Path) -> None:
     """Writes a folder: `scalars.csv`, a table for each array, and `attributes.json`."""
     path.mkdir()
+    data = _numbered(data)
     arrays = _arrays(data)
     _write_csv(data.drop_vars(arrays), path / "scalars.csv")
     for name in arrays:
@@ -46,7 +47,7 @@ def write_csv(data: xr.Dataset, path: Path) -> None:
             "without .csv, and the format csv, for a folder with a table for each; or open the "
             "trace with the names of scalars alone"
         )
-    _write_csv(data, path)
+    _write_csv(_numbered(data), path)
 
 
 def write_parquet(data: xr.Dataset, path: Path) -> None:
@@ -57,13 +58,13 @@ def write_parquet(data: xr.Dataset, path: Path) -> None:
     about = {b"nettrace": json.dumps(_about(data), default=as_json).encode()}
     writer = None
     try:
-        for block in _blocks(data):
+        for block in _blocks(_numbered(data)):
             columns: dict[str, Any] = {}
             for name, variable in block.variables.items():
-                if not (name in _ROWS or name in data or "step" in variable.dims):
+                if not (name in _ROWS or name in data.data_vars or "step" in variable.dims):
                     continue  # labels of an axis, which are among the metadata
                 if "step" not in variable.dims:
-                    variable = variable.expand_dims(step=block.sizes["step"])
+                    variable = variable.set_dims({"step": block.sizes["step"], **variable.sizes})
                 columns |= _parts(str(name), variable.transpose("step", ...).values)
             first = [name for name in ("run", "step") if name in columns]
             names = [*first, *(name for name in columns if name not in first)]
@@ -98,12 +99,17 @@ def _arrays(data: xr.Dataset) -> list[Any]:
     return [name for name, v in data.data_vars.items() if not _ROWS.issuperset(v.dims)]
 
 
+def _numbered(data: xr.Dataset) -> xr.Dataset:
+    """The same where runs and steps have labels, if only numbers."""
+    return data.assign_coords(
+        {dim: np.arange(data.sizes[dim]) for dim in _ROWS & {*data.dims} - {*data.coords}}
+    )
+
+
 def _blocks(data: xr.Dataset) -> Iterator[xr.Dataset]:
     """The rows of each run, block by block, loaded."""
     runs = [data]
     if "run" in data.dims:
-        if "run" not in data.coords:
-            data = data.assign_coords(run=np.arange(data.sizes["run"]))
         runs = [data.isel(run=run) for run in range(data.sizes["run"])]
     for one in runs:
         size = one.sizes["step"]
