@@ -55,6 +55,8 @@ def probe(where: str, samples: int = 64) -> Probe | Mapping[str, Probe]:
     Raises:
         LocateError: if there is none.
     """
+    with _same_draws():  # also where the module draws some
+        find(where)
     with _same_draws():
         found = load(where)
         try:
@@ -206,7 +208,7 @@ def _flat(loaders: Any) -> Iterator[Any]:
 
 
 def _has_samples(dataset: Any) -> bool:
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, (IterableDataset, str, bytes)):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
 

@@ -163,8 +163,9 @@ def analyze(
     names = [measure.name for measure in chosen(measures, samples)]
     first = found[0].path if found else next(iter(failed))
     folder = _beside(first) if to is None else Path(to)
+    digest = fingerprint(samples)
     provenance = {
-        "probe": fingerprint(samples),
+        "probe": digest,
         "samples": _described(samples),
         "model": _named(model),
         "seed": seed,
@@ -180,7 +181,7 @@ def analyze(
         tuple(found),
         _without_trainer(model) if isinstance(model, nn.Module) else model,
         probe,
-        provenance["probe"],
+        digest,
         seed,
         memory_budget,
         max_seconds,
@@ -189,7 +190,7 @@ def analyze(
         modules,
     )
     outcomes = _run(plan, tasks, jobs, executor, dask)
-    told = {
+    told: dict[str, Any] = {
         **provenance,
         "data": probe if isinstance(probe, str) else repr(samples),
         "checkpoints": str(Path(first).parent),
@@ -230,7 +231,7 @@ def _run(
     jobs: int,
     executor: Executor | None,
     dask: str | Client | None,
-) -> Iterator[Outcome]:
+) -> pools.Outcomes:
     shared = pools.Shared(plan)
     if executor is not None:
         workers = getattr(executor, "_max_workers", None) or _cores()
@@ -247,8 +248,10 @@ def _shown(
     """The same, with a bar."""
     from tqdm import tqdm
 
-    disable = {True: None, False: True, "always": False}[progress]  # None where there is no terminal
-    with tqdm(total=total, unit="checkpoint", disable=disable, smoothing=0.1) as bar:
+    disable = {True: None, False: True, "always": False}[
+        progress
+    ]  # None where there is no terminal
+    with tqdm(total=total, unit=" checkpoints", disable=disable, smoothing=0.1) as bar:
         for outcome in outcomes:
             yield outcome
             bar.update()

@@ -10,7 +10,7 @@ import os
 import pickle
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
@@ -24,6 +24,7 @@ from nettrace.offline.worker import Outcome, Plan, Worker
 if TYPE_CHECKING:
     from distributed import Client
 
+Outcomes: TypeAlias = Generator[Outcome, None, None]
 #: The position of a checkpoint, and the names of measures.
 Task: TypeAlias = tuple[int, tuple[str, ...]]
 #: How often workers may die during one checkpoint.
@@ -109,15 +110,13 @@ def work(shared: Shared, position: int, names: tuple[str, ...]) -> Outcome:
         return shared.worker.measure(position, names)
 
 
-def here(shared: Shared, tasks: Sequence[Task]) -> Iterator[Outcome]:
+def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
     """In this process, one by one."""
     for task in tasks:
         yield work(shared, *task)
 
 
-def executed(
-    shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int
-) -> Iterator[Outcome]:
+def executed(shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int) -> Outcomes:
     """In an executor, in the order of steps, with a few tasks more than workers on their way.
 
     Raises:
@@ -131,7 +130,7 @@ def _streamed(
     submit: Callable[[Task], Future[Outcome]],
     window: int,
     lost: type[BaseException] | tuple[type[BaseException], ...] = (),
-) -> Iterator[Outcome]:
+) -> Outcomes:
     left = iter(tasks)
     waiting = {submit(task): task for task in islice(left, window)}
     try:
@@ -156,7 +155,7 @@ def _died(task: Task, how: str) -> Outcome:
 # Processes ----------------------------------------------------------------------------------------
 
 
-def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
     """In processes of its own; a worker that dies is replaced, and its checkpoint tried once more.
 
     Each has a run of checkpoints, since measures that compare ask for the one before; who has done
@@ -259,9 +258,7 @@ def _work(position: int, names: tuple[str, ...]) -> Outcome:
 # Dask ---------------------------------------------------------------------------------------------
 
 
-def on_dask(
-    shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int
-) -> Iterator[Outcome]:
+def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int) -> Outcomes:
     """On a Dask cluster, one task at a time in each worker process.
 
     Args:
@@ -280,8 +277,8 @@ def on_dask(
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ImportError("Dask is not installed: pip install 'nettrace[scale]'") from error
-    own = not isinstance(cluster, Client)
-    client = Client(cluster, set_as_default=False) if own else cluster
+    given = cluster if isinstance(cluster, Client) else None
+    client: Any = given or Client(cluster, set_as_default=False)  # type: ignore[no-untyped-call]
     try:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = _resources(list(workers), need)
@@ -295,7 +292,7 @@ def on_dask(
             KilledWorker,
         )
     finally:
-        if own:
+        if given is None:
             client.close()
 
 

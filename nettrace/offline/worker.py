@@ -25,7 +25,8 @@ from nettrace.measures import Measure, resolve
 from nettrace.operator import Jacobian
 from nettrace.probe import Probe, fingerprint
 from nettrace.record import Record
-from nettrace.statistics import PreconditionedStatistics, Statistics, Unavailable
+from nettrace.statistics import Statistics, Unavailable
+from nettrace.statistics.preconditioned import PreconditionedStatistics
 from nettrace.tape import signature
 from nettrace.tracer import Tracer
 
@@ -219,7 +220,9 @@ class Worker:
                 if not lacking:
                     break
         if not first_only:
-            self._left = {p: left for p, left in self._left.items() if p in used or not any(left.values())}
+            self._left = {
+                p: left for p, left in self._left.items() if p in used or not any(left.values())
+            }
         self._tracer.load_state_dict({p: {"last": 0, "kept": kept[p]} for p in self._probes})
 
     def _look_at(self, position: int) -> Left:

@@ -1,0 +1,610 @@
+"""Checkpoints analysed afterwards: the same numbers as live, whoever computes them, and once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training
+from torch import nn
+
+import nettrace as nt
+from nettrace import measures
+from nettrace.offline import worker
+from nettrace.store import parts
+
+pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+Y = torch.arange(6) % 3
+PROBE = nt.Probe(X, Y)
+SEVERAL = {"a": PROBE, "b": nt.Probe(X[:4] + 1, Y[:4])}
+COMPARING = ["ntk/distance_first", "ntk/velocity", "weights/displacement", "loss"]
+#: All but those of optimizers, which a plain loop does not save.
+ALL = [m.name for m in measures.available() if m.is_own and "precond" not in m.name]
+#: What is not the same each time it is measured, or is of one place.
+OWN = {"nettrace_seconds", "wall_time", "checkpoint_bytes", "checkpoint_modified"}
+
+
+def build():
+    return nn.Sequential(
+        *(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.3)), nn.Linear(6, 3)
+    )
+
+
+def smooth():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def trained(folder, steps, make=smooth, tracer=None):
+    """Trains a network, and saves and measures it at some steps."""
+    torch.manual_seed(1)
+    model, generator = make(), torch.Generator().manual_seed(2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    folder.mkdir(parents=True)
+    for step in range(max(steps) + 1):
+        if step in steps:
+            torch.save({"state_dict": model.state_dict(), "epoch": step // 2}, at(folder, step))
+            if tracer is not None:
+                tracer(model, step)
+        model.train()
+        x = torch.randn(8, 4, generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.arange(8) % 3).backward()
+        optimizer.step()
+
+
+def at(folder, step):
+    return folder / f"step={step}.pt"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder of five checkpoints."""
+    trained(tmp_path / "checkpoints", [0, 1, 2, 5, 9])
+    return tmp_path / "checkpoints"
+
+
+def content(trace, without=()):
+    """All of a trace, to the bit, without the attributes that change along steps."""
+    found = {}
+    for name in [*trace.data_vars, *trace.coords]:
+        if name in OWN or trace[name].attrs.get("name") in without:
+            continue
+        values = trace[name].values
+        about = dict(trace[name].attrs)
+        for changing in ("certificate", "reference_step"):
+            about.pop(changing, None)
+        found[name] = values.dtype.str, values.shape, values.tobytes(), repr(about)
+    return found
+
+
+def assert_same(one, other, without=()):
+    one, other = content(one, without), content(other, without)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def analyze(checkpoints, names=COMPARING, **options):
+    probe = options.pop("probe", PROBE)
+    return nt.analyze(checkpoints, probe, names, **{"model": smooth, "progress": False, **options})
+
+
+# The same as live ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [build, smooth])
+@pytest.mark.parametrize("probe", [PROBE, SEVERAL], ids=["one", "several"])
+@pytest.mark.filterwarnings("ignore::nettrace.MissingMeasureWarning")
+def test_what_is_found_is_what_a_tracer_found_while_training(tmp_path, make, probe):
+    names = ALL if isinstance(probe, dict) else [n for n in ALL if "cross" not in n]
+    tracer = nt.Tracer(probe, names, to=tmp_path / "live", seed=3)
+    trained(tmp_path / "checkpoints", [0, 1, 2, 5, 9], make, tracer)
+    found = analyze(tmp_path / "checkpoints", names, probe=probe, model=make(), seed=3, threads=1)
+    assert found.done == (0, 1, 2, 5, 9)
+    live, offline = nt.open(tmp_path / "live"), found.trace
+    assert len(live.data_vars) > 90
+    assert live.ntk_velocity.notnull().sum() > 0
+    assert_same(live, offline.drop_vars(["epoch"]))
+    assert offline.epoch.values.tolist() == [0, 0, 1, 2, 4]
+    assert offline.checkpoint_bytes[0] == at(tmp_path / "checkpoints", 0).stat().st_size
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_what_is_found_is_what_a_callback_found_in_lightning(tmp_path, optimizer):
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from nettrace.callbacks import Trace
+
+    names = [*(n for n in ALL if "cross" not in n and "hessian" not in n)]
+    names += ["ntk/preconditioned_trace", "ntk/preconditioned_spectrum"]
+    probe = nt.Probe(X, Y, likelihood="categorical")
+    keep = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1)
+    live = Trace(names, every=range(1, 5), probe=probe, to=tmp_path / "live", on_error="raise")
+    make = training.delicate()
+    training.fit([live, keep], make(optimizer), enable_checkpointing=True)
+    found = analyze(tmp_path / "checkpoints", names, probe=probe, model=make(optimizer), threads=1)
+    assert (found.done, found.failed, found.missing) == ((1, 2, 3, 4), {}, {})
+    assert found.folder.resolve() == tmp_path / "analysis"
+    one = nt.open(tmp_path / "live")
+    assert "ntk_preconditioned_trace" in one
+    assert_same(one.drop_vars(["epoch", "batches"]), found.trace.drop_vars("epoch"))
+
+
+def test_without_its_states_what_needs_an_optimizer_is_missing_with_the_reason(saved):
+    names = ["ntk/preconditioned_trace", "ntk/trace"]
+    assert "got Sequential" in analyze(saved, names).missing["ntk/preconditioned_trace"]
+    module = training.network()()
+    torch.save(module.state_dict(), saved / "step=20.pt")
+    found = analyze(saved / "step=20.pt", names, model=module, to=saved / "other")
+    assert found.done == (20,)
+    assert "has no optimizer_states" in found.missing["ntk/preconditioned_trace"]
+    assert found.trace.ntk_trace.notnull().all()
+
+
+def test_the_look_before_a_broken_checkpoint_serves_as_the_previous(tmp_path):
+    tracer = nt.Tracer(PROBE, COMPARING, every=[0, 2, 9], to=tmp_path / "live")
+    trained(tmp_path / "checkpoints", [0, 1, 2, 5, 9], tracer=tracer)
+    for step in (1, 5):  # fit no network of this kind
+        torch.save(nn.Linear(3, 3).state_dict(), at(tmp_path / "checkpoints", step))
+    found = analyze(tmp_path / "checkpoints")
+    assert found.done == (0, 2, 9)
+    live = nt.open(tmp_path / "live")
+    assert_same(live, found.trace.drop_vars("epoch"), without={"nettrace/spot_check"})
+    assert found.trace.ntk_velocity.attrs == live.ntk_velocity.attrs
+
+
+# The same whoever computes it ---------------------------------------------------------------------
+
+MODULE = """
+import os, signal, time
+from pathlib import Path
+import torch
+from torch import nn
+import nettrace as nt
+
+HERE = Path(__file__).parent
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        if float(self[2].bias.detach()[0]) == 666:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (HERE / "slow").exists():
+            time.sleep(0.3)
+        return super().forward(x)
+
+def build():
+    if (HERE / "kill").exists():
+        (HERE / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+def probe():
+    return torch.randn(6, 4), torch.arange(6) % 3
+
+@nt.measure("own/norm", needs=["previous.outputs"])
+def norm(outputs):
+    "Of the outputs before."
+    return outputs.norm()
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module that workers can import, by its path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(measures.registry, "_MEASURES", dict(measures.registry._MEASURES))
+    path = tmp_path / "own_module.py"
+    path.write_text(MODULE)
+    yield str(path)
+    sys.modules.pop("own_module", None)
+
+
+def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
+    tmp_path, module, saved
+):
+    options = {
+        "names": [*COMPARING, "own/norm"],
+        "probe": f"{module}:probe",
+        "model": f"{module}:build",
+        "modules": [module],
+        "threads": 1,
+    }
+    one = analyze(saved, **options, to=tmp_path / "one")
+    (tmp_path / "kill").touch()
+    two = analyze(saved, **options, to=tmp_path / "two", jobs=2)
+    assert not (tmp_path / "kill").exists()
+    assert (two.done, two.failed) == (one.done, {})
+    assert_same(one.trace, two.trace)
+    assert one.trace.own_norm.notnull().sum() == 4
+
+
+def test_a_checkpoint_that_kills_workers_is_reported_and_the_others_go_on(module, saved):
+    state = torch.load(at(saved, 2))
+    state["state_dict"]["2.bias"][0] = 666
+    torch.save(state, at(saved, 2))
+    found = analyze(saved, ["loss"], model=f"{module}:build", jobs=2)
+    assert found.done == (0, 1, 5, 9)
+    assert "2 workers died during this checkpoint" in found.failed[at(saved, 2)]
+    assert "jobs=1" in found.failed[at(saved, 2)]
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "processes"])
+def test_an_executor_finds_the_same(saved, tmp_path, threads):
+    one = analyze(saved, model=smooth(), to=tmp_path / "one", threads=1)
+    pool = ThreadPoolExecutor(3) if threads else ProcessPoolExecutor(1, get_context("spawn"))
+    model = (lambda: smooth()) if threads else smooth()
+    with pool as executor:
+        other = analyze(saved, model=model, to=tmp_path / "two", executor=executor, threads=1)
+    assert other.done == one.done
+    assert_same(one.trace, other.trace)
+
+
+def test_a_dask_cluster_finds_the_same(saved, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    one = analyze(saved, model=smooth(), to=tmp_path / "one", threads=1)
+    options = {"processes": False, "threads_per_worker": 1, "dashboard_address": None}
+    with (
+        distributed.LocalCluster(n_workers=2, resources={"MEMORY": 2**32}, **options) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        two = analyze(saved, model=smooth(), to=tmp_path / "two", dask=client, threads=1)
+        assert_same(one.trace, two.trace)
+        with pytest.raises(ValueError, match=r"no worker has more than 4.00 GiB"):
+            analyze(saved, model=smooth(), to=tmp_path / "no", dask=client, memory_budget="5GiB")
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp_path, module):
+    distributed = pytest.importorskip("distributed")
+    options = {"model": f"{module}:build", "threads": 1}
+    one = analyze(saved, **options, to=tmp_path / "one")
+    (tmp_path / "kill").touch()
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="3GiB"
+    ) as cluster:
+        address = cluster.scheduler_address
+        two = analyze(saved, **options, to=tmp_path / "two", dask=address)
+        with pytest.raises(
+            ValueError, match=r"a worker has 3.00 GiB: pass a smaller memory_budget"
+        ):
+            analyze(saved, **options, to=tmp_path / "no", dask=address, memory_budget="4GiB")
+    assert not (tmp_path / "kill").exists()
+    assert (two.done, two.failed) == (one.done, {})
+    assert_same(one.trace, two.trace)
+
+
+def test_what_cannot_be_sent_is_said_with_a_way_out(saved):
+    with pytest.raises(ValueError, match=r"cannot be sent.*model='module:name'.*jobs=1"):
+        analyze(saved, model=lambda: smooth(), jobs=2)
+    assert not (saved.parent / "analysis").exists()
+
+
+# Once ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The names of checkpoints that are loaded, in order."""
+    found = []
+
+    def load(checkpoint, allow_pickle):
+        found.append(checkpoint.step)
+        return original(checkpoint, allow_pickle)
+
+    original = worker.load
+    monkeypatch.setattr(worker, "load", load)
+    return found
+
+
+def unbuilt():
+    pytest.fail("a network was built")
+
+
+unbuilt.__module__, unbuilt.__qualname__ = smooth.__module__, smooth.__qualname__
+
+
+def test_a_rerun_does_no_work(saved, loads):
+    first = analyze(saved)
+    assert loads == [0, 1, 2, 5, 9]
+    before = content(first.trace), sorted(os.listdir(first.folder))
+    loads.clear()
+    again = analyze(saved, model=unbuilt)
+    assert (again.done, again.skipped) == ((), (0, 1, 2, 5, 9))
+    assert loads == []
+    assert before == (content(again.trace), sorted(os.listdir(first.folder)))
+    assert "5 done before" in str(again)
+
+
+def test_a_measure_that_is_added_is_computed_alone(saved, tmp_path):
+    whole = analyze(saved, ["loss/mean", "ntk/velocity"], to=tmp_path / "whole")
+    analyze(saved, ["loss/mean"])
+    added = analyze(saved, ["loss/mean", "ntk/velocity"])
+    assert added.done == (0, 1, 2, 5, 9)
+    asked = [part.provenance["measures"] for part in parts(added.folder)]
+    assert asked == [["loss/mean"], ["ntk/velocity"]]
+    assert_same(added.trace, whole.trace)
+
+
+def test_checkpoints_that_are_added_compare_with_those_that_are_done(saved, tmp_path, loads):
+    whole = analyze(saved, to=tmp_path / "whole")
+    at(saved, 9).rename(tmp_path / "late.pt")
+    analyze(saved)
+    loads.clear()
+    (tmp_path / "late.pt").rename(at(saved, 9))
+    added = analyze(saved)
+    assert added.done == (9,)
+    assert set(loads) == {0, 5, 9}
+    assert_same(added.trace, whole.trace, without={"nettrace/spot_check"})
+
+
+def test_what_is_missing_is_tried_again_only_if_that_is_asked_for(saved):
+    for options, done in [({}, 5), ({}, 0), ({"retry": True}, 5)]:
+        found = analyze(saved, ["loss/mean", "ntk/cross"], **options)
+        assert len(found.done) == done
+        assert set(found.missing) == ({"ntk/cross"} if done else set())
+    assert [part.provenance["measures"] for part in parts(found.folder)][1] == ["ntk/cross"]
+
+
+def test_a_checkpoint_that_is_replaced_is_measured_anew_with_all_that_was_asked_for(saved):
+    first = analyze(saved, ["loss/mean", "ntk/trace"])
+    before = first.trace.load()
+    state = torch.load(at(saved, 2))
+    state["state_dict"]["2.bias"] += 1
+    torch.save(state, at(saved, 2))
+    found = analyze(saved, ["loss/mean"])
+    assert found.done == (2,)
+    after = found.trace
+    for name in ("loss_mean", "ntk_trace"):
+        changed = (before[name] != after[name]).values.tolist()
+        assert changed[2] or name == "ntk_trace"
+        assert sum(changed) == changed[2]
+    assert parts(found.folder)[-1].provenance["measures"] == ["loss/mean", "ntk/trace"]
+    assert analyze(saved, ["loss/mean", "ntk/trace"]).done == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"model": lambda: smooth()},
+        {"probe": nt.Probe(X, Y, losses=lambda f, y: f[:, 0] ** 2)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_setting_is_measured_anew(saved, change):
+    analyze(saved, ["loss/mean", "fisher/trace_mc"])
+    found = analyze(saved, ["loss/mean"], **change)
+    assert len(found.done) == 5
+    assert parts(found.folder)[-1].provenance["measures"] == ["loss/mean", "fisher/trace_mc"]
+    assert analyze(saved, ["loss/mean"], **change).done == ()
+
+
+def test_other_samples_are_refused(saved):
+    analyze(saved, ["loss/mean"])
+    with pytest.raises(ValueError, match=r"the trace of another probe.*folder of its own by --to"):
+        analyze(saved, ["loss/mean"], probe=nt.Probe(X + 1, Y))
+
+
+# Faults -------------------------------------------------------------------------------------------
+
+
+def test_what_is_broken_is_reported_and_the_rest_goes_on(saved):
+    whole = at(saved, 1).read_bytes()
+    at(saved, 1).write_bytes(whole[: len(whole) // 2])
+    torch.save(nn.Linear(3, 3).state_dict(), at(saved, 5))
+    found = analyze(saved)
+    assert found.done == (0, 2, 9)
+    assert set(found.failed) == {at(saved, 1), at(saved, 5)}
+    for path in found.failed:
+        assert f"failed: {path}: " in str(found)
+    at(saved, 1).write_bytes(whole)
+    assert analyze(saved).done == (1,)
+
+
+def test_a_probe_that_does_not_fit_fails_each_checkpoint_and_writes_nothing(saved):
+    found = analyze(saved, probe=nt.Probe(torch.randn(3, 7), Y[:3]))
+    assert found.done == ()
+    assert len(found.failed) == 5
+    assert "cannot be multiplied" in found.failed[at(saved, 0)]
+    assert not found.folder.exists() or parts(found.folder) == []
+
+
+def test_samples_that_are_drawn_anew_each_time_are_refused(saved, tmp_path, module):
+    Path(module).write_text(
+        MODULE.replace(
+            "torch.randn(6, 4)", "torch.tensor([[float(time.time_ns() % 10**6)] * 4] * 6)"
+        )
+    )
+    with pytest.raises(ValueError, match="gives other samples each time: set the seed"):
+        analyze(saved, probe=f"{module}:probe")
+
+
+class Interrupted(nn.Sequential):
+    def forward(self, x):
+        if float(self[2].bias.detach()[0]) == 666:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_an_interruption_keeps_what_is_written(saved):
+    state = torch.load(at(saved, 5))
+    kept = state["state_dict"]["2.bias"][0].clone()
+    state["state_dict"]["2.bias"][0] = 666
+    torch.save(state, at(saved, 5))
+    with pytest.raises(KeyboardInterrupt):
+        analyze(saved, model=Interrupted(*smooth()))
+    assert nt.open(saved.parent / "analysis").step.values.tolist() == [0, 1, 2]
+    state["state_dict"]["2.bias"][0] = kept
+    torch.save(state, at(saved, 5))
+    assert analyze(saved, model=Interrupted(*smooth())).done == (5, 9)
+
+
+SCRIPT = """
+import sys, torch, nettrace as nt
+if __name__ == "__main__":
+    probe = nt.Probe(torch.ones(6, 4), torch.arange(6) % 3)
+    nt.analyze(sys.argv[1], probe, ["loss"], model=sys.argv[2], jobs=2, to=sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(saved, tmp_path, module, how):
+    (tmp_path / "slow").touch()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    trace = tmp_path / "trace"
+    command = [sys.executable, "script.py", str(saved), f"{module}:build", str(trace)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    wait_for(lambda: trace.exists() and any(len(part.steps) for part in parts(trace)))
+    children = [int(c) for c in _children(running.pid)]
+    running.send_signal(how)
+    assert running.wait(20) != 0
+    assert len(children) >= 2
+    wait_for(lambda: not any(_is_running(child) for child in children))
+    (tmp_path / "slow").unlink()
+    probe = nt.Probe(torch.ones(6, 4), Y)
+    found = analyze(saved, ["loss"], probe=probe, model=f"{module}:build", to=trace)
+    assert found.skipped
+    assert len(found.skipped) + len(found.done) == 5
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _children(process):
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def _is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_so(saved, tmp_path, module):
+    script = SCRIPT.replace('if __name__ == "__main__":', "if True:")
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "script.py", str(saved), f"{module}:build", str(tmp_path / "trace")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "guard what it does by if __name__ == '__main__'" in run.stderr
+
+
+# Spot checks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certified(tmp_path, monkeypatch):
+    """The steps at which networks are certified, and a function that makes it fail at some."""
+    found, bad = [], []
+
+    def certify(jacobian, seed):
+        found.append(seed)
+        if seed in bad:
+            raise nt.SpotCheckError("as asked")
+        return original(jacobian, seed=seed)
+
+    original = worker.certify
+    monkeypatch.setattr(worker, "certify", certify)
+    trained(tmp_path / "checkpoints", range(9))
+    return found, bad
+
+
+def test_spot_checks_go_by_the_position_of_checkpoints(certified, tmp_path):
+    found, bad = certified
+    bad.append(3)
+    folder = tmp_path / "checkpoints"
+    whole = analyze(folder, ["ntk/trace"], to=tmp_path / "whole")
+    assert found == [0, 1, 3, 4, 5, 6, 7]
+    present = whole.trace.ntk_trace.notnull().values.tolist()
+    assert present == [True] * 3 + [False] + [True] * 5
+    assert "as asked" in whole.missing["ntk/trace"]
+    held = {step: at(folder, step).read_bytes() for step in (2, 5)}
+    for step in held:
+        at(folder, step).write_bytes(b"")
+    analyze(folder, ["ntk/trace"])
+    for step, data in held.items():
+        at(folder, step).write_bytes(data)
+    found.clear()
+    analyze(folder, ["ntk/trace"])
+    assert found == [1, 3, 5]
+
+
+# Settings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("checkpoints/a-step=3.pt", "analysis"), ("mine/step=3.pt", "mine/analysis")],
+)
+def test_the_trace_lies_beside_the_checkpoints(tmp_path, monkeypatch, path, expected):
+    monkeypatch.chdir(tmp_path)
+    Path(path).parent.mkdir()
+    torch.save(smooth().state_dict(), path)
+    found = analyze(path, ["loss/mean"])
+    assert found.folder == Path(expected)
+    assert found.trace.step.values.tolist() == [3]
+    assert f"the trace is in {expected}" in str(found)
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(saved, capfd):
+    assert analyze(saved, ["loss/mean"], progress="always").done
+    assert "5/5" in capfd.readouterr().err
+    analyze(saved, ["loss/accuracy"], progress=True)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"jobs": 0}, "jobs to be an integer of at least 1, got 0"),
+        ({"threads": 1.5}, "threads to be an integer"),
+        ({"jobs": 2, "dask": "tcp://nowhere:1"}, "one of jobs, executor and dask"),
+        ({"names": ["ntk/trac"]}, "did you mean 'ntk/trace'"),
+        ({"memory_budget": "much"}, "2GiB"),
+        ({"model": "nowhere:build"}, "no module 'nowhere'"),
+        ({"modules": ["nowhere"]}, "no module 'nowhere'"),
+        ({"probe": "nowhere:probe"}, "no module 'nowhere'"),
+        ({"max_seconds": 0}, "max_seconds above 0"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_cannot_be_done_is_said_at_once(saved, options, says):
+    with pytest.raises(ValueError, match=says):
+        analyze(saved, **options)
+    assert not (saved.parent / "analysis").exists()
+
+
+def test_the_template_and_random_states_stay_as_they_are(saved):
+    model = smooth()
+    before = training.state(model)
+    analyze(saved, model=model)
+    assert training.differences(before, training.state(model)) == []
+
+
+def test_provenance_says_what_was_measured(saved):
+    found = analyze(saved, ["loss/mean"], model=smooth(), threads=1, seed=4)
+    (part,) = parts(found.folder)
+    assert part.start is None
+    assert part.provenance["model"].startswith("torch.nn.modules.container:Sequential ")
+    assert part.provenance["data"] == "Probe of 6 samples: float32 (6, 4)"
+    assert (part.provenance["seed"], part.provenance["threads"]) == (4, 1)
+    assert part.provenance["checkpoints"] == str(saved)
+    assert json.dumps(part.provenance)
+    assert np.isfinite(found.trace.loss_mean).all()
