@@ -97,8 +97,8 @@ def test_a_checkpoint_is_what_is_explained(run, tmp_path):
     torch.save(model.state_dict(), "small.pt")
     Path("code.pt").write_text("not weights")
     for file, says in [
-        ("small.pt", "does not fit the model"),
-        ("code.pt", "cannot be read as weights alone"),
+        ("small.pt", "does not fit Sequential"),
+        ("code.pt", "cannot be read"),
         ("none.pt", "there is no checkpoint"),
     ]:
         status, _, err = run(f"explain my_module:build --data my_module:data --checkpoint {file}")

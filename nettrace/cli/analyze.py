@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 import warnings
 from typing import Any
 
@@ -28,7 +29,7 @@ nettrace analyze checkpoints --model model.py:build --data model.py:probe
 nettrace analyze checkpoints --model model.py:build --data model.py:probe \\
     --measures ntk,fisher/trace --to runs/x --jobs 2
 nettrace analyze 'seed-1/*.ckpt' --data data.py:Digits
-nettrace analyze --config runs/x/analyze.yaml       again; what is done is skipped
+nettrace analyze --config runs/x/analyze.yaml    again; what is done is skipped
 """
 _EXIT_CODES = (
     "exit codes: 0 done; 1 failed, with a message on stderr; 2 not a valid command line; "
@@ -56,7 +57,7 @@ def add(commands: Any) -> None:
         help="the network, or a function that builds it, as module:name or path/to/file.py:name; "
         "not needed where checkpoints say what they are of",
     )
-    configuration.require(parser.add_argument("--data", metavar="NAME", help=DATA))
+    configuration.require(parser.add_argument("--data", metavar="NAME", help=f"required: {DATA}"))
     default = ", ".join(_DEFAULTS["measures"].default)
     add_measures(parser, f"measures or groups, by commas or spaces; by default {default}")
     parser.add_argument(
@@ -120,15 +121,18 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
     if found.folder.is_dir():
-        options.to = str(found.folder)
+        options.to, options.measures = str(found.folder), asked
         configuration.save(options, options.parser, found.folder / "analyze.yaml")
     if options.json:
         print_json(_document(found))
     elif not options.quiet:
         _report(found)
-    if not found.failed:
-        return 0
-    return 3 if found.done or found.skipped else 1
+    if options.json or options.quiet:
+        for path, reason in found.failed.items():
+            print(wrapped(f"failed: {path}: {reason}"), file=sys.stderr)
+    if found.failed and not (found.done or found.skipped):
+        raise UsageError("none of the checkpoints could be measured")
+    return 3 if found.failed else 0
 
 
 def _document(found: Analysis) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from nettrace.tracer import Tracer
 _ABOUT = "say how the derivatives of a network are found, check them, and state what they cost"
 _EXAMPLES = """
 nettrace explain model.py:build --data model.py:probe
-nettrace explain model.py:build --data model.py:probe --measures ntk,fisher/trace
+nettrace explain model.py:build --data model.py:probe --measures ntk,loss
 nettrace explain model.py:build --data model.py:probe --checkpoint last.ckpt
 nettrace explain --checkpoint bert/ --data data.py:probe --json
 """
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         help="the network, or a function that builds it, as module:name or path/to/file.py:name; "
         "not needed where the checkpoint says what it is of",
     )
-    require(parser.add_argument("--data", metavar="NAME", help=DATA))
+    require(parser.add_argument("--data", metavar="NAME", help=f"required: {DATA}"))
     parser.add_argument(
         "--checkpoint", metavar="PATH", help="weights to load, in any format that analyze takes"
     )

@@ -16,6 +16,7 @@ nettrace export runs/x --to csv --names loss,ntk     a folder of tables, x-csv
 nettrace export runs/seed-* --to parquet -o all.parquet
 nettrace export runs/x -o figures/x.zarr
 """
+_COUNTED = ("run", "step")
 _SUFFIXES = {format: suffix for suffix, format in exports.SUFFIXES.items()} | {"csv": "-csv"}
 
 
@@ -62,8 +63,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         data = store.open(traces, split(options.names) or None)
         found = exports.export(data, output, options.to, overwrite=options.overwrite)
-    except FileExistsError as error:
-        raise UsageError(f"{error} (--overwrite)") from error
     except KeyError as error:
         raise UsageError(str(error.args[0])) from error
     except (ValueError, OSError, ImportError) as error:
@@ -75,9 +74,6 @@ def run(options: argparse.Namespace) -> int:
         sizes = ", ".join(f"{size:,} {dim}s" for dim, size in data.sizes.items() if dim in _COUNTED)
         print(f"{found}: {len(data.data_vars)} quantities at {sizes}")
     return 0
-
-
-_COUNTED = ("run", "step")
 
 
 def _name(traces: list[str]) -> str:

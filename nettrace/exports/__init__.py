@@ -86,7 +86,10 @@ def export(
             f"{', '.join(SUFFIXES)}; {given}"
         )
     if (to.exists() or to.is_symlink()) and not overwrite:
-        raise FileExistsError(f"{to} is there already: choose another name, or say overwrite")
+        raise FileExistsError(
+            f"{to} is there already: choose another name, or replace it by --overwrite "
+            "(overwrite=True)"
+        )
     if to.is_dir() and not any((to / mark).exists() for mark in _MARKS):
         raise FileExistsError(f"{to} is a folder and no earlier export, it is not overwritten")
     datasets.require(format, *_PACKAGES[format])
