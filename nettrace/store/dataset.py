@@ -52,10 +52,10 @@ def dataset(
         for folder, label in zip(folders, _labels(folders), strict=True)
     ]
     known = {name for run in runs for name in run.rows.names()}
-    chosen = sorted(known if names is None else chosen(names, known))
-    steps = _steps(runs, None if names is None else chosen)
+    wanted = sorted(known if names is None else chosen(names, known))
+    steps = _steps(runs, None if names is None else wanted)
     builder = _Builder(runs, steps, alone)
-    for name in chosen:
+    for name in wanted:
         builder.add(name)
     return builder.dataset()
 
