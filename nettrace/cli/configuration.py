@@ -6,7 +6,6 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
