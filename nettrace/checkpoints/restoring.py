@@ -41,19 +41,12 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     ours = model.state_dict(keep_vars=True)
     ties = _ties(ours)
     attempts = [_Attempt(names, state, ours, ties) for names in _renamings(state, ours)]
-    fitting = [attempt for attempt in attempts if attempt.fits]
-    if fitting and fitting[0].prefixed:
-        same = {tuple(sorted(attempt.names.items())) for attempt in fitting}
-        if len(same) > 1:
-            both = " and ".join(repr(next(iter(a.names.values()))) for a in fitting[:2])
-            raise CheckpointError(
-                f"the weights fit several parts of {type(model).__name__}: "
-                f"{next(iter(state), '')!r} may be {both}; name them as the network does"
-            )
+    # Prefixes leave the order of names as it is. So all that fit lead to the same tensors.
+    fitting = next((attempt.complete() for attempt in attempts if attempt.fits), None)
     try:
-        if fitting:
-            _convert(model, ours, fitting[0].complete())
-            model.load_state_dict(fitting[0].complete())
+        if fitting is not None:
+            _convert(model, ours, fitting)
+            model.load_state_dict(fitting)
             return
         if attempts[0].renamed:  # perhaps what the network's own hooks know
             _convert(model, ours, {n: v for n, v in state.items() if n in ours})
@@ -62,7 +55,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         reason = None
     except Exception as error:
         reason = error
-    best = min(attempts, key=lambda attempt: attempt.misfits)
+    parts = [_Attempt(names, state, ours, ties) for names in _parts(state, ours)]
+    best = min([*attempts, *parts], key=lambda attempt: attempt.misfits)
     raise CheckpointError(
         f"the checkpoint does not fit {type(model).__name__}: "
         f"{best.described() or (reason and told(reason))}. Give the network that was trained, as "
@@ -87,8 +81,6 @@ class _Attempt:
         ours: Mapping[str, Any],
         ties: Mapping[str, list[str]],
     ) -> None:
-        self.names = names
-        self.prefixed = any(_bare(old) != _bare(new) for old, new in names.items())
         self._found = {new: state[old] for old, new in names.items()}
         self._tied = {
             name: next((other for other in ties[name] if other in self._found), None)
@@ -155,6 +147,14 @@ def _renamings(state: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[di
             known = sum(new in full for new in renamed.values())
             if 2 * known > len(renamed):
                 yield {old: full.get(new, new) for old, new in renamed.items()}
+
+
+def _parts(state: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Ways of naming that take a prefix off some entries alone, which says what is too many."""
+    full = {_bare(name): name for name in ours}
+    for off in dict.fromkeys(p for name in state for p in _prefixes(_bare(name))):
+        renamed = {old: _bare(old).removeprefix(off) for old in state}
+        yield {old: full.get(new, old) for old, new in renamed.items()}
 
 
 def _prefixes(name: str) -> Iterator[str]:
