@@ -38,7 +38,7 @@ def read(path: Path, found: Collected) -> None:
         elif frame.kind == b"a":
             found.attributes |= _attributes(path, frame)
         elif frame.kind == b"e":
-            if frame.head != str(len(found)).encode():
+            if frame.head != b'{"rows":%d}' % len(found):
                 raise _damaged(path, frame, f"an end after {len(found)} rows")
             found.sealed = True
 

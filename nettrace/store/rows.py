@@ -34,6 +34,10 @@ class Rows:
     layout: Integers
     row: Integers
 
+    def names(self) -> set[str]:
+        """The arrays that there are, and the quantities that are missing."""
+        return {name for x in self.layouts for name in (*x.arrays, *x.missing)}
+
     def where(self, layouts: npt.NDArray[np.bool_], steps: Integers) -> Integers:
         """The row (s,) of each step, -1 for none, of those with some layouts (m,)."""
         chosen = np.flatnonzero(layouts[self.layout])

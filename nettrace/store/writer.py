@@ -124,7 +124,7 @@ class TraceWriter:
             if self._given is None:
                 _ATTEMPTS[self._place] = attempt, step
             if self._size >= FULL:
-                self._append([(b"e", [str(self._rows).encode()], [])])
+                self._append([(b"e", [_json({"rows": self._rows})], [])])
                 self.sync()
                 full = self._path.name
                 self.close()
