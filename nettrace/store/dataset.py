@@ -80,7 +80,8 @@ class _Builder:
         used: list[Layout] = []
         for number, run in enumerate(self._runs):
             layouts = run.rows.layouts
-            having = np.array([name in x.arrays or base in x.missing for x in layouts], bool)
+            # A value without a standard error replaces one with it.
+            having = np.array([bool({name, base} & {*x.arrays, *x.missing}) for x in layouts], bool)
             found = self._rows(number, having)
             reasons = _reasons(layouts, base)
             there = np.array([name in x.arrays for x in layouts], bool)
@@ -145,9 +146,14 @@ class _Builder:
         if not arrays:
             return []
         axes: list[Axis] = []
-        for number, dim in enumerate(arrays[-1][2].dims):
-            labels = _joined([its.labels.get(its.dims[number]) for _, _, its in arrays])
-            length = max(shape[number] for _, shape, _ in arrays) if labels is None else len(labels)
+        dims = max((its.dims for _, _, its in reversed(arrays)), key=len)
+        for number, dim in enumerate(dims):
+            # An array of fewer axes has length 1 along the others.
+            having = [(shape, its) for _, shape, its in arrays if number < len(shape)]
+            labels = _joined([its.labels.get(its.dims[number]) for _, its in having])
+            labels = labels if len(having) == len(arrays) else None
+            length = max(shape[number] for shape, _ in having) if labels is None else len(labels)
+            length = max(length, int(len(having) < len(arrays)))
             taken = {*self._leading, *(axis.name for axis in axes)}
             names = [dim, f"{dim}_{base.replace('/', '_')}"]
             while True:

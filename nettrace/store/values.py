@@ -42,6 +42,8 @@ class Axis:
 
     def places(self, place: Place, number: int) -> slice | Integers:
         """Where the entries of one array along its axis of that number belong."""
+        if number >= len(place.shape):
+            return slice(0, 1)
         its = place.axes.labels.get(place.axes.dims[number])
         if self.labels is None or its is None or its == self.labels:
             return slice(0, place.shape[number])
@@ -127,7 +129,8 @@ class Values(BackendArray):
         numbers = [
             np.arange(w.stop) if isinstance(w, slice) else w for w in (slice(len(values)), *where)
         ]
-        out[np.ix_(*numbers)] = values
+        fewer = len(lengths) - len(place.shape)
+        out[np.ix_(*numbers)] = values.reshape(*values.shape, *[1] * fewer)
         return out
 
 
