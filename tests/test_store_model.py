@@ -1,4 +1,4 @@
-"""The trace as plain dictionaries say it is, whatever was written by whom, and however it is read."""
+"""The trace is what plain dictionaries say, whoever wrote what, and however it is read."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ RUN = st.tuples(
 
 
 def write(folder, run):
-    """Writes a run, and says what counts: the rows in the order in which they replace each other."""
+    """Writes a run, and says which rows count, in the order in which they replace each other."""
     settings, events, full = run
     made, parts, began, said = {}, {}, {}, []
     with pytest.MonkeyPatch.context() as patch:
