@@ -98,14 +98,14 @@ def run(options: argparse.Namespace) -> int:
         UsageError: if nothing can be measured.
         LocateError: if there is no such network or probe.
     """
-    asked = split(options.measures)
+    asked = split(options.measures) or list(_DEFAULTS["measures"].default)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", MissingMeasureWarning)  # which the report names
             found = offline.analyze(
                 options.checkpoints,
                 options.data,
-                **({"measures": asked} if asked else {}),
+                asked,
                 model=options.model,
                 to=options.to,
                 jobs=options.jobs,

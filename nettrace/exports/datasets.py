@@ -151,8 +151,8 @@ def _representable(data: xr.Dataset, netcdf: bool) -> xr.Dataset:
 def _restored(variable: xr.Variable) -> xr.Variable:
     import xarray as xr
 
-    attributes, dtype = _all_attributes(variable.attrs)
-    dtype = np.dtype(dtype or variable.dtype)
+    attributes, told = _all_attributes(variable.attrs)
+    dtype = np.dtype(told or variable.dtype)
     if dtype.kind == "c" and variable.dtype.kind == "f":
         whole = indexing.LazilyIndexedArray(_Complex(variable, dtype))
         return xr.Variable(variable.dims[:-1], whole, attributes)
@@ -234,5 +234,5 @@ def _is_plain(name: str, value: Any) -> bool:
     if isinstance(value, str):
         return not _NO_TEXT.search(value)
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return -(2**63) <= value < 2**63
+        return -(2**63) <= int(value) < 2**63
     return isinstance(value, (float, np.floating)) and math.isfinite(value)

@@ -64,7 +64,7 @@ def write_parquet(data: xr.Dataset, path: Path) -> None:
                 if not (name in _ROWS or name in data.data_vars or "step" in variable.dims):
                     continue  # labels of an axis, which are among the metadata
                 if "step" not in variable.dims:
-                    variable = variable.set_dims({"step": block.sizes["step"], **variable.sizes})
+                    variable = variable.expand_dims("step").isel(step=[0] * block.sizes["step"])
                 columns |= _parts(str(name), variable.transpose("step", ...).values)
             first = [name for name in ("run", "step") if name in columns]
             names = [*first, *(name for name in columns if name not in first)]
