@@ -53,6 +53,13 @@ def test_wrappers_anywhere_in_names_do_not_matter():
     assert same(compiled._orig_mod.state_dict(), state)
 
 
+def test_two_entries_are_not_taken_for_one():
+    state = network().state_dict()
+    state["_orig_mod.0.bias"] = state["0.bias"] + 1
+    with pytest.raises(CheckpointError, match=r"network lacks"):
+        restore(network(), state)
+
+
 def test_a_part_of_the_network_is_not_enough():
     with pytest.raises(CheckpointError, match=r"lacks [ab]\.0\.weight"):
         restore(Holder(a=network(), b=network()), network().state_dict())
@@ -135,3 +142,11 @@ def test_hooks_of_the_network_may_rename():
     restore(new, old.state_dict())
     inputs = torch.randn(4, 3)
     torch.testing.assert_close(new(inputs), old(inputs))
+
+
+def test_batch_norms_from_before_batches_were_counted():
+    state, model = network().state_dict(), network()
+    del state["1.num_batches_tracked"]
+    state._metadata["1"]["version"] = 1
+    restore(model, state)
+    assert same(model.state_dict(), {**state, "1.num_batches_tracked": torch.tensor(0)})

@@ -130,9 +130,8 @@ def _candidates(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
     met: set[Path] = set()
     for path in paths:
         named = path.exists()
-        places = (
-            [path] if named else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        )
+        matches = [path] if named else sorted(glob.glob(str(path), recursive=True))
+        places = [Path(match) for match in matches]
         if not places:
             raise CheckpointError(f"there is no {path}, nor anything that matches it as a pattern")
         for place in places:
@@ -180,7 +179,7 @@ def _promising(file: Path) -> bool:
 
 def _equal(one: Path, other: Path, allow_pickle: bool) -> bool:
     """Whether two checkpoints hold the same weights."""
-    if one.samefile(other):
+    if one.resolve() == other.resolve():
         return True
     first, second = (reading.read(path, allow_pickle).state for path in (one, other))
     return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
