@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -80,10 +81,11 @@ class _Layout(Layout):
 def _frames(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Headers, with where their arrays begin and how long they are."""
     with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
             begin = file.tell()
-            body = file.read(length)
+            body = file.read(min(length, end - begin))
             try:
                 if len(body) < length:
                     if not any(map(_is_whole, _after(body))):
@@ -94,8 +96,8 @@ def _frames(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
                 (size,) = _LENGTH.unpack_from(body)
                 text = read_json(body[_LENGTH.size : _LENGTH.size + size])
             except (ValueError, struct.error) as error:
-                end = file.tell()
-                raise DamagedTraceError(f"{path} is damaged before byte {end}, {error}") from error
+                at = begin + len(body)
+                raise DamagedTraceError(f"{path} is damaged before byte {at}, {error}") from error
             at = _LENGTH.size + size
             yield text, begin + at, length - at
 
