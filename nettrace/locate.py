@@ -208,7 +208,7 @@ def _flat(loaders: Any) -> Iterator[Any]:
 
 
 def _has_samples(dataset: Any) -> bool:
-    if isinstance(dataset, (IterableDataset, str, bytes)):
+    if isinstance(dataset, (IterableDataset, nn.Module, str, bytes)):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
 

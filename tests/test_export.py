@@ -104,7 +104,9 @@ def test_a_data_set_comes_back_as_it_was(tmp_path, suffix, runs):
     same(found, data)
     chosen = {"step": [0, 2, 6], "layer": slice(1, 3)}
     for name in ("array_c8", "array_f8", "array_b1"):
-        xr.testing.assert_identical(nt.open(tmp_path / f"x{suffix}")[name].isel(chosen), data[name].isel(chosen))
+        xr.testing.assert_identical(
+            nt.open(tmp_path / f"x{suffix}")[name].isel(chosen), data[name].isel(chosen)
+        )
     nt.export(found, tmp_path / f"y{suffix}")  # what was read can be exported
     same(nt.open(tmp_path / f"y{suffix}"), data)
 
@@ -289,7 +291,12 @@ def test_what_is_there_is_replaced_when_that_is_said_and_whole_at_any_time(
     before = {p: p.read_bytes() for p in [to, *to.rglob("*")] if p.is_file()}
     with pytest.raises(FileExistsError, match="is there already"):
         nt.export(trace, to, format)
-    for broken in ("datasets.write_netcdf", "datasets.write_zarr", "tables._write_csv", "tables._column"):
+    for broken in (
+        "datasets.write_netcdf",
+        "datasets.write_zarr",
+        "tables._write_csv",
+        "tables._column",
+    ):
 
         def fails(*arguments, **options):
             raise OSError("disk full")
@@ -323,7 +330,9 @@ def test_formats_that_are_not_known_are_named(trace, tmp_path, to):
 
 def test_a_package_that_is_missing_is_named(trace, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"parquet needs pyarrow: pip install 'nettrace\[export\]'"):
+    with pytest.raises(
+        ImportError, match=r"parquet needs pyarrow: pip install 'nettrace\[export\]'"
+    ):
         nt.export(trace, tmp_path / "x.parquet")
 
 

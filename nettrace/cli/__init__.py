@@ -20,12 +20,12 @@ examples:
   nettrace explain model.py:build --data model.py:probe
                                              is it right, and what does it cost?
   nettrace analyze checkpoints --model model.py:build --data model.py:probe \\
-      --measures ntk,fisher/trace --to runs/x
-                                             measure what was trained before
+      --measures ntk,loss --to runs/x        measure what was trained before
   nettrace export runs/x --to netcdf         for other programs, as x.nc
 
 A name such as model.py:build is that of something in a file, and
-package.module:build that of something that can be imported. `nettrace COMMAND --help` tells more.
+package.module:build that of something that can be imported.
+`nettrace COMMAND --help` tells more.
 
 exit codes: 0 done; 1 failed, with a message on stderr; 2 not a valid command
 line; 3 done in part (analyze); 130 interrupted

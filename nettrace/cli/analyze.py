@@ -29,7 +29,7 @@ nettrace analyze checkpoints --model model.py:build --data model.py:probe
 nettrace analyze checkpoints --model model.py:build --data model.py:probe \\
     --measures ntk,fisher/trace --to runs/x --jobs 2
 nettrace analyze 'seed-1/*.ckpt' --data data.py:Digits
-nettrace analyze --config runs/x/analyze.yaml    again; what is done is skipped
+nettrace analyze --config runs/x/analyze.yaml   again; what is done is skipped
 """
 _EXIT_CODES = (
     "exit codes: 0 done; 1 failed, with a message on stderr; 2 not a valid command line; "

@@ -49,7 +49,11 @@ def save(options: argparse.Namespace, command: argparse.ArgumentParser, file: Pa
     found = {}
     for action in command._actions:
         value = getattr(options, action.dest, None)
-        if _key(action) not in ("config", "json", "quiet", "help") and value not in (None, [], False):
+        if _key(action) not in ("config", "json", "quiet", "help") and value not in (
+            None,
+            [],
+            False,
+        ):
             found[_key(action)] = value
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
     new = file.with_name(f".{file.name}")
@@ -78,7 +82,10 @@ def _arguments(
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(actions)}"
             raise UsageError(f"{file} has {key!r}, which is no option of {command.prog}: {hint}")
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(one, (dict, list)) or one is None for one in values) and value is not None:
+        if (
+            any(isinstance(one, (dict, list)) or one is None for one in values)
+            and value is not None
+        ):
             raise UsageError(f"{file}: expected {key} to be text, a number or a list of them")
         if not action.option_strings:
             first += [] if getattr(options, action.dest) else [str(one) for one in values]

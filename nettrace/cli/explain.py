@@ -83,9 +83,7 @@ def run(options: argparse.Namespace) -> int:
     model = _model(options)
     probe = locate.probe(options.data)
     try:
-        tracer = Tracer(
-            probe, names, memory_budget=options.memory, max_seconds=options.max_seconds
-        )
+        tracer = Tracer(probe, names, memory_budget=options.memory, max_seconds=options.max_seconds)
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:

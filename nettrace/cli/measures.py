@@ -9,9 +9,9 @@ from nettrace.cli.texts import add_shared, new_parser, print_json, wrapped
 from nettrace.measures import available, statistics
 
 _EXAMPLES = """
-nettrace measures                       all, with conventions and sources
-nettrace measures --statistics          what one of your own can be made of
-nettrace measures --import my_measures  with those that a module defines
+nettrace measures                        all, with conventions and sources
+nettrace measures --statistics           what one of your own can be made of
+nettrace measures --import my_measures   with those that a module defines
 nettrace measures --json
 """
 

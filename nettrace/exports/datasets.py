@@ -19,7 +19,7 @@ import numpy as np
 from xarray.backends.common import BackendArray
 from xarray.core import indexing
 
-from nettrace.store.dataset import chosen
+from nettrace.store.dataset import quantities as chosen
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -229,7 +229,7 @@ def _all_attributes(attributes: Mapping[Any, Any]) -> tuple[dict[Any, Any], str 
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    if not name or name.startswith("_") or name in _RESERVED:
+    if not name or name.startswith("_") or name in _RESERVED or _NO_TEXT.search(name):
         return False
     if isinstance(value, str):
         return not _NO_TEXT.search(value)

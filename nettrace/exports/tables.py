@@ -63,9 +63,10 @@ def write_parquet(data: xr.Dataset, path: Path) -> None:
             for name, variable in block.variables.items():
                 if not (name in _ROWS or name in data.data_vars or "step" in variable.dims):
                     continue  # labels of an axis, which are among the metadata
+                values = variable.transpose("step", ..., missing_dims="ignore").values
                 if "step" not in variable.dims:
-                    variable = variable.expand_dims("step").isel(step=[0] * block.sizes["step"])
-                columns |= _parts(str(name), variable.transpose("step", ...).values)
+                    values = np.broadcast_to(values, (block.sizes["step"], *values.shape))
+                columns |= _parts(str(name), values)
             first = [name for name in ("run", "step") if name in columns]
             names = [*first, *(name for name in columns if name not in first)]
             table = pa.table({name: _column(columns[name]) for name in names})

@@ -52,7 +52,7 @@ def dataset(
         for folder, label in zip(folders, _labels(folders), strict=True)
     ]
     known = {name for run in runs for name in run.rows.names()}
-    wanted = sorted(known if names is None else chosen(names, known))
+    wanted = sorted(known if names is None else quantities(names, known))
     steps = _steps(runs, None if names is None else wanted)
     builder = _Builder(runs, steps, known, alone)
     for name in wanted:
@@ -285,7 +285,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else json.dumps(value)
 
 
-def chosen(names: str | Iterable[str], known: set[str]) -> set[str]:
+def quantities(names: str | Iterable[str], known: set[str]) -> set[str]:
     """Quantities by their names or by those of groups, with their standard errors."""
     asked = [names] if isinstance(names, str) else list(names)
     found: set[str] = set()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import training
 import yaml
 
 import nettrace as nt
@@ -112,18 +113,16 @@ def cli(request, tmp_path, monkeypatch):
     make = importlib.import_module(f"{request.param}.cli").LightningCLI
 
     def run(*arguments):
-        return make(module.Net, args=list(arguments), save_config_kwargs={"overwrite": True})
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        return make(module.Net, save_config_kwargs={"overwrite": True})
 
     yield run
     sys.modules.pop(f"declared_{name}", None)
 
 
-# Of Lightning and jsonargparse themselves, about each other and torch; ours are errors.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:(lightning|pytorch_lightning|jsonargparse).*"),
-    pytest.mark.filterwarnings("ignore:.*(num_workers|LightningCLI's args parameter)"),
+    pytest.mark.filterwarnings(warning)
+    for warning in [*training.HARMLESS, "ignore::DeprecationWarning"]
 ]
 
 
