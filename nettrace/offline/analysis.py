@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import os
@@ -179,7 +178,7 @@ def analyze(
         threads = max(1, _cores() // jobs)
     plan = Plan(
         tuple(found),
-        _without_trainer(model) if isinstance(model, nn.Module) else model,
+        model,
         probe,
         digest,
         seed,
@@ -248,9 +247,7 @@ def _shown(
     """The same, with a bar."""
     from tqdm import tqdm
 
-    disable = {True: None, False: True, "always": False}[
-        progress
-    ]  # None where there is no terminal
+    disable = None if progress is True else not progress  # None where there is no terminal
     with tqdm(total=total, unit=" checkpoints", disable=disable, smoothing=0.1) as bar:
         for outcome in outcomes:
             yield outcome
@@ -308,15 +305,6 @@ def _named(value: Any) -> str:
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}:{value.__qualname__}"
     return f"{_named(type(value))} {getattr(value, '__dict__', '')}"
-
-
-def _without_trainer(model: nn.Module) -> nn.Module:
-    """The network itself, but for the trainer that a Lightning module refers to."""
-    if vars(model).get("_trainer") is None:
-        return model
-    twin = copy.copy(model)
-    vars(twin)["_trainer"] = None
-    return twin
 
 
 def _cores() -> int:
