@@ -210,7 +210,10 @@ def _record(chunk: _Chunk, name: str, allow_pickle: bool) -> Any:
     with chunk.file.open("rb") as file:
         file.seek(chunk.start)
         data = io.BytesIO(file.read(chunk.length))
-    return pickled.unpickled(data, allow_pickle, f"{name} in {chunk.file}")
+    where = f"{name} in {chunk.file}"
+    pickled.check(data, where)
+    data.seek(0)
+    return pickled.unpickled(data, allow_pickle, where)
 
 
 class _Inert:

@@ -17,7 +17,7 @@ from nettrace.checkpoints.contents import Checkpoint, CheckpointError
 #: What training scripts write beside weights.
 _OTHERS = re.compile(
     r"(^|[._-])(optim(izers?)?(_states?)?|(lr_)?scheduler|scaler|rng_state|random_states?"
-    r"|training_args|meta)([._-]|$)"
+    r"|training_args)([._-]|$)"
 )
 
 
@@ -57,10 +57,9 @@ def find(
         except CheckpointError as error:
             broken[path] = error
             continue
-        named_step = reading.step_in_name(path)
-        epoch = found.coordinates.get("epoch", reading.epoch_in_name(path))
-        step = named_step if found.step is None else found.step
-        seen[path] = _Seen(path, step, epoch, named_step is not None and named_step == step)
+        step, epoch = reading.place(path, found)
+        in_name = step is not None and step == reading.step_in_name(path)
+        seen[path] = _Seen(path, step, epoch, in_name)
     if not seen and not broken:
         raise CheckpointError(
             f"there is no checkpoint in {', '.join(map(str, places)) or 'an empty list'}: searched "
@@ -152,7 +151,11 @@ def _within(place: Path) -> Iterator[Path]:
     whole = reading.is_folder(place)
     if whole:
         yield place
-    for path in sorted(place.iterdir()):
+    try:
+        paths = sorted(place.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be searched: {error}") from error
+    for path in paths:
         if not path.name.startswith(".") and (path.is_dir() or not whole):
             if not (path.is_dir() and path.is_symlink()):  # which may lead round in circles
                 yield from _within(path)

@@ -25,13 +25,12 @@ def is_folder(path: Path) -> bool:
     return whole or any((path / name).is_file() for name in _INDICES)
 
 
-def read_folder(path: Path, allow_pickle: bool = False, glance: bool = False) -> Contents:
+def read_folder(path: Path, allow_pickle: bool = False) -> Contents:
     """The weights in a folder as `save_pretrained` and transformers' Trainer write it.
 
     Args:
         path: the folder.
         allow_pickle: as in `pickled.unpickled`.
-        glance: whether to leave weights that lie in several files unread.
 
     Raises:
         CheckpointError: if something is missing, damaged, refused, or lies outside of the folder.
@@ -42,7 +41,7 @@ def read_folder(path: Path, allow_pickle: bool = False, glance: bool = False) ->
     if index is None:
         found = read_file(next(path / n for n in _WHOLE if (path / n).is_file()), allow_pickle)
     else:
-        found = _sharded(path, index, allow_pickle, glance)
+        found = _sharded(path, index, allow_pickle)
     if step is None:
         return found
     return replace(found, step=step, coordinates=coordinates)
@@ -76,7 +75,7 @@ def read_file(path: Path, allow_pickle: bool = False) -> Contents:
     return Contents(state, [], *progress({k: int(v) for k, v in about.items() if v.isdecimal()}))
 
 
-def _sharded(path: Path, index: Path, allow_pickle: bool, glance: bool) -> Contents:
+def _sharded(path: Path, index: Path, allow_pickle: bool) -> Contents:
     files = _json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{index} has no weight_map: copy or save it again")
@@ -85,8 +84,6 @@ def _sharded(path: Path, index: Path, allow_pickle: bool, glance: bool) -> Conte
         shard = _inside(path, name, index)
         if not shard.is_file():
             raise CheckpointError(f"{path} lacks {name}, which {index.name} lists: copy it again")
-        if glance and shard.stat().st_size:
-            continue
         there = read_file(shard, allow_pickle).state
         listed = [weight for weight, file in files.items() if file == name]
         if lacking := [weight for weight in listed if weight not in there]:

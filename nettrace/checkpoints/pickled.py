@@ -124,23 +124,25 @@ def unpickled(file: Path | io.BytesIO, allow_pickle: bool, name: str = "") -> An
         ) from error
 
 
-def check(path: Path) -> None:
-    """Compares a file's checksums, which torch does not; older formats have none.
+def check(file: Path | io.BytesIO, name: str = "") -> None:
+    """Compares checksums, which torch does not; older formats have none.
 
     Raises:
         CheckpointError: if they differ.
     """
-    if not _is_zip(path):
+    if isinstance(file, Path) and not _is_zip(file):
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             for record in archive.infolist():
                 if record.CRC:  # 0 if torch was told to leave it out
                     with archive.open(record) as stream:
                         while stream.read(1 << 20):
                             pass
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged ({told(error)}): copy or save it again") from None
+        raise CheckpointError(
+            f"{name or file} is damaged ({told(error)}): copy or save it again"
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:

@@ -25,24 +25,29 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
             whose author is trusted.
 
     Returns:
-        What is in it; its step is that of a `Checkpoint`, else what the content says, else its
-        name, else 0.
+        What is in it; its step is that of a `Checkpoint`, else what the content says, else
+        its name, else its epoch, else 0.
 
     Raises:
         CheckpointError: if it cannot be read or is refused.
     """
-    if isinstance(checkpoint, Checkpoint):
-        path, step = checkpoint.path, checkpoint.step
-    else:
-        path, step = Path(checkpoint), None
+    path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
     if not path.is_dir():
         pickled.check(path)
     found = read(path, allow_pickle)
-    if step is None:
-        step = step_in_name(path) or 0 if found.step is None else found.step
-    return replace(found, step=step)
+    if isinstance(checkpoint, Checkpoint):
+        return replace(found, step=checkpoint.step, coordinates=checkpoint.coordinates)
+    step, epoch = place(path, found)
+    step = int(epoch or 0) if step is None else step
+    return replace(found, step=step, coordinates={} if epoch is None else {"epoch": epoch})
+
+
+def place(path: Path, found: Contents) -> tuple[int | None, float | None]:
+    """The step and the epoch of a checkpoint, from its content or else from its name."""
+    step = step_in_name(path) if found.step is None else found.step
+    return step, found.coordinates.get("epoch", epoch_in_name(path))
 
 
 def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Contents:
@@ -51,7 +56,7 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
     Args:
         path: a file or folder, which is there.
         allow_pickle: as in `load`.
-        glance: whether weights may be left unread, as far as that saves time.
+        glance: whether weights may be left out where they are not mapped into memory.
 
     Raises:
         CheckpointError: if it cannot be read or is refused.
@@ -61,7 +66,7 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
             if distributed.is_folder(path):
                 return distributed.read(path, allow_pickle, glance)
             if hugging_face.is_folder(path):
-                return hugging_face.read_folder(path, allow_pickle, glance)
+                return hugging_face.read_folder(path, allow_pickle)
             raise CheckpointError(f"{path} is a folder, but no checkpoint")
         if not path.stat().st_size:
             raise CheckpointError(f"{path} is empty: was it being written?")

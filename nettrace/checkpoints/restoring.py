@@ -50,19 +50,24 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"the weights fit several parts of {type(model).__name__}: "
                 f"{next(iter(state), '')!r} may be {both}; name them as the network does"
             )
-    if fitting:
-        _convert(model, ours, fitting[0].complete())
-        model.load_state_dict(fitting[0].complete())
-        return
-    try:  # what the network's own hooks rename
-        model.load_state_dict(dict(state))
+    try:
+        if fitting:
+            _convert(model, ours, fitting[0].complete())
+            model.load_state_dict(fitting[0].complete())
+            return
+        if attempts[0].renamed:  # perhaps what the network's own hooks know
+            _convert(model, ours, {n: v for n, v in state.items() if n in ours})
+            model.load_state_dict(state)
+            return
+        reason = None
     except Exception as error:
-        best = min(attempts, key=lambda attempt: attempt.misfits)
-        raise CheckpointError(
-            f"the checkpoint does not fit {type(model).__name__}: {best.described() or told(error)}"
-            ". Give the network that was trained, as --model; restore(model, state) takes a state "
-            "renamed by hand"
-        ) from error
+        reason = error
+    best = min(attempts, key=lambda attempt: attempt.misfits)
+    raise CheckpointError(
+        f"the checkpoint does not fit {type(model).__name__}: "
+        f"{best.described() or (reason and told(reason))}. Give the network that was trained, as "
+        "--model; restore(model, state) takes a state renamed by hand"
+    ) from reason
 
 
 class _Attempt:
@@ -114,6 +119,11 @@ class _Attempt:
     def fits(self) -> bool:
         return not self.misfits
 
+    @property
+    def renamed(self) -> bool:
+        """Whether names alone do not fit."""
+        return not self.different and not self.untied
+
     def complete(self) -> dict[str, Tensor]:
         """The entries by the network's names, tied ones under each."""
         tied = {name: self._found[other] for name, other in self._tied.items() if other}
@@ -135,7 +145,6 @@ def _renamings(state: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[di
     full = {_bare(name): name for name in ours}
     theirs = {name: _bare(name) for name in state}
     yield {old: full.get(bare, bare) for old, bare in theirs.items()}
-    # From the first names that match but for a prefix: all others must match with the same one.
     taken = ["", *_common_prefixes(list(theirs.values()))]
     put = dict.fromkeys(chain([""], (p for name in full for p in _prefixes(name))))
     for off in taken:
@@ -190,14 +199,16 @@ def _few(names: list[str]) -> str:
 def _convert(model: nn.Module, ours: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Turns the network's weights and buffers to the types of a state's."""
     numbers = {n: v for n, v in state.items() if isinstance(v, Tensor) and _is_number(v)}
-    dtypes = {value.dtype for value in numbers.values()}
     if all(ours[name].dtype == value.dtype for name, value in numbers.items()):
-        return
-    if len(dtypes) == 1 and not any(dtype.is_complex for dtype in dtypes):
-        model.to(dtypes.pop())
         return
     for name, value in numbers.items():
         ours[name].data = ours[name].data.to(value.dtype)
+    dtypes = {value.dtype for value in numbers.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        for tensor in chain(model.parameters(), model.buffers()):
+            if tensor.is_floating_point():  # what is complex stays so
+                tensor.data = tensor.data.to(dtype)
 
 
 def _is_number(value: Tensor) -> bool:
