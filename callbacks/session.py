@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import uuid
 import warnings
@@ -19,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
@@ -26,6 +28,7 @@ from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound
 from nettrace.store import TraceWriter
+from nettrace.store.provenance import of_model
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
@@ -54,6 +57,11 @@ class Session:
         self._trainer = trainer
         self._module = module
         self._position: dict[str, float] = {}
+        # Where the checkpoint does not say how many samples were seen, nobody knows.
+        begun = trainer.global_step > 0
+        self._samples = (past or {}).get("samples", math.nan if begun else 0)
+        #: Earlier attempts were right about the weights that this one begins with.
+        self._start = trainer.global_step + begun
         self._step: int | None = None
         self._due = {callback: self._bound(callback) for callback in callbacks}
         #: At which step each callback measured last.
@@ -82,11 +90,12 @@ class Session:
             except Exception as error:
                 self._unfired.remove(callback)
                 self._report(callback, "cannot take a probe", error)
+        looks = (past or {}).get("looks", {})
         for tracer, sharing in self._groups.values():
             compares = [c for c in sharing if any(m.reference for m in c.measures)]
-            if past and compares:
+            if looks and compares:
                 try:
-                    tracer.load_state_dict(past)
+                    tracer.load_state_dict(looks)
                 except ValueError as error:
                     self._report(compares[0], "cannot compare with the run before", error)
         tracers = [
@@ -99,6 +108,11 @@ class Session:
 
     def begin_batch(self, batch: Any) -> None:
         """Sees a batch before its training step."""
+        first = next(tensors(batch), None)
+        if first is None or first.dim() == 0:
+            self._samples = math.nan
+        else:
+            self._samples += len(first) * self._trainer.world_size
         with _silenced(self._module):
             self._first_batch.evaluate(batch)
 
@@ -107,10 +121,10 @@ class Session:
         self._first_batch.compare(returned)
 
     def state_dict(self) -> dict[str, Any]:
-        """What looks left for measures that compare them, by the probe's fingerprint.
+        """How many samples were seen, and what looks left for measures that compare them.
 
-        Where several tracers have looked at one probe, the looks before are left out: a resumed
-        run begins without.
+        The latter by the probe's fingerprint. Where several tracers have looked at one probe, the
+        looks before are left out: a resumed run begins without.
         """
         found: dict[str, Any] = {}
         for tracer, _ in self._groups.values():
@@ -122,7 +136,16 @@ class Session:
                     found[probe] = {"last": last, "kept": first}
                 elif past["kept"]:
                     found[probe] = past
-        return found
+        return {"samples": self._samples, "looks": found}
+
+    def sync(self) -> None:
+        """Brings the traces to the disk, so that they hold all up to a checkpoint."""
+        for writer in self._writers.values():
+            try:
+                writer.sync()
+            except OSError as error:
+                text = f"cannot bring the trace in {writer.folder} to the disk"
+                self._report(next(iter(self._due)), text, error)
 
     def measure(self, step: int, batches: int) -> None:
         """Measures for the callbacks that are due, once a step.
@@ -134,7 +157,11 @@ class Session:
         if step == self._step:  # with accumulated gradients, several batches make one step
             return
         self._step = step
-        self._position = {"epoch": self._trainer.current_epoch, "batches": batches}
+        self._position = {
+            "epoch": self._trainer.current_epoch,
+            "batches": batches,
+            "samples": self._samples,
+        }
         self._measure(step, [c for c in self._due if self._is_due(c, step)])
 
     def measure_last(self, step: int) -> None:
@@ -205,10 +232,37 @@ class Session:
             try:
                 key = (folder, fingerprint)
                 if key not in self._writers:
-                    self._writers[key] = TraceWriter(folder, self._attempt, probe=fingerprint)
+                    self._writers[key] = self._writer(folder, fingerprint)
                 self._writers[key].write(list(named.values()), position)
             except (OSError, ValueError) as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
+
+    def _writer(self, folder: Path, fingerprint: str) -> TraceWriter:
+        trainer, module = self._trainer, self._module
+        about: dict[str, Any] = of_model(module)
+        configuration = {
+            "callbacks": [
+                {
+                    "class": type(callback).__name__,
+                    "measures": [measure.name for measure in callback.measures],
+                    "every": str(callback.every),
+                    "probe": str(callback.probe or f"{callback.samples} samples of the data"),
+                }
+                for callback in self._due
+                if callback.to is not None and Path(callback.to).absolute() == folder
+            ],
+            "hyperparameters": dict(getattr(module, "hparams", {})),
+            "precision": str(trainer.precision),
+            "processes": trainer.world_size,
+        }
+        return TraceWriter(
+            folder,
+            self._attempt,
+            start=self._start,
+            probe=fingerprint,
+            configuration=json.dumps(configuration, default=str),
+            **about,
+        )
 
     def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
         prefixes: dict[str, dict[str, Record]] = {}

@@ -71,6 +71,7 @@ class Trace(Callback):
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
         self.measures = chosen(measures, probe)
+        self.every = every
         self.due = schedule(every)
         self.probe = probe
         self.to = to
@@ -97,7 +98,7 @@ class Trace(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the probe, together with the trainer's other callbacks of this kind."""
-        peers = [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
+        peers = _peers(trainer)
         # The first of them measures for all, so that they share one pass.
         if peers[0] is self:
             past = self._past if trainer.global_step else {}  # a run of its own has none
@@ -133,10 +134,14 @@ class Trace(Callback):
     # Not in `state_dict`, which is one callback's own: what peers share is saved once.
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Saves what measures need of earlier looks, if any does, as "nettrace"."""
-        past = self._past if self._session is None else self._session.state_dict()
-        if past:
-            checkpoint["nettrace"] = past
+        """Saves what measures need of earlier looks as "nettrace", and the trace's files."""
+        if _peers(trainer)[0] is not self:
+            return
+        if self._session is not None:
+            self._session.sync()
+            self._past = self._session.state_dict()
+        if self._past:
+            checkpoint["nettrace"] = self._past
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Goes on from there."""
@@ -146,6 +151,10 @@ class Trace(Callback):
         if self._session is not None:
             self._past = self._session.state_dict()
             self._session = None
+
+
+def _peers(trainer: Any) -> list[Trace]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Trace)]
 
 
 class NTKTrace(Trace):

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from figure import draw
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -81,6 +82,11 @@ def probe(loader: DataLoader, per_class: int = 6) -> nt.Probe:
     return nt.Probe(x[chosen], y[chosen])
 
 
+def held_out() -> nt.Probe:
+    """The probe that the demo measures on, for `nettrace analyze` on its checkpoints."""
+    return probe(digits()[1])
+
+
 def main() -> None:
     """Trains, then reports what was recorded."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -104,8 +110,8 @@ def main() -> None:
             FisherTrace(**shared),
             CollectiveVariables(**shared),
             Trace("loss", **shared),
+            ModelCheckpoint(args.out / "checkpoints", "{step}", every_n_epochs=3, save_top_k=-1),
         ],
-        enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=10,
     )

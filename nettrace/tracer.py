@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import operator
 import time
 import warnings
@@ -31,6 +32,7 @@ from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
+from nettrace.store.provenance import of_model
 from nettrace.tape import precision
 
 OnError = Literal["record", "raise"]
@@ -107,6 +109,17 @@ class Tracer:
         self._memory_budget = memory_budget
         self._seed = seed
         self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
+        if self._writer is not None:
+            self._writer.provenance["configuration"] = json.dumps(
+                {
+                    "measures": [measure.name for measure in self.measures],
+                    "every": str(every),
+                    "probe": str(probe),
+                    "memory_budget": memory_budget,
+                    "max_seconds": max_seconds,
+                    "seed": seed,
+                }
+            )
         self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
@@ -158,6 +171,8 @@ class Tracer:
         records = self.measure(model, step, self.measures, optimizer)
         if self._writer is not None:
             try:
+                if "model" not in self._writer.provenance:
+                    self._writer.provenance |= of_model(model)
                 self._writer.write(records, coordinates)
             except OSError as error:
                 if self.on_error == "raise":
@@ -224,8 +239,16 @@ class Tracer:
     def state_dict(self) -> dict[str, Any]:
         """What earlier looks left, by the probe's fingerprint: tensors, numbers and texts alone.
 
-        It can be saved by `torch.save` and loaded with `weights_only=True`.
+        It can be saved by `torch.save` and loaded with `weights_only=True`. The trace is brought to
+        the disk, so that it holds all up to the checkpoint.
         """
+        if self._writer is not None:
+            try:
+                self._writer.sync()
+            except OSError as error:
+                if self.on_error == "raise":
+                    raise
+                self._warn("cannot sync", f"cannot bring the trace to the disk: {error}")
         return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import nettrace as nt
-from nettrace.store import TraceWriter
+from nettrace.store import DamagedTraceError, TraceWriter, parts
 
 
 def record(name, step, value, **options):
@@ -194,3 +196,204 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"format 99.*install a newer nettrace"):
         nt.open(tmp_path)
+
+
+def test_a_trace_in_the_first_format_is_read(tmp_path):
+    data = nt.open(Path(__file__).parent / "data" / "format-1")
+    assert data.step.values.tolist() == data.a_count.values.tolist() == [0, 1, 2, 3, 4]
+    assert data.epoch.values.tolist() == [0, 0, 1, 1, 2]
+    assert data.epoch.dtype == data.a_count.dtype == np.int64
+    np.testing.assert_array_equal(data.a_number, np.arange(5) + 0.5)
+    np.testing.assert_array_equal(data.a_number_standard_error, [0.25] * 5)
+    np.testing.assert_array_equal(data.a_complex, np.arange(5) * 1j)
+    assert data.a_flag.values.tolist() == [True, False, True, False, True]
+    expected = np.where(np.tri(5, dtype=bool), np.arange(5), np.nan)
+    np.testing.assert_array_equal(data.b_ragged, expected)
+    assert data.b_ragged.dtype == np.float32
+    assert data.b_layers.sel(layer="b").values.tolist() == [0, -1, -2, -3, -4]
+    assert json.loads(data.b_missing.attrs["missing"]) == {"2": "ValueError: no"}
+    assert data.a_number.attrs["convention"] == "mean"
+    assert (data.attrs["probe"], data.attrs["python"]) == ("feed", "3.11.7")
+
+
+def test_a_trace_goes_on_in_the_format_of_today(tmp_path):
+    shutil.copytree(Path(__file__).parent / "data" / "format-1", tmp_path, dirs_exist_ok=True)
+    writer = TraceWriter(tmp_path, "third", probe="feed")
+    for step in (4, 5):
+        writer.write([record("a/number", step, -1.0)], {})
+    assert nt.open(tmp_path).a_number.values.tolist() == [0.5, 1.5, 2.5, 3.5, -1, -1]
+
+
+def test_superseded_records_can_be_had(tmp_path):
+    for attempt, steps in [("one", range(6)), ("two", range(3, 8)), ("three", range(5, 7))]:
+        writer = TraceWriter(tmp_path, attempt)
+        for step in steps:
+            writer.write([record("a/b", step, len(attempt) + step / 10)], {})
+    data = nt.open(tmp_path)
+    assert data.step.values.tolist() == list(range(7))
+    np.testing.assert_allclose(data.a_b, [3, 3.1, 3.2, 3.3, 3.4, 5.5, 5.6])
+    one = nt.open(tmp_path, attempt=0)
+    np.testing.assert_allclose(one.a_b, [3, 3.1, 3.2, 3.3, 3.4, 3.5])
+    assert nt.open(tmp_path, attempt=-2).step.values.tolist() == [3, 4, 5, 6, 7]
+    told = json.loads(data.attrs["attempts"])
+    assert [(a["start"], a["records"]) for a in told] == [(0, 6), (3, 5), (5, 2)]
+    with pytest.raises(IndexError, match="no attempt 3: the trace has 3"):
+        nt.open(tmp_path, attempt=3)
+
+
+def test_a_tracer_that_starts_again_supersedes_what_it_wrote(tmp_path):
+    model, probe = torch.nn.Linear(3, 2), nt.Probe(torch.randn(4, 3))
+    for steps in ([0, 5, 10], [0, 5]):  # a loop run twice in one notebook
+        tracers = [nt.Tracer(probe, name, to=tmp_path) for name in ("ntk/trace", "ntk/entropy")]
+        for step in steps:
+            for tracer in tracers:
+                tracer(model, step)
+    data = nt.open(tmp_path)
+    assert data.step.values.tolist() == [0, 5]
+    assert np.isfinite(data.ntk_trace).all()
+    assert np.isfinite(data.ntk_entropy).all()
+    assert nt.open(tmp_path, attempt=0).step.values.tolist() == [0, 5, 10]
+
+
+def test_what_complements_supersedes_nothing(tmp_path):
+    TraceWriter(tmp_path, "run").write([record("a/x", 3, 1)], {"epoch": 1})
+    writer = TraceWriter(tmp_path, "later", start=None)
+    writer.write([record("a/y", 5, 2)], {})
+    writer.write([record("a/y", 3, 4)], {})
+    data = nt.open(tmp_path)
+    np.testing.assert_array_equal(data.a_x, [1, np.nan])
+    np.testing.assert_array_equal(data.a_y, [4, 2])
+    TraceWriter(tmp_path, "again", start=None).write([record("a/y", 3, 9)], {})
+    np.testing.assert_array_equal(nt.open(tmp_path).a_y, [9, 2])
+
+
+def test_of_several_ranks_the_lowest_is_read(tmp_path):
+    for rank in (1, 0, 2):
+        writer = TraceWriter(tmp_path, "run", rank=rank)
+        writer.write([record("a/x", 0, rank), record(f"a/only{rank}", 0, rank)], {})
+    data = nt.open(tmp_path)
+    assert data.a_x.values.tolist() == [0]
+    assert data.a_only2.values.tolist() == [2]
+
+
+def test_full_parts_are_sealed_and_others_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("nettrace.store.writer.FULL", 5000)
+    writer = TraceWriter(tmp_path)
+    arrays = np.random.default_rng(0).normal(size=(40, 100))
+    for step, array in enumerate(arrays):
+        writer.write([record("a/b", step, array, dims=("mode",))], {})
+        writer.sync()
+    found = parts(tmp_path)
+    assert len(found) > 4
+    assert len({part.attempt for part in found}) == 1
+    assert all(part.path.read_bytes().endswith(b"}") for part in found[:-1])
+    np.testing.assert_array_equal(nt.open(tmp_path).a_b, arrays)
+
+
+def test_labels_place_values_where_steps_and_runs_differ_in_them(tmp_path):
+    def write(folder, *rows):
+        writer = TraceWriter(folder)
+        for step, values in enumerate(rows):
+            labels = {"layer": list(values)}
+            array = np.array([*values.values()], float)
+            writer.write([record("a/b", step, array, dims=("layer",), coordinates=labels)], {})
+
+    write(tmp_path / "one" / "trace", {"w": 1, "b": 2}, {"b": 3, "head": 4})
+    write(tmp_path / "two" / "trace", {"head": 5})
+    data = nt.open([tmp_path / "one" / "trace", tmp_path / "two" / "trace"])
+    assert data.a_b.dims == ("run", "step", "layer")
+    assert data.run.values.tolist() == ["one", "two"]
+    assert data.layer.values.tolist() == ["w", "b", "head"]
+    nan = np.nan
+    expected = [[[1, 2, nan], [nan, 3, 4]], [[nan, nan, 5], [nan] * 3]]
+    np.testing.assert_array_equal(data.a_b, expected)
+    np.testing.assert_array_equal(nt.open(str(tmp_path / "*" / "trace")).a_b, expected)
+    alone = nt.open(tmp_path / "one" / "trace")
+    np.testing.assert_array_equal(alone.a_b, expected[0])
+
+
+def test_several_runs_are_aligned_along_their_steps(tmp_path):
+    for seed, steps in enumerate([[0, 1, 2], [1, 3]]):
+        writer = TraceWriter(tmp_path / f"seed{seed}", probe="same", seed=seed)
+        for step in steps:
+            missing = "ValueError: no" if step == 1 and seed == 1 else None
+            rows = [record("a/count", step, 10 * seed + step, attributes={"convention": "mean"})]
+            rows.append(record("a/other", step, 1.0, missing=missing))
+            writer.write(rows, {"epoch": step})
+    data = nt.open([tmp_path / "seed0", tmp_path / "seed1"])
+    nan = np.nan
+    np.testing.assert_array_equal(data.a_count, [[0, 1, 2, nan], [nan, 11, nan, 13]])
+    np.testing.assert_array_equal(data.epoch, [[0, 1, 2, nan], [nan, 1, nan, 3]])
+    assert data.a_count.attrs["convention"] == "mean"
+    assert json.loads(data.a_other.attrs["missing"]) == {"seed1": {"1": "ValueError: no"}}
+    assert data.attrs["probe"] == "same"
+    assert json.loads(data.attrs["seed"]) == {"seed0": 0, "seed1": 1}
+    with pytest.raises(ValueError, match="one twice"):
+        nt.open([tmp_path / "seed0", tmp_path / "seed0"])
+    with pytest.raises(FileNotFoundError, match=r"there are some in .*seed0"):
+        nt.open(tmp_path)
+
+
+def test_names_choose_quantities_and_their_steps(tmp_path):
+    writer = TraceWriter(tmp_path)
+    for step in range(10):
+        rows = [record("a/b", step, step), record("a/c", step, step, standard_error=np.array(0.5))]
+        if step % 5 == 0:
+            rows.append(record("big/kernel", step, np.full((2, 2), step), dims=("x", "y")))
+        writer.write(rows, {})
+    data = nt.open(tmp_path, ["big"])
+    assert list(data) == ["big_kernel"]
+    assert data.step.values.tolist() == [0, 5]
+    assert data.big_kernel.dtype == np.int64  # nothing is padded
+    assert set(nt.open(tmp_path, "a/c")) == {"a_c", "a_c_standard_error"}
+    with pytest.raises(KeyError, match=r"no 'a/d'.*a/b"):
+        nt.open(tmp_path, "a/d")
+
+
+def test_arrays_are_read_when_they_are_asked_for(tmp_path):
+    writer = TraceWriter(tmp_path)
+    arrays = np.random.default_rng(0).normal(size=(6, 100, 100))
+    for step, array in enumerate(arrays):
+        rows = [record("a/kernel", step, array, dims=("x", "y")), record("a/b", step, step)]
+        writer.write(rows, {})
+    data = nt.open(tmp_path)
+    (part,) = tmp_path.iterdir()
+    broken = bytearray(part.read_bytes())
+    broken[-200] ^= 1  # in the last kernel
+    part.write_bytes(bytes(broken))
+    np.testing.assert_array_equal(data.a_kernel[:5], arrays[:5])
+    np.testing.assert_array_equal(data.a_b, range(6))
+    with pytest.raises(DamagedTraceError, match=r"part-00000.*does not match"):
+        data.a_kernel.load()
+    np.testing.assert_array_equal(data.a_kernel[4:0:-2, 3, ::7], arrays[4:0:-2, 3, ::7])
+
+
+def test_reasons_that_go_on_are_said_once(tmp_path):
+    writer = TraceWriter(tmp_path)
+    for step in range(0, 100, 10):
+        why = "no" if step in (0, 30, 40, 50) else "other" if step == 60 else None
+        writer.write([record("a/b", step, 1.0, missing=why)], {})
+    told = json.loads(nt.open(tmp_path).a_b.attrs["missing"])
+    assert told == {"0": "no", "30..50": "no", "60": "other"}
+
+
+def test_names_that_differ_in_slashes_alone_are_kept_apart(tmp_path):
+    TraceWriter(tmp_path).write([record("a/b_c", 0, 1), record("a_b/c", 0, 2)], {})
+    data = nt.open(tmp_path)
+    assert {v.attrs["name"]: int(v[0]) for v in data.values()} == {"a/b_c": 1, "a_b/c": 2}
+
+
+def test_types_that_no_trace_takes_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="a/b is of type object"):
+        TraceWriter(tmp_path).write([record("a/b", 0, np.array("x", object))], {})
+
+
+def test_where_a_trace_comes_from_is_kept(tmp_path):
+    model, probe = torch.nn.Linear(3, 2), nt.Probe(torch.randn(4, 3))
+    nt.Tracer(probe, "ntk/trace", every=5, seed=3, to=tmp_path)(model, 0)
+    found = nt.open(tmp_path).attrs
+    assert found["model"] == "torch.nn.modules.linear.Linear"
+    assert (found["parameters"], found["dtype"], found["device"]) == (8, "float32", "cpu")
+    assert found["nettrace"] == nt.__version__
+    assert found["torch_seed"] == str(torch.initial_seed())
+    assert json.loads(found["configuration"])["seed"] == 3

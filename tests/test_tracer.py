@@ -1,5 +1,8 @@
 """The tracer refuses what mixes the batch where no tape shows it, at every record."""
 
+import errno
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,8 +131,12 @@ def test_the_likelihood_travels_with_the_value():
 def test_a_full_disk_is_reported_once_and_the_loop_goes_on(tmp_path, monkeypatch):
     x, y = samples()
     tracer = nt.Tracer(nt.Probe(x, y), "ntk/trace", to=tmp_path)
-    monkeypatch.setattr("os.write", lambda file, data: 3)
-    with pytest.warns(nt.MissingMeasureWarning, match="disk full") as caught:
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.warns(nt.MissingMeasureWarning, match="No space left") as caught:
         assert all(tracer(nn.Linear(4, 3), step) for step in range(3))
     assert len(caught) == 1
 

@@ -51,8 +51,7 @@ def dataset(
         _run(folder, label, attempt)
         for folder, label in zip(folders, _labels(folders), strict=True)
     ]
-    layouts = [layout for run in runs for layout in run.rows.layouts]
-    known = {name for layout in layouts for name in chain(layout.arrays, layout.missing)}
+    known = {name for run in runs for name in run.rows.names()}
     chosen = sorted(known if names is None else _chosen(names, known))
     steps = _steps(runs, None if names is None else chosen)
     builder = _Builder(runs, steps, alone)

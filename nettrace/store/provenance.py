@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def of_process() -> dict[str, str | int]:
     return found
 
 
-def of_model(model: nn.Module) -> dict[str, str | int]:
+def of_model(model: nn.Module) -> dict[str, Any]:
     """The network's class, size, types and devices."""
     parameters = [p for p in model.parameters() if not is_lazy(p)]
     devices = {p.device for p in parameters}

@@ -34,9 +34,10 @@ class Rows:
     layout: Integers
     row: Integers
 
-    def having(self, name: str) -> npt.NDArray[np.bool_]:
-        """Which layouts (m,) have an array of that name, or say why there is none."""
-        return np.array([name in x.arrays or name in x.missing for x in self.layouts], bool)
+    def names(self) -> set[str]:
+        """The arrays that there are, and the quantities that are missing."""
+        counted = [self.layouts[number] for number in np.unique(self.layout)]
+        return {name for layout in counted for name in (*layout.arrays, *layout.missing)}
 
     def where(self, layouts: npt.NDArray[np.bool_], steps: Integers) -> Integers:
         """The row (s,) of each step, -1 for none, of those with some layouts (m,)."""

@@ -477,7 +477,7 @@ def test_a_measure_that_fails_is_recorded_as_missing_with_its_reason(
         trainer = training.fit(NTKTrace(every=1, to=tmp_path), kind())
     assert trainer.global_step == 4
     trace = nt.open(tmp_path)
-    assert list(reasons(trace)) == expected
+    assert list(reasons(trace)) == [f"{expected[0]}..{expected[-1]}"]
     assert all(reason in text for text in reasons(trace).values())
     missing = trace.ntk_trace.isnull()
     assert trace.step[missing].values.astype(str).tolist() == expected

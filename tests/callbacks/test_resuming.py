@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -95,10 +97,11 @@ def test_a_run_that_goes_on_after_its_end_compares_with_its_start(tmp_path: Path
     assert nt.open(tmp_path / "trace").weights_displacement.values[0] == 0
 
 
-def test_checkpoints_are_as_they_were_where_no_measure_compares(tmp_path: Path) -> None:
+def test_checkpoints_hold_a_count_alone_where_no_measure_compares(tmp_path: Path) -> None:
     trainer = training.fit(Trace(["ntk/trace", "loss"], every=1))
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert "nettrace" not in torch.load(tmp_path / "end.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["nettrace"]
+    assert saved == {"samples": 16, "looks": {}}
 
 
 def test_a_run_resumed_on_other_samples_says_so(tmp_path: Path) -> None:
@@ -121,3 +124,78 @@ def test_a_run_that_fails_can_be_saved_with_its_past(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         training.fit([Trace("weights", every=1), keep], Failing(), enable_checkpointing=True)
     assert "nettrace" in torch.load(tmp_path / "failed.ckpt", weights_only=True)
+
+
+class Crash(Exception):
+    """As of a machine that is switched off."""
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+def test_a_run_interrupted_and_resumed_twice_reads_as_one_trace(
+    namespace: str, tmp_path: Path
+) -> None:
+    def attempt(crash: int | None, checkpoint: Path | None = None) -> None:
+        class Fragile(training.network(namespace)):
+            def on_train_batch_start(self, batch: Any, index: int) -> None:
+                if self.global_step == crash:
+                    raise Crash
+
+        keep = import_module(f"{namespace}.callbacks").ModelCheckpoint(
+            tmp_path, "{step}", save_top_k=-1, every_n_train_steps=4, enable_version_counter=False
+        )
+        callbacks = [
+            NTKTrace(["ntk/trace", "ntk/distance_first"], every=1, to=tmp_path / "trace"),
+            Trace("loss", every=nt.with_last([0, 3]), to=tmp_path / "trace"),
+            keep,
+        ]
+        options = {"max_steps": 12, "enable_checkpointing": True, "ckpt_path": checkpoint}
+        training.fit(callbacks, Fragile(), namespace=namespace, **options)
+
+    with pytest.raises(Crash):
+        attempt(crash=6)
+    with pytest.raises(Crash):
+        attempt(crash=11, checkpoint=tmp_path / "step=4.ckpt")
+    attempt(crash=None, checkpoint=tmp_path / "step=8.ckpt")
+
+    data = nt.open(tmp_path / "trace")
+    assert data.step.values.tolist() == list(range(13))
+    assert np.isfinite(data.ntk_trace).all()
+    assert data.samples.values.tolist() == [4 * step for step in range(13)]
+    assert data.epoch.values.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert data.step[data.loss_mean.notnull()].values.tolist() == [0, 3, 12]
+    attempts = [nt.open(tmp_path / "trace", attempt=number) for number in range(3)]
+    steps = [one.step.values.tolist() for one in attempts]
+    assert steps == [list(range(7)), list(range(4, 12)), list(range(8, 13))]
+    for one in attempts:  # the training is deterministic: what was superseded was right as well
+        both = data.ntk_trace.sel(step=one.step)
+        np.testing.assert_array_equal(both, one.ntk_trace)
+    assert data.ntk_distance_first.attrs["reference_step"] == 0
+
+
+def test_a_trace_is_on_the_disk_with_each_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    whole = os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(file) or whole(file))
+    training.fit(NTKTrace(every=1, to=tmp_path / "trace"), max_steps=2)
+    assert not synced
+    keep = import_module("pytorch_lightning.callbacks").ModelCheckpoint(tmp_path)
+    trace = NTKTrace(every=1, to=tmp_path / "other")
+    training.fit([trace, keep], max_steps=2, enable_checkpointing=True)
+    assert synced
+
+
+def test_a_disk_that_fails_is_said_and_the_checkpoint_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    keep = import_module("pytorch_lightning.callbacks").ModelCheckpoint(tmp_path, "end")
+    trace = NTKTrace(every=1, to=tmp_path / "trace")
+    monkeypatch.setattr("nettrace.store.writer.TraceWriter.sync", fail)
+    with pytest.warns(nt.MissingMeasureWarning, match="to the disk"):
+        training.fit([trace, keep], max_steps=2, enable_checkpointing=True)
+    assert (tmp_path / "end.ckpt").exists()
+    assert len(nt.open(tmp_path / "trace").step) == 3
