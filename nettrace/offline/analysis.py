@@ -19,6 +19,7 @@ from nettrace import checkpoints as saved
 from nettrace import locate
 from nettrace.checkpoints import Checkpoint
 from nettrace.differentiate import parse_bytes
+from nettrace.measures import resolve
 from nettrace.offline import pools
 from nettrace.offline.done import MODIFIED, SIZE, left_to_do
 from nettrace.offline.worker import Model, Outcome, Plan
@@ -119,7 +120,10 @@ def analyze(
             checkpoint, or beside that if it is called "checkpoints".
         jobs: how many processes to measure in; 1 for this one.
         executor: measures in its workers instead; it must be able to send what is given to them.
-        dask: the address of a scheduler, or a client, to measure on its cluster instead.
+        dask: the address of a scheduler, or a client, to measure on its cluster instead. The
+            nannies of Dask set MALLOC_TRIM_THRESHOLD_, with which torch returns its memory after
+            each operation and may take two or three times as long: leave that out of their
+            configuration, `distributed.nanny.pre-spawn-environ`.
         threads: how many each worker computes with. By default, the cores shared out among jobs,
             or as they are set.
         memory_budget: as in `nettrace.jacobian`, of each worker.
@@ -232,12 +236,14 @@ def _run(
     dask: str | Client | None,
 ) -> pools.Outcomes:
     shared = pools.Shared(plan)
+    asked = {name for _, names in tasks for name in names}
+    in_runs = any((m.reference or ("",))[0] == "previous" for m in resolve(asked))
     if executor is not None:
         workers = getattr(executor, "_max_workers", None) or _cores()
-        return pools.executed(shared, tasks, executor, workers)
+        return pools.executed(shared, tasks, executor, workers, in_runs)
     if dask is not None:
         need = pools.bytes_of_task(plan.memory_budget, max(c.size for c in plan.checkpoints))
-        return pools.on_dask(shared, tasks, dask, need)
+        return pools.on_dask(shared, tasks, dask, need, in_runs)
     return pools.processes(shared, tasks, jobs) if jobs > 1 else pools.here(shared, tasks)
 
 
