@@ -18,7 +18,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace import measures
-from nettrace.offline import worker
+from nettrace.offline import pools, worker
 from nettrace.store import parts
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
@@ -273,6 +273,11 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     ) as cluster:
         address = cluster.scheduler_address
         two = analyze(saved, **options, to=tmp_path / "two", dask=address)
+        assert_same(one.trace, two.trace)
+        state = torch.load(at(saved, 2))
+        state["state_dict"]["2.bias"][0] = 666  # kills workers
+        torch.save(state, at(saved, 2))
+        three = analyze(saved, **options, to=tmp_path / "three", dask=address)
         with pytest.raises(
             ValueError, match=r"a worker has 3.00 GiB: pass a smaller memory_budget"
         ):
@@ -280,6 +285,16 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert not (tmp_path / "kill").exists()
     assert (two.done, two.failed) == (one.done, {})
     assert_same(one.trace, two.trace)
+    assert three.done == (0, 1, 5, 9)
+    assert "lack of memory" in three.failed[at(saved, 2)]
+
+
+def test_tasks_are_sent_in_runs_where_neighbours_are_compared():
+    tasks = [(k, ("a",)) for k in range(70)]
+    assert [len(run) for run in pools.runs(tasks, 2, True)] == [8] * 8 + [6]
+    assert [len(run) for run in pools.runs(tasks[:9], 2, True)] == [1] * 9
+    assert {len(run) for run in pools.runs(tasks, 2, False)} == {1}
+    assert [task for run in pools.runs(tasks, 3, True) for task in run] == tasks
 
 
 def test_what_cannot_be_sent_is_said_with_a_way_out(saved):

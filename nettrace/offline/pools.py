@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -116,33 +116,61 @@ def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
         yield work(shared, *task)
 
 
-def executed(shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int) -> Outcomes:
-    """In an executor, in the order of steps, with a few tasks more than workers on their way.
+def executed(
+    shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int, in_runs: bool
+) -> Outcomes:
+    """In an executor, in the order of steps, with a task or run more than workers on its way.
+
+    Args:
+        shared: the plan.
+        tasks: what is to be done.
+        executor: where.
+        workers: how many it has.
+        in_runs: whether to send some tasks together; see `runs`.
 
     Raises:
         Exception: whatever the executor raises, as when it is broken.
     """
-    yield from _streamed(tasks, lambda task: executor.submit(work, shared, *task), workers + 1)
+    cut = runs(tasks, workers, in_runs)
+    yield from _streamed(cut, lambda run: executor.submit(_work_run, shared, run), workers + 1)
+
+
+def runs(tasks: Sequence[Task], workers: int, in_runs: bool) -> list[Sequence[Task]]:
+    """Tasks one by one, or up to 8 neighbours together, at least 4 runs for each worker.
+
+    Measures that compare with the look before are then dear only for the first of a run, whose
+    neighbour another worker may have seen.
+    """
+    length = min(8, max(1, len(tasks) // (4 * workers))) if in_runs else 1
+    return [tasks[k : k + length] for k in range(0, len(tasks), length)]
+
+
+def _work_run(shared: Shared, run: Sequence[Task]) -> list[Outcome]:
+    return [work(shared, *task) for task in run]
 
 
 def _streamed(
-    tasks: Sequence[Task],
-    submit: Callable[[Task], Future[Outcome]],
+    cut: Sequence[Sequence[Task]],
+    submit: Callable[[Sequence[Task]], Future[list[Outcome]]],
     window: int,
     lost: type[BaseException] | tuple[type[BaseException], ...] = (),
 ) -> Outcomes:
-    left = iter(tasks)
-    waiting = {submit(task): task for task in islice(left, window)}
+    left = deque(cut)
+    waiting: dict[Future[list[Outcome]], Sequence[Task]] = {}
     try:
-        while waiting:
+        while left or waiting:
+            while left and len(waiting) < window:
+                run = left.popleft()
+                waiting[submit(run)] = run
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                task = waiting.pop(future)
-                waiting.update({submit(one): one for one in islice(left, 1)})
+                run = waiting.pop(future)
                 try:
-                    outcome = future.result()
+                    yield from future.result()
                 except lost as error:
-                    outcome = _died(task, str(error))
-                yield outcome
+                    if len(run) == 1:
+                        yield _died(run[0], str(error))
+                    else:  # only one of them may be at fault
+                        left.extendleft([task] for task in reversed(run))
     finally:
         for future in waiting:
             future.cancel()
@@ -258,7 +286,9 @@ def _work(position: int, names: tuple[str, ...]) -> Outcome:
 # Dask ---------------------------------------------------------------------------------------------
 
 
-def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int) -> Outcomes:
+def on_dask(
+    shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int, in_runs: bool
+) -> Outcomes:
     """On a Dask cluster, one task at a time in each worker process.
 
     Args:
@@ -267,6 +297,7 @@ def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: 
         cluster: the scheduler's address, or a client.
         need: how many bytes a task may take. Where workers have a resource "MEMORY", in bytes, so
             much of it is asked for.
+        in_runs: whether to send some tasks together; see `runs`.
 
     Raises:
         ImportError: if Dask is not installed.
@@ -286,8 +317,8 @@ def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: 
         # Made there of bytes, so that it is made again wherever it is lost.
         plan = client.submit(_received, shared.pickled, pure=False)
         yield from _streamed(
-            tasks,
-            lambda task: executor.submit(work, plan, *task),
+            runs(tasks, len(workers), in_runs),
+            lambda run: executor.submit(_work_run, plan, run),
             len(workers) + 1,
             KilledWorker,
         )

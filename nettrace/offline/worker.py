@@ -171,20 +171,19 @@ class Worker:
     def _new(self, checkpoint: Checkpoint) -> nn.Module:
         """A network with any weights; what is random and in no checkpoint is the same each time."""
         given = self._plan.model
-        if isinstance(given, nn.Module):
-            return copy.deepcopy(given)
         with random_states(set()):
             torch.manual_seed(self._plan.seed)
             if given is None:
                 return build(checkpoint, self._plan.allow_pickle)
             if isinstance(given, str):
-                return copy.deepcopy(locate.model(given))
-            found = given()
+                found: object = locate.model(given)
+            else:
+                found = given if isinstance(given, nn.Module) else given()
         if not isinstance(found, nn.Module):
             raise TypeError(
                 f"expected model() to build a torch.nn.Module, got {type(found).__name__}"
             )
-        return found
+        return copy.deepcopy(found)  # which may be somebody's own
 
     def _records(self, model: nn.Module, contents: Contents, step: int) -> list[Record]:
         needy = [m for m in self._measures if _OF_OPTIMIZERS & {_last(need) for need in m.needs}]
