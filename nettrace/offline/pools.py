@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -37,6 +38,8 @@ _ALONE = threading.Lock()
 #: The plan that this process works at, by its digest.
 _KNOWN: dict[str, Shared] = {}
 _TAKING = threading.Lock()
+#: In a process of `processes`, where to note what checkpoint is in use.
+_at: Any = None
 
 
 class Shared:
@@ -100,14 +103,16 @@ def _received(data: bytes) -> Shared:
         return _KNOWN[digest]
 
 
-def work(shared: Shared, position: int, names: tuple[str, ...]) -> Outcome:
-    """A task.
+def work(
+    shared: Shared, position: int, names: tuple[str, ...], shunned: Iterable[int] = ()
+) -> Outcome:
+    """A task; see `Worker.measure`.
 
     Raises:
         Exception: whatever keeps this process from any task.
     """
     with _ALONE:
-        return shared.worker.measure(position, names)
+        return shared.worker.measure(position, names, shunned)
 
 
 def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
@@ -187,7 +192,8 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
     """In processes of its own; a worker that dies is replaced, and its checkpoint tried once more.
 
     Each has a run of checkpoints, since measures that compare ask for the one before; who has done
-    his own takes half of what another has left.
+    his own takes half of what another has left. A checkpoint whose weights were in use when workers
+    died is then shunned by those that compare with it.
 
     Raises:
         RuntimeError: if processes cannot be started.
@@ -197,7 +203,7 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
     queues = [deque(tasks[a:b]) for a, b in pairwise(cuts)]
     pools = [_Process(shared.pickled) for _ in queues]
     waiting: dict[Future[Outcome], int] = {}
-    deaths: dict[int, int] = {}
+    deaths = dict.fromkeys((position for position, _ in tasks), 0)
 
     def send(k: int) -> None:
         if not queues[k]:
@@ -205,7 +211,8 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
             for _ in range(len(longest) // 2):  # the first of them is being done
                 queues[k].appendleft(longest.pop())
         if queues[k]:
-            waiting[pools[k].submit(queues[k][0])] = k
+            shunned = tuple(position for position, number in deaths.items() if number >= DEATHS)
+            waiting[pools[k].submit(queues[k][0], shunned)] = k
 
     try:
         for k in range(len(pools)):
@@ -218,9 +225,10 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
                     outcome = future.result()
                 except BrokenProcessPool:
                     pools[k].check_started()
+                    fatal = pools[k].at.value
                     pools[k].kill()
                     pools[k] = _Process(shared.pickled)
-                    deaths[task[0]] = deaths.get(task[0], 0) + 1
+                    deaths[fatal if deaths.get(fatal, DEATHS) < DEATHS else task[0]] += 1
                     if deaths[task[0]] < DEATHS:
                         send(k)
                         continue
@@ -237,12 +245,15 @@ class _Process:
     """A pool of one process, so that it is known during which task it died."""
 
     def __init__(self, data: bytes) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (data,))
+        context = get_context("spawn")
+        #: The position of the checkpoint whose weights are in use; -1 for none.
+        self.at = context.RawValue("q", -1)
+        self._pool = ProcessPoolExecutor(1, context, _begin, (data, self.at))
         self._started = self._pool.submit(os.getpid)
 
-    def submit(self, task: Task) -> Future[Outcome]:
+    def submit(self, task: Task, shunned: tuple[int, ...]) -> Future[Outcome]:
         try:
-            return self._pool.submit(_work, *task)
+            return self._pool.submit(_work, *task, shunned)
         except BrokenProcessPool as error:  # between two tasks
             failed: Future[Outcome] = Future()
             failed.set_exception(error)
@@ -262,10 +273,10 @@ class _Process:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _begin(data: bytes) -> None:
+def _begin(data: bytes, at: Any) -> None:
     """Takes the plan to work at, and ends with the process that sent it."""
-    import signal
-
+    global _at
+    _at = at
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which that process obeys for all
     _received(data)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -278,9 +289,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(position: int, names: tuple[str, ...]) -> Outcome:
+def _work(position: int, names: tuple[str, ...], shunned: tuple[int, ...]) -> Outcome:
     (shared,) = _KNOWN.values()
-    return work(shared, position, names)
+    shared.worker.note = lambda place: setattr(_at, "value", place)
+    return work(shared, position, names, shunned)
 
 
 # Dask ---------------------------------------------------------------------------------------------
