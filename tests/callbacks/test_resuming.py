@@ -161,7 +161,6 @@ def test_a_run_interrupted_and_resumed_twice_reads_as_one_trace(
     assert data.step.values.tolist() == list(range(13))
     assert np.isfinite(data.ntk_trace).all()
     assert data.samples.values.tolist() == [4 * step for step in range(13)]
-    assert data.epoch.values.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert data.step[data.loss_mean.notnull()].values.tolist() == [0, 3, 12]
     attempts = [nt.open(tmp_path / "trace", attempt=number) for number in range(3)]
     steps = [one.step.values.tolist() for one in attempts]
