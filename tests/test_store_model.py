@@ -197,13 +197,13 @@ def keys(draw):
 
 
 @given(run=RUN, asked=st.lists(keys(), min_size=5, max_size=5))
-@settings(max_examples=80)
+@settings(max_examples=60)
 def test_whatever_is_written_is_read(tmp_path_factory, run, asked):
     verify(tmp_path_factory.mktemp("trace"), [run], asked)
 
 
 @given(runs=st.lists(RUN, min_size=2, max_size=3), asked=st.lists(keys(), min_size=6, max_size=6))
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_several_runs_are_read_as_they_are(tmp_path_factory, runs, asked):
     verify(tmp_path_factory.mktemp("trace"), runs, asked)
 
