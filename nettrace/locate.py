@@ -164,7 +164,7 @@ def _probe(found: Any, samples: int) -> Probe | Mapping[str, Probe]:
         return found
     if isinstance(found, (Tensor, tuple, list, Mapping)):
         return Probe.from_batch(found)
-    for one in _sources(found):
+    for one in () if isinstance(found, nn.Module) else _sources(found):
         dataset = getattr(one, "dataset", one)
         if _has_samples(dataset):
             collate = getattr(one, "collate_fn", None)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
+from nettrace.examination import examine
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
 from nettrace.measures import Measure, Value, resolve
 from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
-from nettrace.ownership import CoupledSamplesError
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
@@ -33,7 +33,6 @@ from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
 from nettrace.store.provenance import of_model
-from nettrace.tape import precision
 
 OnError = Literal["record", "raise"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
@@ -277,7 +276,7 @@ class Tracer:
 
         def look() -> Statistics:
             found = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            self._examine(model, found)
+            examine(model, self.probe, found)
             return found
 
         return self._prices.explain(model, look, self.measures)
@@ -294,7 +293,7 @@ class Tracer:
         """
         with frozen(model):
             statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            self._examine(model, statistics)
+            examine(model, self.probe, statistics)
             return certify(statistics.jacobian, seed=self._seed)
 
     def refuse(self, measures: Sequence[Measure], step: int, error: Exception) -> list[Record]:
@@ -336,7 +335,7 @@ class Tracer:
             check=check,
             loss_check=self.loss_check,
         )
-        self._examine(model, found)
+        examine(model, self.probe, found)
         return found, self._prices.refused(found, measures)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
@@ -370,57 +369,6 @@ class Tracer:
                 records[measure.name] = self._missing(measure, step, error)
         return [records[m.name] for m in measures if m.name in records]
 
-    def _examine(self, model: nn.Module, statistics: Statistics) -> None:
-        """Checks that samples are evaluated independently of each other.
-
-        Mixing upstream of the first parameter, or by values without a gradient, leaves no mark on
-        the tape. So the samples are evaluated once more in two parts and another order: outputs
-        and losses must be the same.
-        """
-        if statistics.samples < 2 or statistics.samples != len(self.probe):
-            return
-        outputs = statistics.outputs
-        with torch.no_grad():
-            noise = self.probe.look(model) - outputs  # not zero if the network draws at random
-            try:
-                losses = self.probe.per_sample_losses(outputs)
-            except Exception:  # which the measures that need losses will report
-                losses = None
-            order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
-            cut = (len(outputs) - 1) // 2 or 1
-            try:
-                again = self._evaluate(model, [order[:cut], order[cut:]], losses is not None)
-            except Exception:  # a network for batches of one size
-                again = self._evaluate(model, [order], losses is not None)
-        if again is None:
-            return  # samples cannot be told apart in the probe
-        order = order.to(outputs.device)
-        eps = precision(statistics._outputs)
-        same = _same(again[0], outputs[order], noise, eps)
-        if not same:
-            _ = statistics.routes  # raises, naming the operation, if that is on the tape
-        if not same or (losses is not None and not _same(again[1], losses[order], noise, eps)):
-            raise CoupledSamplesError(
-                f"the samples are coupled: the {'losses' if same else 'outputs'} change when the "
-                "probe is evaluated in two parts or another order. Per-sample derivatives are not "
-                "defined; take out what mixes the batch, or make each group of samples that belong "
-                "together one"
-            )
-
-    def _evaluate(
-        self, model: nn.Module, parts: Sequence[Tensor], with_losses: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Outputs and losses of the probe's samples, part by part; None if it has no parts."""
-        outputs, losses = [], []
-        for part in parts:
-            probe = self.probe.take(part)
-            if probe is None:
-                return None
-            outputs.append(probe.look(model))
-            found = probe.per_sample_losses(outputs[-1]) if with_losses else None
-            losses.append(torch.zeros(len(part)) if found is None else found)
-        return torch.cat(outputs), torch.cat(losses)
-
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
         self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
@@ -452,15 +400,6 @@ def chosen(
 def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
     """The earlier looks that measures which are not refused compare with."""
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
-
-
-def _same(found: Tensor, expected: Tensor, noise: Tensor, eps: float) -> bool:
-    """Whether values agree but for rounding, and the noise of networks that draw at random."""
-    if found.shape != expected.shape:
-        return False
-    rounding = min(1e3 * eps, 0.03)
-    bound = rounding * expected.abs().max() + 10 * noise.abs().max()
-    return bool(((found - expected).abs() <= bound).all() | ~expected.isfinite().all())
 
 
 def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -> Record:

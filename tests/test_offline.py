@@ -136,7 +136,7 @@ def test_what_is_found_is_what_a_callback_found_in_lightning(tmp_path, optimizer
     assert found.folder.resolve() == tmp_path / "analysis"
     one = nt.open(tmp_path / "live")
     assert "ntk_preconditioned_trace" in one
-    assert_same(one.drop_vars(["epoch", "batches"]), found.trace.drop_vars("epoch"))
+    assert_same(one.drop_vars(["epoch", "batches", "samples"]), found.trace.drop_vars("epoch"))
 
 
 def test_without_its_states_what_needs_an_optimizer_is_missing_with_the_reason(saved):
