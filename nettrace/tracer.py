@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
-from nettrace.examination import examine
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
+from nettrace.independence import check_independence
 from nettrace.measures import Measure, Value, resolve
 from nettrace.measures.registry import Numbers
 from nettrace.operator import Jacobian
@@ -276,7 +276,7 @@ class Tracer:
 
         def look() -> Statistics:
             found = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            examine(model, self.probe, found)
+            check_independence(found)
             return found
 
         return self._prices.explain(model, look, self.measures)
@@ -293,7 +293,7 @@ class Tracer:
         """
         with frozen(model):
             statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            examine(model, self.probe, statistics)
+            check_independence(statistics)
             return certify(statistics.jacobian, seed=self._seed)
 
     def refuse(self, measures: Sequence[Measure], step: int, error: Exception) -> list[Record]:
@@ -335,7 +335,7 @@ class Tracer:
             check=check,
             loss_check=self.loss_check,
         )
-        examine(model, self.probe, found)
+        check_independence(found)
         return found, self._prices.refused(found, measures)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:

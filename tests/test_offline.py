@@ -18,7 +18,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace import measures
-from nettrace.offline import worker
+from nettrace.offline import pools, worker
 from nettrace.store import parts
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
@@ -136,7 +136,8 @@ def test_what_is_found_is_what_a_callback_found_in_lightning(tmp_path, optimizer
     assert found.folder.resolve() == tmp_path / "analysis"
     one = nt.open(tmp_path / "live")
     assert "ntk_preconditioned_trace" in one
-    assert_same(one.drop_vars(["epoch", "batches", "samples"]), found.trace.drop_vars("epoch"))
+    of_trainer = ["epoch", "batches", "samples"]
+    assert_same(one.drop_vars(of_trainer), found.trace.drop_vars("epoch"))
 
 
 def test_without_its_states_what_needs_an_optimizer_is_missing_with_the_reason(saved):
@@ -227,14 +228,27 @@ def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
     assert one.trace.own_norm.notnull().sum() == 4
 
 
-def test_a_checkpoint_that_kills_workers_is_reported_and_the_others_go_on(module, saved):
-    state = torch.load(at(saved, 2))
+@pytest.mark.parametrize("deadly", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_checkpoint_that_kills_workers_is_reported_and_the_others_go_on(
+    tmp_path, module, saved, deadly
+):
+    kill_at(saved, deadly)
+    options = {"model": f"{module}:build", "threads": 1}
+    found = analyze(saved, **options, jobs=2)
+    assert found.done == tuple(step for step in (0, 1, 2, 5, 9) if step != deadly)
+    assert set(found.failed) == {at(saved, deadly)}
+    assert "2 workers died during this checkpoint" in found.failed[at(saved, deadly)]
+    assert "jobs=1" in found.failed[at(saved, deadly)]
+    at(saved, deadly).write_bytes(b"")  # the others find what they do where it is broken
+    other = analyze(saved, **options, to=tmp_path / "other")
+    assert_same(other.trace, found.trace, without={"nettrace/spot_check"})
+
+
+def kill_at(folder, step):
+    """Lets workers die that see a checkpoint."""
+    state = torch.load(at(folder, step))
     state["state_dict"]["2.bias"][0] = 666
-    torch.save(state, at(saved, 2))
-    found = analyze(saved, ["loss"], model=f"{module}:build", jobs=2)
-    assert found.done == (0, 1, 5, 9)
-    assert "2 workers died during this checkpoint" in found.failed[at(saved, 2)]
-    assert "jobs=1" in found.failed[at(saved, 2)]
+    torch.save(state, at(folder, step))
 
 
 @pytest.mark.parametrize("threads", [True, False], ids=["threads", "processes"])
@@ -273,6 +287,8 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     ) as cluster:
         address = cluster.scheduler_address
         two = analyze(saved, **options, to=tmp_path / "two", dask=address)
+        kill_at(saved, 2)
+        three = analyze(saved, **options, to=tmp_path / "three", dask=address)
         with pytest.raises(
             ValueError, match=r"a worker has 3.00 GiB: pass a smaller memory_budget"
         ):
@@ -280,6 +296,16 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert not (tmp_path / "kill").exists()
     assert (two.done, two.failed) == (one.done, {})
     assert_same(one.trace, two.trace)
+    assert three.done == (0, 1, 9)  # the one after it compares with it
+    assert "lack of memory" in three.failed[at(saved, 2)]
+
+
+def test_tasks_are_sent_in_runs_where_neighbours_are_compared():
+    tasks = [(k, ("a",)) for k in range(70)]
+    assert [len(run) for run in pools.runs(tasks, 2, True)] == [8] * 8 + [6]
+    assert [len(run) for run in pools.runs(tasks[:9], 2, True)] == [1] * 9
+    assert {len(run) for run in pools.runs(tasks, 2, False)} == {1}
+    assert [task for run in pools.runs(tasks, 3, True) for task in run] == tasks
 
 
 def test_what_cannot_be_sent_is_said_with_a_way_out(saved):

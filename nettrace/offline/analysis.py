@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import os
@@ -20,6 +19,7 @@ from nettrace import checkpoints as saved
 from nettrace import locate
 from nettrace.checkpoints import Checkpoint
 from nettrace.differentiate import parse_bytes
+from nettrace.measures import resolve
 from nettrace.offline import pools
 from nettrace.offline.done import MODIFIED, SIZE, left_to_do
 from nettrace.offline.worker import Model, Outcome, Plan
@@ -120,7 +120,10 @@ def analyze(
             checkpoint, or beside that if it is called "checkpoints".
         jobs: how many processes to measure in; 1 for this one.
         executor: measures in its workers instead; it must be able to send what is given to them.
-        dask: the address of a scheduler, or a client, to measure on its cluster instead.
+        dask: the address of a scheduler, or a client, to measure on its cluster instead. The
+            nannies of Dask set MALLOC_TRIM_THRESHOLD_, with which torch returns its memory after
+            each operation and may take two or three times as long: leave that out of their
+            configuration, `distributed.nanny.pre-spawn-environ`.
         threads: how many each worker computes with. By default, the cores shared out among jobs,
             or as they are set.
         memory_budget: as in `nettrace.jacobian`, of each worker.
@@ -179,7 +182,7 @@ def analyze(
         threads = max(1, _cores() // jobs)
     plan = Plan(
         tuple(found),
-        _without_trainer(model) if isinstance(model, nn.Module) else model,
+        model,
         probe,
         digest,
         seed,
@@ -233,12 +236,14 @@ def _run(
     dask: str | Client | None,
 ) -> pools.Outcomes:
     shared = pools.Shared(plan)
+    asked = {name for _, names in tasks for name in names}
+    in_runs = any((m.reference or ("",))[0] == "previous" for m in resolve(asked))
     if executor is not None:
         workers = getattr(executor, "_max_workers", None) or _cores()
-        return pools.executed(shared, tasks, executor, workers)
+        return pools.executed(shared, tasks, executor, workers, in_runs)
     if dask is not None:
         need = pools.bytes_of_task(plan.memory_budget, max(c.size for c in plan.checkpoints))
-        return pools.on_dask(shared, tasks, dask, need)
+        return pools.on_dask(shared, tasks, dask, need, in_runs)
     return pools.processes(shared, tasks, jobs) if jobs > 1 else pools.here(shared, tasks)
 
 
@@ -248,9 +253,7 @@ def _shown(
     """The same, with a bar."""
     from tqdm import tqdm
 
-    disable = {True: None, False: True, "always": False}[
-        progress
-    ]  # None where there is no terminal
+    disable = None if progress is True else not progress  # None where there is no terminal
     with tqdm(total=total, unit=" checkpoints", disable=disable, smoothing=0.1) as bar:
         for outcome in outcomes:
             yield outcome
@@ -308,15 +311,6 @@ def _named(value: Any) -> str:
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}:{value.__qualname__}"
     return f"{_named(type(value))} {getattr(value, '__dict__', '')}"
-
-
-def _without_trainer(model: nn.Module) -> nn.Module:
-    """The network itself, but for the trainer that a Lightning module refers to."""
-    if vars(model).get("_trainer") is None:
-        return model
-    twin = copy.copy(model)
-    vars(twin)["_trainer"] = None
-    return twin
 
 
 def _cores() -> int:

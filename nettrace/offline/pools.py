@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,6 +38,8 @@ _ALONE = threading.Lock()
 #: The plan that this process works at, by its digest.
 _KNOWN: dict[str, Shared] = {}
 _TAKING = threading.Lock()
+#: In a process of `processes`, where to note what checkpoint is in use.
+_at: Any = None
 
 
 class Shared:
@@ -100,14 +103,16 @@ def _received(data: bytes) -> Shared:
         return _KNOWN[digest]
 
 
-def work(shared: Shared, position: int, names: tuple[str, ...]) -> Outcome:
-    """A task.
+def work(
+    shared: Shared, position: int, names: tuple[str, ...], shunned: Iterable[int] = ()
+) -> Outcome:
+    """A task; see `Worker.measure`.
 
     Raises:
         Exception: whatever keeps this process from any task.
     """
     with _ALONE:
-        return shared.worker.measure(position, names)
+        return shared.worker.measure(position, names, shunned)
 
 
 def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
@@ -116,33 +121,61 @@ def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
         yield work(shared, *task)
 
 
-def executed(shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int) -> Outcomes:
-    """In an executor, in the order of steps, with a few tasks more than workers on their way.
+def executed(
+    shared: Shared, tasks: Sequence[Task], executor: Executor, workers: int, in_runs: bool
+) -> Outcomes:
+    """In an executor, in the order of steps, with a task or run more than workers on its way.
+
+    Args:
+        shared: the plan.
+        tasks: what is to be done.
+        executor: where.
+        workers: how many it has.
+        in_runs: whether to send some tasks together; see `runs`.
 
     Raises:
         Exception: whatever the executor raises, as when it is broken.
     """
-    yield from _streamed(tasks, lambda task: executor.submit(work, shared, *task), workers + 1)
+    cut = runs(tasks, workers, in_runs)
+    yield from _streamed(cut, lambda run: executor.submit(_work_run, shared, run), workers + 1)
+
+
+def runs(tasks: Sequence[Task], workers: int, in_runs: bool) -> list[Sequence[Task]]:
+    """Tasks one by one, or up to 8 neighbours together, at least 4 runs for each worker.
+
+    Measures that compare with the look before are then dear only for the first of a run, whose
+    neighbour another worker may have seen.
+    """
+    length = min(8, max(1, len(tasks) // (4 * workers))) if in_runs else 1
+    return [tasks[k : k + length] for k in range(0, len(tasks), length)]
+
+
+def _work_run(shared: Shared, run: Sequence[Task]) -> list[Outcome]:
+    return [work(shared, *task) for task in run]
 
 
 def _streamed(
-    tasks: Sequence[Task],
-    submit: Callable[[Task], Future[Outcome]],
+    cut: Sequence[Sequence[Task]],
+    submit: Callable[[Sequence[Task]], Future[list[Outcome]]],
     window: int,
     lost: type[BaseException] | tuple[type[BaseException], ...] = (),
 ) -> Outcomes:
-    left = iter(tasks)
-    waiting = {submit(task): task for task in islice(left, window)}
+    left = deque(cut)
+    waiting: dict[Future[list[Outcome]], Sequence[Task]] = {}
     try:
-        while waiting:
+        while left or waiting:
+            while left and len(waiting) < window:
+                run = left.popleft()
+                waiting[submit(run)] = run
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                task = waiting.pop(future)
-                waiting.update({submit(one): one for one in islice(left, 1)})
+                run = waiting.pop(future)
                 try:
-                    outcome = future.result()
+                    yield from future.result()
                 except lost as error:
-                    outcome = _died(task, str(error))
-                yield outcome
+                    if len(run) == 1:
+                        yield _died(run[0], str(error))
+                    else:  # only one of them may be at fault
+                        left.extendleft([task] for task in reversed(run))
     finally:
         for future in waiting:
             future.cancel()
@@ -159,7 +192,8 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
     """In processes of its own; a worker that dies is replaced, and its checkpoint tried once more.
 
     Each has a run of checkpoints, since measures that compare ask for the one before; who has done
-    his own takes half of what another has left.
+    his own takes half of what another has left. A checkpoint whose weights were in use when workers
+    died is then shunned by those that compare with it.
 
     Raises:
         RuntimeError: if processes cannot be started.
@@ -169,7 +203,7 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
     queues = [deque(tasks[a:b]) for a, b in pairwise(cuts)]
     pools = [_Process(shared.pickled) for _ in queues]
     waiting: dict[Future[Outcome], int] = {}
-    deaths: dict[int, int] = {}
+    deaths = dict.fromkeys((position for position, _ in tasks), 0)
 
     def send(k: int) -> None:
         if not queues[k]:
@@ -177,7 +211,8 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
             for _ in range(len(longest) // 2):  # the first of them is being done
                 queues[k].appendleft(longest.pop())
         if queues[k]:
-            waiting[pools[k].submit(queues[k][0])] = k
+            shunned = tuple(position for position, number in deaths.items() if number >= DEATHS)
+            waiting[pools[k].submit(queues[k][0], shunned)] = k
 
     try:
         for k in range(len(pools)):
@@ -190,9 +225,10 @@ def processes(shared: Shared, tasks: Sequence[Task], jobs: int) -> Outcomes:
                     outcome = future.result()
                 except BrokenProcessPool:
                     pools[k].check_started()
+                    fatal = pools[k].at.value
                     pools[k].kill()
                     pools[k] = _Process(shared.pickled)
-                    deaths[task[0]] = deaths.get(task[0], 0) + 1
+                    deaths[fatal if deaths.get(fatal, DEATHS) < DEATHS else task[0]] += 1
                     if deaths[task[0]] < DEATHS:
                         send(k)
                         continue
@@ -209,12 +245,15 @@ class _Process:
     """A pool of one process, so that it is known during which task it died."""
 
     def __init__(self, data: bytes) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (data,))
+        context = get_context("spawn")
+        #: The position of the checkpoint whose weights are in use; -1 for none.
+        self.at = context.RawValue("q", -1)
+        self._pool = ProcessPoolExecutor(1, context, _begin, (data, self.at))
         self._started = self._pool.submit(os.getpid)
 
-    def submit(self, task: Task) -> Future[Outcome]:
+    def submit(self, task: Task, shunned: tuple[int, ...]) -> Future[Outcome]:
         try:
-            return self._pool.submit(_work, *task)
+            return self._pool.submit(_work, *task, shunned)
         except BrokenProcessPool as error:  # between two tasks
             failed: Future[Outcome] = Future()
             failed.set_exception(error)
@@ -234,10 +273,10 @@ class _Process:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _begin(data: bytes) -> None:
+def _begin(data: bytes, at: Any) -> None:
     """Takes the plan to work at, and ends with the process that sent it."""
-    import signal
-
+    global _at
+    _at = at
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which that process obeys for all
     _received(data)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -250,15 +289,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(position: int, names: tuple[str, ...]) -> Outcome:
+def _work(position: int, names: tuple[str, ...], shunned: tuple[int, ...]) -> Outcome:
     (shared,) = _KNOWN.values()
-    return work(shared, position, names)
+    shared.worker.note = lambda place: setattr(_at, "value", place)
+    return work(shared, position, names, shunned)
 
 
 # Dask ---------------------------------------------------------------------------------------------
 
 
-def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int) -> Outcomes:
+def on_dask(
+    shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: int, in_runs: bool
+) -> Outcomes:
     """On a Dask cluster, one task at a time in each worker process.
 
     Args:
@@ -267,6 +309,7 @@ def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: 
         cluster: the scheduler's address, or a client.
         need: how many bytes a task may take. Where workers have a resource "MEMORY", in bytes, so
             much of it is asked for.
+        in_runs: whether to send some tasks together; see `runs`.
 
     Raises:
         ImportError: if Dask is not installed.
@@ -286,8 +329,8 @@ def on_dask(shared: Shared, tasks: Sequence[Task], cluster: str | Client, need: 
         # Made there of bytes, so that it is made again wherever it is lost.
         plan = client.submit(_received, shared.pickled, pure=False)
         yield from _streamed(
-            tasks,
-            lambda task: executor.submit(work, plan, *task),
+            runs(tasks, len(workers), in_runs),
+            lambda run: executor.submit(_work_run, plan, run),
             len(workers) + 1,
             KilledWorker,
         )

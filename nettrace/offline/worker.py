@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -91,6 +91,10 @@ class Worker:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        #: Is told which checkpoint's weights are in use; -1 for none.
+        self.note: Callable[[int], object] = lambda position: None
+        self._at = -1
+        self._shunned: frozenset[int] = frozenset()
         for module in plan.modules:
             locate.import_module(module)
         probe = plan.probe
@@ -109,12 +113,15 @@ class Worker:
         #: What looks left that were taken here, by position.
         self._left: dict[int, Left] = {}
 
-    def measure(self, position: int, names: tuple[str, ...]) -> Outcome:
+    def measure(
+        self, position: int, names: tuple[str, ...], shunned: Iterable[int] = ()
+    ) -> Outcome:
         """Takes measures of a checkpoint.
 
         Args:
             position: of the checkpoint in the plan.
             names: of the measures.
+            shunned: positions of checkpoints that count as broken.
 
         Raises:
             ValueError: if a measure is not known here.
@@ -130,7 +137,8 @@ class Worker:
             self._tracer = _NumberedTracer(self, names)
             self._probes = [one.probe.fingerprint() for one in self._tracer.each()]
         checkpoint = self._plan.checkpoints[position]
-        with _threads(self._plan.threads):
+        self._shunned = frozenset(shunned)
+        with _threads(self._plan.threads), self.at(position):
             try:
                 self._recall(position, first_only=False)
                 model, contents = self._load(position)
@@ -145,6 +153,17 @@ class Worker:
             self._left[position] = self._left_by(checkpoint.step)
         return Outcome(position, tuple(records))
 
+    @contextmanager
+    def at(self, position: int) -> Iterator[None]:
+        """Notes that the weights of a checkpoint are in use, in case that this process dies."""
+        before, self._at = self._at, position
+        self.note(position)
+        try:
+            yield
+        finally:
+            self._at = before
+            self.note(before)
+
     def position(self, step: int) -> int:
         """That of the checkpoint of a step."""
         return self._positions[step]
@@ -155,10 +174,15 @@ class Worker:
         Raises:
             Exception: if that cannot be had.
         """
+        self._check_shunned(position)
         checkpoint = self._plan.checkpoints[position]
         model = self._new(checkpoint)
         restore(model, load(checkpoint, self._plan.allow_pickle).state)
         return model, checkpoint.step
+
+    def _check_shunned(self, position: int) -> None:
+        if position in self._shunned:
+            raise CheckpointError(f"{self._plan.checkpoints[position].path} kills workers")
 
     def _load(self, position: int) -> tuple[nn.Module, Contents]:
         """The network with the weights of a checkpoint, and what else is in that."""
@@ -171,20 +195,19 @@ class Worker:
     def _new(self, checkpoint: Checkpoint) -> nn.Module:
         """A network with any weights; what is random and in no checkpoint is the same each time."""
         given = self._plan.model
-        if isinstance(given, nn.Module):
-            return copy.deepcopy(given)
         with random_states(set()):
             torch.manual_seed(self._plan.seed)
             if given is None:
                 return build(checkpoint, self._plan.allow_pickle)
             if isinstance(given, str):
-                return copy.deepcopy(locate.model(given))
-            found = given()
+                found: object = locate.model(given)
+            else:
+                found = given if isinstance(given, nn.Module) else given()
         if not isinstance(found, nn.Module):
             raise TypeError(
                 f"expected model() to build a torch.nn.Module, got {type(found).__name__}"
             )
-        return found
+        return copy.deepcopy(found)  # which may be somebody's own
 
     def _records(self, model: nn.Module, contents: Contents, step: int) -> list[Record]:
         needy = [m for m in self._measures if _OF_OPTIMIZERS & {_last(need) for need in m.needs}]
@@ -229,7 +252,9 @@ class Worker:
         """What a look at a checkpoint leaves; nothing if it fails."""
         if position not in self._left:
             self._left[position] = {}
-            with suppress(Exception):  # which is reported where that checkpoint is measured
+            # What goes wrong is reported where that checkpoint is measured.
+            with suppress(Exception), self.at(position):
+                self._check_shunned(position)
                 self._recall(position, first_only=True)
                 step = self._plan.checkpoints[position].step
                 self._tracer.remember(self._load(position)[0], step, self._measures)
@@ -291,7 +316,8 @@ class _NumberedTracer(Tracer):
     def _signature_passed(self, position: int) -> str | None:
         if position not in self._passed:
             self._passed[position] = None
-            with suppress(Exception):  # which is reported where that checkpoint is measured
+            # What goes wrong is reported where that checkpoint is measured.
+            with suppress(Exception), self._worker.at(position):
                 model, step = self._worker.apart(position)
                 with frozen(model):
                     found = Statistics(model, self.probe, memory_budget=self._memory_budget)

@@ -1,30 +1,36 @@
-"""Whether samples are evaluated independently of each other, where the tape does not show it."""
+"""Whether samples are evaluated independently of each other, seen by evaluating them again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nettrace.ownership import CoupledSamplesError
-from nettrace.probe import Probe
 from nettrace.statistics import Statistics
 from nettrace.tape import precision
 
 
-def examine(model: nn.Module, probe: Probe, statistics: Statistics) -> None:
+def check_independence(statistics: Statistics) -> None:
     """Checks that samples are evaluated independently of each other.
 
-    Mixing upstream of the first parameter, or by values without a gradient, leaves no mark on
-    the tape. So the samples are evaluated once more in two parts and another order: outputs
-    and losses must be the same.
+    Mixing upstream of the first parameter, or by values without a gradient, leaves no mark on the
+    tape. So the samples are evaluated once more in two parts and another order: outputs and losses
+    must be the same.
+
+    Args:
+        statistics: of a network that is frozen.
+
+    Raises:
+        CoupledSamplesError: if they are not.
     """
+    probe = statistics._probe
     if statistics.samples < 2 or statistics.samples != len(probe):
         return
     outputs = statistics.outputs
     with torch.no_grad():
-        noise = probe.look(model) - outputs  # not zero if the network draws at random
+        noise = probe.look(statistics.model) - outputs  # not zero if the network draws at random
         try:
             losses = probe.per_sample_losses(outputs)
         except Exception:  # which the measures that need losses will report
@@ -32,9 +38,9 @@ def examine(model: nn.Module, probe: Probe, statistics: Statistics) -> None:
         order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(0))
         cut = (len(outputs) - 1) // 2 or 1
         try:
-            again = _evaluate(model, probe, [order[:cut], order[cut:]], losses is not None)
+            again = _evaluated(statistics, [order[:cut], order[cut:]], losses is not None)
         except Exception:  # a network for batches of one size
-            again = _evaluate(model, probe, [order], losses is not None)
+            again = _evaluated(statistics, [order], losses is not None)
     if again is None:
         return  # samples cannot be told apart in the probe
     order = order.to(outputs.device)
@@ -51,17 +57,17 @@ def examine(model: nn.Module, probe: Probe, statistics: Statistics) -> None:
         )
 
 
-def _evaluate(
-    model: nn.Module, probe: Probe, parts: Sequence[Tensor], with_losses: bool
+def _evaluated(
+    statistics: Statistics, parts: Sequence[Tensor], with_losses: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Outputs and losses of the probe's samples, part by part; None if it has no parts."""
     outputs, losses = [], []
     for part in parts:
-        some = probe.take(part)
-        if some is None:
+        probe = statistics._probe.take(part)
+        if probe is None:
             return None
-        outputs.append(some.look(model))
-        found = some.per_sample_losses(outputs[-1]) if with_losses else None
+        outputs.append(probe.look(statistics.model))
+        found = probe.per_sample_losses(outputs[-1]) if with_losses else None
         losses.append(torch.zeros(len(part)) if found is None else found)
     return torch.cat(outputs), torch.cat(losses)
 
