@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -280,6 +281,27 @@ def trace(tmp_path):
         numbers += [nt.Record("a/never", step, np.asarray(np.nan), missing="no")]
         writer.write(numbers, {"epoch": step // 2})
     return tmp_path / "trace"
+
+
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_trace_comes_back_as_it_is_opened(tmp_path, suffix, runs):
+    torch.manual_seed(0)
+    folders = [tmp_path / f"seed {i}" for i in range(runs)]
+    for folder in folders:
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        probes = {"train": torch.randn(5, 3), "validation": torch.randn(4, 3)}
+        probe = {name: nt.Probe(x, torch.arange(len(x)) % 2) for name, x in probes.items()}
+        tracer = nt.Tracer(probe, ["ntk", "fisher", "loss"], to=folder)
+        for step in range(3):
+            tracer(model, step, epoch=step / 2)
+    data = nt.open(folders if runs > 1 else folders[0])
+    file = nt.export(folders if runs > 1 else folders[0], tmp_path / f"x{suffix}")
+    same(nt.open(file), data)
+    some = nt.open(file, names=["ntk/gram", "loss"])
+    assert set(some) == {n for n in data if n.startswith(("ntk_gram", "loss_"))}
+    with pytest.raises(KeyError, match="there is no 'ntk/grm'"):
+        nt.open(file, names="ntk/grm")
 
 
 @pytest.mark.parametrize("name", ["x.nc", "x.zarr", "x.parquet", "folder"])

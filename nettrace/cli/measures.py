@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nettrace.cli.texts import add_shared, new_parser, print_json, wrapped
+from nettrace.cli.texts import add_import, add_shared, new_parser, print_json, wrapped
 from nettrace.measures import available, statistics
 
 _EXAMPLES = """
@@ -25,14 +25,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--statistics", action="store_true", help="list what measures can be made of instead"
     )
-    parser.add_argument(
-        "--import",
-        action="append",
-        default=[],
-        dest="modules",
-        metavar="MODULE",
-        help="a module or file that defines measures; may be given again",
-    )
+    add_import(parser)
     add_shared(parser)
 
 

@@ -64,6 +64,11 @@ def new_parser(
 def add_measures(parser: argparse.ArgumentParser, about: str) -> None:
     """Adds `--measures`, which takes names by commas and spaces, and `--import`."""
     parser.add_argument("--measures", nargs="+", metavar="NAME", help=about)
+    add_import(parser)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import`."""
     parser.add_argument(
         "--import",
         action="append",
