@@ -25,6 +25,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/run.py $(ARGS)
 	.venv/peers/bin/python benchmarks/accuracy.py
 	.venv/peers/bin/python benchmarks/schools.py
+	.venv/peers/bin/python benchmarks/store.py
 
 clean:
 	rm -rf .venv build *.egg-info

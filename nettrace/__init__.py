@@ -3,6 +3,7 @@
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
+from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
 from nettrace.offline import Analysis, analyze
@@ -40,6 +41,7 @@ __all__ = [
     "certify",
     "epochs",
     "every",
+    "export",
     "jacobian",
     "log_spaced",
     "log_windows",

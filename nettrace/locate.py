@@ -64,7 +64,7 @@ def probe(where: str, samples: int = 64) -> Probe | Mapping[str, Probe]:
         except LocateError as error:
             raise LocateError(f"expected {where} to be {error}") from error
         except Exception as error:
-            raise LocateError(f"{where} makes no probe: {_told(error)}") from error
+            raise LocateError(f"{where} makes no probe: {told(error)}") from error
 
 
 def load(where: str) -> Any:
@@ -79,7 +79,7 @@ def load(where: str) -> Any:
     try:
         return found()
     except Exception as error:
-        raise LocateError(f"{where}() failed: {_told(error)}") from error
+        raise LocateError(f"{where}() failed: {told(error)}") from error
 
 
 def find(where: str) -> Any:
@@ -127,7 +127,7 @@ def import_module(name: str) -> ModuleType:
             "installed module"
         ) from error
     except Exception as error:
-        raise LocateError(f"{name} cannot be imported: {_told(error)}") from error
+        raise LocateError(f"{name} cannot be imported: {told(error)}") from error
 
 
 def _executed(file: Path) -> ModuleType:
@@ -164,7 +164,7 @@ def _probe(found: Any, samples: int) -> Probe | Mapping[str, Probe]:
         return found
     if isinstance(found, (Tensor, tuple, list, Mapping)):
         return Probe.from_batch(found)
-    for one in _sources(found):
+    for one in () if isinstance(found, nn.Module) else _sources(found):
         dataset = getattr(one, "dataset", one)
         if _has_samples(dataset):
             collate = getattr(one, "collate_fn", None)
@@ -208,7 +208,7 @@ def _flat(loaders: Any) -> Iterator[Any]:
 
 
 def _has_samples(dataset: Any) -> bool:
-    if isinstance(dataset, (IterableDataset, str, bytes)):
+    if isinstance(dataset, (IterableDataset, nn.Module, str, bytes)):
         return False
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
 
@@ -222,7 +222,7 @@ def _same_draws() -> Iterator[None]:
         yield
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """An error of somebody else's code, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

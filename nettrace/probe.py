@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from nettrace.batch import Select, joined, mapped, named, selected, split, tensors
 from nettrace.inference import LikelihoodName, check_likelihood, infer
@@ -117,11 +117,15 @@ class Probe:
     @classmethod
     def from_dataset(
         cls,
-        dataset: Any,
+        dataset: Dataset,  # type: ignore[type-arg]  # which jsonargparse would take literally
         samples: int = 64,
         *,
         collate: Callable[[list[Any]], Any] | None = None,
-        **options: Any,
+        forward: Forward | None = None,
+        losses: Losses | None = None,
+        likelihood: LikelihoodName | Likelihood | None = None,
+        class_axis: int | None = None,
+        select: Select | None = None,
     ) -> Probe:
         """A probe of evenly spaced samples of a map-style data set.
 
@@ -130,13 +134,24 @@ class Probe:
                 or an input alone.
             samples: how many to take, at most; all if there are fewer.
             collate: joins samples to a batch; by default as `torch.utils.data.DataLoader` does.
-            options: further arguments of `Probe`.
+            forward: this and what follows as in `Probe`.
+            losses: likewise.
+            likelihood: likewise.
+            class_axis: likewise.
+            select: likewise.
 
         Raises:
             TypeError: if the data set has no length.
             ValueError: if it is empty.
         """
-        return cls.from_batch(evenly_spaced(dataset, samples, collate), **options)
+        return cls.from_batch(
+            evenly_spaced(dataset, samples, collate),
+            forward=forward,
+            losses=losses,
+            likelihood=likelihood,
+            class_axis=class_axis,
+            select=select,
+        )
 
     @classmethod
     def from_batch(cls, batch: Any, **options: Any) -> Probe:

@@ -1,15 +1,20 @@
 """The command line, on modules as a user would write them."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
+import nettrace as nt
 from nettrace import cli
 from nettrace.measures import available
 
@@ -32,6 +37,10 @@ def pair():
 
 def broken():
     raise KeyError("depth")
+
+class Plain(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
 
 class Centred(nn.Module):
     def __init__(self):
@@ -97,8 +106,8 @@ def test_a_checkpoint_is_what_is_explained(run, tmp_path):
     torch.save(model.state_dict(), "small.pt")
     Path("code.pt").write_text("not weights")
     for file, says in [
-        ("small.pt", "does not fit the model"),
-        ("code.pt", "cannot be read as weights alone"),
+        ("small.pt", "does not fit Sequential"),
+        ("code.pt", "cannot be read"),
         ("none.pt", "there is no checkpoint"),
     ]:
         status, _, err = run(f"explain my_module:build --data my_module:data --checkpoint {file}")
@@ -153,3 +162,263 @@ def test_it_is_installed_as_a_command_and_runs_by_itself():
     assert "ntk/trace" in listed.stdout
     wrong = subprocess.run([*command, "explain"], capture_output=True, text=True, env=environment)
     assert wrong.returncode == 2
+
+
+@pytest.fixture
+def checkpoints(run, tmp_path):
+    """Three checkpoints of `my_module:build`, at steps 0, 10 and 20."""
+    sys.path.insert(0, str(tmp_path))
+    model = __import__("my_module").build()
+    (tmp_path / "checkpoints").mkdir()
+    for step in (0, 10, 20):
+        torch.save(model.state_dict(), tmp_path / "checkpoints" / f"step={step}.pt")
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+    return tmp_path / "checkpoints"
+
+
+ANALYZE = "analyze checkpoints --model my_module:build --data my_module:probe --to runs/x"
+
+
+def test_analyze_says_what_it_did_and_how_to_repeat_it(run, checkpoints):
+    status, out, err = run(ANALYZE + " --measures ntk/trace,loss/mean ntk/entropy --threads 1")
+    assert (status, err) == (0, "")
+    assert "3 checkpoints: 3 measured" in out
+    assert "nettrace.open('runs/x')" in out
+    data = nt.open("runs/x")
+    assert data.step.values.tolist() == [0, 10, 20]
+    assert {"ntk_trace", "loss_mean", "ntk_entropy"} <= set(data)
+    (command,) = re.findall("repeat this by nettrace (.*)", out)
+    status, out, _ = run(command)
+    assert status == 0
+    assert "3 done before" in out
+    Path("runs/x/analyze.yaml").rename("again.yaml")
+    shutil.rmtree("runs/x")
+    assert run("analyze --config again.yaml")[0] == 0
+    again = nt.open("runs/x")
+    np.testing.assert_array_equal(again.ntk_trace, data.ntk_trace)
+    assert set(again) == set(data)
+    settings = yaml.safe_load(Path("again.yaml").read_text())
+    assert settings == yaml.safe_load(Path("runs/x/analyze.yaml").read_text())
+    assert settings["measures"] == ["ntk/trace", "loss/mean", "ntk/entropy"]
+
+
+def test_analyze_in_part_and_not_at_all(run, checkpoints):
+    (checkpoints / "step=15.pt").write_bytes(b"broken")
+    status, out, err = run(ANALYZE + " --measures ntk/trace")
+    assert status == 3
+    assert re.search(r"4 checkpoints: 3 measured.*1 failed", out)
+    assert re.search(r"failed: checkpoints/step=15.pt: .* cannot be read", " ".join(out.split()))
+    status, out, err = run(ANALYZE + " --measures ntk/trace --json")
+    assert status == 3
+    assert json.loads(out)["skipped"] == [0, 10, 20]
+    assert list(json.loads(out)["failed"]) == ["checkpoints/step=15.pt"]
+    assert "failed: checkpoints/step=15.pt" in err
+    for step in (0, 10, 20):
+        (checkpoints / f"step={step}.pt").unlink()
+    status, _, err = run(ANALYZE + " --quiet")
+    assert status == 1
+    assert "none of the checkpoints could be measured" in err
+
+
+def test_json_is_one_document(run, checkpoints):
+    status, out, err = run(ANALYZE + " --measures ntk/trace loss --json")
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert (found["done"], found["failed"], found["missing"]) == ([0, 10, 20], {}, {})
+    status, out, err = run("measures --json")
+    assert (status, err) == (0, "")
+    assert [one["name"] for one in json.loads(out)] == [measure.name for measure in available()]
+    command = "explain my_module:build --data my_module:probe --measures ntk/trace,hessian --json"
+    status, out, err = run(command + " --max-seconds 1e-9")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    certificate = nt.Certificate.from_json(json.dumps(found["certificate"]))
+    assert [row.name for row in certificate.rows] == list(found["parameters"])
+    assert set(found["prices"]["measures"]) >= {"ntk/trace", "hessian/trace"}
+    assert found["prices"]["measures"]["ntk/trace"]["backward_passes"] == 3
+    assert "above max_seconds=1e-09" in found["prices"]["measures"]["ntk/trace"]["refused"]
+
+
+@pytest.mark.parametrize("names", ["ntk/trace,loss/mean", "ntk/trace loss/mean"])
+def test_names_are_told_apart_by_commas_and_spaces(run, names):
+    _, out, _ = run(f"explain my_module:build --data my_module:probe --json --measures {names}")
+    assert list(json.loads(out)["prices"]["measures"]) == ["ntk/trace", "loss/mean"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("mesures: [ntk]", "'mesures', which is no option .*did you mean 'measures'"),
+        ("quux: 1", "'quux', .*there are checkpoints, model"),
+        ("retry: 3", "retry to be true or false, got 3"),
+        ("model: [a, b]", "expected one model"),
+        ("model: {a: 1}", "expected model to be text"),
+        ("- model", "expected file.yaml to hold options"),
+        ("model: [", "cannot be read"),
+        ("!!python/object/apply:os.getcwd []", "cannot be read"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_refused(run, checkpoints, text, says):
+    Path("file.yaml").write_text(text)
+    status, _, err = run(ANALYZE + " --config file.yaml")
+    assert status == 1
+    assert re.search(says, err), err
+    assert not Path("runs").exists()
+
+
+def test_the_command_line_overrides_the_configuration(run, checkpoints):
+    settings = {
+        "checkpoints": ["nowhere", "elsewhere"],
+        "model": "my_module:broken",
+        "data": "my_module:probe",
+        "measures": ["ntk/trace", "loss"],
+        "to": "runs/y",
+        "max_seconds": None,
+        "retry": False,
+        "threads": 1,
+    }
+    Path("file.yaml").write_text(yaml.safe_dump(settings))
+    command = "analyze checkpoints --config file.yaml --model my_module:build --to runs/x"
+    assert run(command)[0] == 0
+    assert {"ntk_trace", "loss_mean"} <= set(nt.open("runs/x"))
+    Path("file.yaml").write_text("jobs: two")
+    with pytest.raises(SystemExit, match="2"):
+        run("analyze checkpoints --config file.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        run("analyze checkpoints")  # without --data
+
+
+def test_without_a_model_the_checkpoint_says_it(run, checkpoints):
+    status, _, err = run("explain --data my_module:probe --checkpoint checkpoints/step=0.pt")
+    assert status == 1
+    assert "does not say which network it is of" in err
+    status, _, err = run("explain --data my_module:probe")
+    assert status == 1
+    assert "which network?" in err
+    made = {"hyper_parameters": {"_class_path": "my_module.Plain"}, "global_step": 3}
+    model = sys.modules["my_module"].Plain()
+    torch.save({"state_dict": model.state_dict(), **made}, "plain.ckpt")
+    status, out, err = run("explain --data my_module:probe --checkpoint plain.ckpt")
+    assert (status, err) == (0, "")
+    assert "Plain, 15 parameters" in out
+
+
+@pytest.mark.parametrize(("to", "name"), [("csv", "x-csv"), ("parquet", "x.parquet")])
+def test_export_writes_beside_where_it_runs(run, checkpoints, to, name):
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    assert run(ANALYZE + " --measures ntk/trace loss ntk/spectrum")[0] == 0
+    status, out, err = run(f"export runs/x --to {to} --names loss,ntk/trace")
+    assert (status, err) == (0, "")
+    assert out.startswith(name)
+    assert Path(name).exists()
+    status, _, err = run(f"export runs/x --to {to}")
+    assert status == 1
+    assert "--overwrite" in err
+    status, out, _ = run(f"export runs/x --to {to} --overwrite --json")
+    assert status == 0
+    assert "ntk/spectrum" in json.loads(out)["quantities"]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("nowhere --to csv", "there is no trace in nowhere"),
+        ("runs/x", "in which format"),
+        ("runs/x -o x.txt", "netcdf, zarr, csv, parquet"),
+        ("runs/x --to csv --names ntk/trac", "there is no 'ntk/trac'"),
+        ("runs/x -o x.csv", "cannot hold arrays"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(run, checkpoints, command, says):
+    run(ANALYZE + " --measures ntk/trace ntk/spectrum")
+    status, _, err = run(f"export {command}")
+    assert status == 1
+    assert says in err
+
+
+@pytest.mark.parametrize("command", ["measures", "explain", "analyze", "export", "completion", ""])
+def test_help_has_examples_that_parse_and_fits_the_terminal(run, capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        run(f"{command} --help")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "exit codes: 0 done" in out
+    examples = out.partition("examples:")[2].partition("exit codes")[0].replace("\\\n", " ")
+    found = re.findall(r"^ *(nettrace .*?)(?:   .*| >.*)?$", examples, re.M)
+    assert len(found) >= 2
+    for example in found:
+        arguments = example.replace("'", "").split()[1:]
+        assert cli.make_parser().parse_args(arguments).command == arguments[0]
+
+
+def test_an_error_of_the_users_code_is_a_line_with_its_place(run, checkpoints, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("nettrace.offline.analyze", fails)
+    status, out, err = run(ANALYZE)
+    assert (status, out) == (1, "")
+    assert re.match(r"nettrace analyze: RuntimeError: out of memory \(.*test_cli.py, line", err)
+
+
+def test_an_interruption_is_a_line_and_130(run, checkpoints, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nettrace.offline.analyze", interrupted)
+    assert run(ANALYZE) == (130, "", "nettrace analyze: interrupted")
+
+
+def test_a_closed_pipe_is_no_error(run):
+    command = f"{sys.executable} -m nettrace measures | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+COMPLETE = """
+source complete.bash
+COMP_WORDS=({words})
+COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+_shtab_nettrace
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("nettrace ana", {"analyze"}),
+        ("nettrace export --ov", {"--overwrite"}),
+        ("nettrace export runs --to net", {"netcdf"}),
+        ("nettrace explain model --measures ntk/sp", {"ntk/spectrum"}),
+        ("nettrace analyze c --measures loss fisher/tr", {"fisher/trace", "fisher/trace_mc"}),
+    ],
+)
+def test_bash_completes_commands_options_and_measures(run, words, expected):
+    pytest.importorskip("shtab")
+    status, out, err = run("completion bash")
+    assert (status, err) == (0, "")
+    Path("complete.bash").write_text(out)
+    script = COMPLETE.format(words=words)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert expected <= set(done.stdout.split())
+    last = words.split()[-1]
+    assert all(word.startswith(last) for word in done.stdout.split())
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_have_a_script(run, shell):
+    pytest.importorskip("shtab")
+    status, out, _ = run(f"completion {shell}")
+    assert status == 0
+    assert "ntk/spectrum" in out
+
+
+def test_without_shtab_the_extra_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, _, err = run("completion bash")
+    assert status == 1
+    assert "pip install 'nettrace[completion]'" in err

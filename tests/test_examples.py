@@ -74,6 +74,31 @@ def test_digits_example(tmp_path):
     assert data.loss_accuracy[-1] > data.loss_accuracy[0]
 
 
+@pytest.mark.slow
+def test_checkpoints_of_the_demo_are_analysed_as_the_readme_shows(tmp_path):
+    """The commands as copied, in a folder that has examples/."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**os.environ, "PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+    def command(text):
+        return subprocess.run(
+            text, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    trained = command("WANDB_SILENT=true python examples/digits.py --epochs 6")
+    assert trained.returncode == 0, trained.stderr
+    readme = (ROOT / "README.md").read_text()
+    for start in ("nettrace analyze runs/digits", "nettrace export runs/digits"):
+        (text,) = re.findall(rf"^({start}(?:.*\\\n)*.*)$", readme, re.M)
+        found = command(text)
+        assert found.returncode == 0, found.stderr
+    data = nt.open(tmp_path / "runs" / "digits" / "analysis")
+    assert data.step.values.tolist() == [135, 270]
+    assert data.ntk_trace.notnull().all()
+    assert nt.open(tmp_path / "analysis.nc").ntk_trace.equals(data.ntk_trace)
+
+
 def test_entropy_example(tmp_path):
     run = subprocess.run(
         [sys.executable, ROOT / "examples" / "entropy.py", "--steps", "30", "--seeds", "1"],

@@ -69,7 +69,14 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _module(described: Mapping[str, Any], where: Path) -> nn.Module:
-    made = _made(described, where)
+    try:
+        made = _made(described, where)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where} describes no network ({told(error)}): {_GIVE_MODEL}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise CheckpointError(
             f"{where} names {described['class_path']}, which is no torch.nn.Module: {_GIVE_MODEL}"

@@ -231,7 +231,8 @@ class _Inert:
 
 
 _DCP = "torch.distributed.checkpoint"
-#: All that torch 2.11 to 2.13 write into .metadata, beside types of tensors.
+_OLD = "torch.distributed._shard.sharded_tensor.metadata"
+#: All that torch writes into .metadata, beside types of tensors; of old, at another place.
 _METADATA_NAMES: dict[tuple[str, str], Any] = {
     **{
         (f"{_DCP}.metadata", name): _Inert
@@ -247,6 +248,8 @@ _METADATA_NAMES: dict[tuple[str, str], Any] = {
         )
     },
     (f"{_DCP}.filesystem", "_StorageInfo"): _Inert,
+    (_OLD, "TensorProperties"): _Inert,
+    (_OLD, "MEM_FORMAT_ENCODING"): _Inert,
     ("torch", "Size"): tuple,
     ("torch.serialization", "_get_layout"): str,
     ("collections", "OrderedDict"): dict,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nettrace.checkpoints import pickled, reading
-from nettrace.checkpoints.contents import Checkpoint, CheckpointError
+from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents
 
 #: What training scripts write beside weights.
 _OTHERS = re.compile(
@@ -22,7 +22,7 @@ _OTHERS = re.compile(
 
 
 def find(
-    paths: Iterable[str | Path], allow_pickle: bool = False
+    paths: str | Path | Iterable[str | Path], allow_pickle: bool = False
 ) -> tuple[list[Checkpoint], dict[Path, CheckpointError]]:
     """Finds checkpoints and tells their steps.
 
@@ -34,7 +34,8 @@ def find(
 
     Args:
         paths: files, folders to search with all that lie within, and patterns such as
-            "runs/*/*.ckpt". What is no checkpoint is passed over in folders and patterns.
+            "runs/*/*.ckpt"; or one of these. What is no checkpoint is passed over in folders and
+            patterns.
         allow_pickle: whether to run the code that files may hold, as pickle does. Only for files
             whose author is trusted.
 
@@ -44,22 +45,19 @@ def find(
     Raises:
         CheckpointError: if a path does not exist, or there is nothing like a checkpoint.
     """
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
     places = [Path(path) for path in paths]
     seen: dict[Path, _Seen] = {}
     broken: dict[Path, CheckpointError] = {}
     for path, named in _candidates(places):
         try:
             found = reading.read(path, allow_pickle, glance=True)
+            seen[path] = _Seen.of(path, found)
         except pickled.NotWeights as error:
             if named:
                 broken[path] = error
-            continue
         except CheckpointError as error:
             broken[path] = error
-            continue
-        step, epoch = reading.place(path, found)
-        in_name = step is not None and step == reading.step_in_name(path)
-        seen[path] = _Seen(path, step, epoch, in_name)
     if not seen and not broken:
         raise CheckpointError(
             f"there is no checkpoint in {', '.join(map(str, places)) or 'an empty list'}: searched "
@@ -90,18 +88,24 @@ class _Seen:
     step: int | None
     epoch: float | None
     step_in_name: bool
+    size: int
+    modified: float
+
+    @classmethod
+    def of(cls, path: Path, found: Contents) -> _Seen:
+        step, epoch = reading.place(path, found)
+        in_name = step is not None and step == reading.step_in_name(path)
+        try:
+            files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
+            about = [file.stat() for file in files]
+        except OSError as error:  # as if it is being replaced
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        size, modified = sum(one.st_size for one in about), max(one.st_mtime for one in about)
+        return cls(path, step, epoch, in_name, size, modified)
 
     def checkpoint(self) -> Checkpoint:
-        path = self.path
-        files = [f for f in path.iterdir() if f.is_file()] if path.is_dir() else [path]
-        about = [file.stat() for file in files]
-        return Checkpoint(
-            path,
-            self.step or 0,
-            {} if self.epoch is None else {"epoch": self.epoch},
-            sum(one.st_size for one in about),
-            max(one.st_mtime for one in about),
-        )
+        coordinates = {} if self.epoch is None else {"epoch": self.epoch}
+        return Checkpoint(self.path, self.step or 0, coordinates, self.size, self.modified)
 
 
 def _stepped(seen: Iterable[_Seen], broken: dict[Path, CheckpointError]) -> Iterator[_Seen]:
@@ -126,9 +130,8 @@ def _candidates(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
     met: set[Path] = set()
     for path in paths:
         named = path.exists()
-        places = (
-            [path] if named else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        )
+        matches = [path] if named else sorted(glob.glob(str(path), recursive=True))
+        places = [Path(match) for match in matches]
         if not places:
             raise CheckpointError(f"there is no {path}, nor anything that matches it as a pattern")
         for place in places:
@@ -176,7 +179,7 @@ def _promising(file: Path) -> bool:
 
 def _equal(one: Path, other: Path, allow_pickle: bool) -> bool:
     """Whether two checkpoints hold the same weights."""
-    if one.samefile(other):
+    if one.resolve() == other.resolve():
         return True
     first, second = (reading.read(path, allow_pickle).state for path in (one, other))
     return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
@@ -184,5 +187,8 @@ def _equal(one: Path, other: Path, allow_pickle: bool) -> bool:
 
 def _same(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        try:
+            return one.dtype == other.dtype and torch.equal(one, other)
+        except RuntimeError:  # which cannot be compared, such as sparse ones
+            return False
     return type(one) is type(other)  # extra state of a module

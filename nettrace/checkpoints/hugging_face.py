@@ -100,7 +100,11 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     file, roots = folder / name, [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         roots.append(folder.resolve().parents[1] / "blobs")
-    if Path(name).name != name or not any(file.resolve().is_relative_to(root) for root in roots):
+    if (
+        not name
+        or Path(name).name != name
+        or not any(file.resolve().is_relative_to(root) for root in roots)
+    ):
         raise CheckpointError(
             f"{index} names {name!r}, which lies outside of its folder: it is refused; if the file "
             "belongs to it, copy it there"

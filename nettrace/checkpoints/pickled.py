@@ -12,6 +12,7 @@ import argparse
 import functools
 import io
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from nettrace.checkpoints.contents import CheckpointError, Contents, progress, t
 #: Under which names training scripts save weights, in order of preference.
 STATES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optimizers", "optim")
+_LOCK = threading.Lock()
 
 
 def read(path: Path, allow_pickle: bool = False) -> Contents:
@@ -105,7 +107,8 @@ def unpickled(file: Path | io.BytesIO, allow_pickle: bool, name: str = "") -> An
     name = name or str(file)
     try:
         mapped = isinstance(file, Path) and _is_zip(file)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins()):
+        # Both hold for the whole process.
+        with _LOCK, warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins()):
             warnings.simplefilter("ignore")  # of protocols and deprecated storages
             return torch.load(
                 file, map_location="cpu", weights_only=not allow_pickle, mmap=mapped or None
@@ -154,6 +157,8 @@ def _offender(message: str) -> str | None:
     """The global that torch's restricted unpickler would not call."""
     if "TorchScript archive" in message:
         return "a TorchScript program"
+    if "Only persistent_load of storage" in message:
+        return "a module with its source"  # as the format before torch 1.6 keeps it
     found = re.search(r"GLOBAL (\S+)", message) or re.search(
         r"unrecognized function (.+)|allowlisted via `add_safe_globals`,? but got (.+)"
         r"|Can only \w+ for dict.*but got (.+)|(\S+)`` must be imported",

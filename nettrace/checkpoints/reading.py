@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nettrace.checkpoints import distributed, hugging_face, pickled
-from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents
+from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents, told
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -34,9 +34,9 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}")
+    found = read(path, allow_pickle)
     if not path.is_dir():
         pickled.check(path)
-    found = read(path, allow_pickle)
     if isinstance(checkpoint, Checkpoint):
         return replace(found, step=checkpoint.step, coordinates=checkpoint.coordinates)
     step, epoch = place(path, found)
@@ -76,8 +76,10 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
                 "*.index.json in it"
             )
         return hugging_face.read_file(path, allow_pickle)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a hostile file may lead to
+        raise CheckpointError(f"{path} cannot be read: {told(error)}") from error
 
 
 def is_folder(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -40,20 +41,16 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     ours = model.state_dict(keep_vars=True)
     ties = _ties(ours)
-    attempts = [_Attempt(names, state, ours, ties) for names in _renamings(state, ours)]
-    fitting = [attempt for attempt in attempts if attempt.fits]
-    if fitting and fitting[0].prefixed:
-        same = {tuple(sorted(attempt.names.items())) for attempt in fitting}
-        if len(same) > 1:
-            both = " and ".join(repr(next(iter(a.names.values()))) for a in fitting[:2])
-            raise CheckpointError(
-                f"the weights fit several parts of {type(model).__name__}: "
-                f"{next(iter(state), '')!r} may be {both}; name them as the network does"
-            )
+    attempts, fitting = [], None
+    for names in _renamings(state, ours):
+        attempts.append(_Attempt(names, state, ours, ties))
+        if attempts[-1].fits:  # as do no others: prefixes leave the order of names as it is
+            fitting = attempts[-1].complete()
+            break
     try:
-        if fitting:
-            _convert(model, ours, fitting[0].complete())
-            model.load_state_dict(fitting[0].complete())
+        if fitting is not None:
+            _convert(model, ours, fitting)
+            model.load_state_dict(fitting)
             return
         if attempts[0].renamed:  # perhaps what the network's own hooks know
             _convert(model, ours, {n: v for n, v in state.items() if n in ours})
@@ -62,6 +59,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         reason = None
     except Exception as error:
         reason = error
+    attempts.append(_Attempt(_part(state, ours), state, ours, ties))
     best = min(attempts, key=lambda attempt: attempt.misfits)
     raise CheckpointError(
         f"the checkpoint does not fit {type(model).__name__}: "
@@ -87,8 +85,6 @@ class _Attempt:
         ours: Mapping[str, Any],
         ties: Mapping[str, list[str]],
     ) -> None:
-        self.names = names
-        self.prefixed = any(_bare(old) != _bare(new) for old, new in names.items())
         self._found = {new: state[old] for old, new in names.items()}
         self._tied = {
             name: next((other for other in ties[name] if other in self._found), None)
@@ -96,7 +92,11 @@ class _Attempt:
             if name not in self._found
         }
         self.missing = [name for name, other in self._tied.items() if other is None]
-        self.unexpected = [name for name in self._found if name not in ours]
+        self.unexpected = [
+            old
+            for old, new in names.items()
+            if new not in ours or self._found[new] is not state[old]
+        ]
         self.different = [
             f"{name} of shape {_shape(value)} where the network has {_shape(ours[name])}"
             for name, value in self._found.items()
@@ -141,20 +141,31 @@ class _Attempt:
 
 
 def _renamings(state: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Ways of naming a state's entries: as they are, then with prefixes taken off and put on."""
+    """Ways of naming a state's entries: as they are, then with prefixes taken off and put on.
+
+    Only such as make one of the network's names of the first.
+    """
     full = {_bare(name): name for name in ours}
     theirs = {name: _bare(name) for name in state}
     yield {old: full.get(bare, bare) for old, bare in theirs.items()}
-    taken = ["", *_common_prefixes(list(theirs.values()))]
-    put = dict.fromkeys(chain([""], (p for name in full for p in _prefixes(name))))
-    for off in taken:
-        for on in put:
-            if not off and not on:
-                continue
+    if len(state) < len({id(value) for value in ours.values()}):
+        return  # something is missing, whatever the names
+    first = next(iter(theirs.values()), "")
+    for off in ["", *_common_prefixes(list(theirs.values()))]:
+        end = first.removeprefix(off)
+        for on in (name.removesuffix(end) for name in full if f".{name}".endswith(f".{end}")):
             renamed = {old: on + bare.removeprefix(off) for old, bare in theirs.items()}
-            known = sum(new in full for new in renamed.values())
-            if 2 * known > len(renamed):
-                yield {old: full.get(new, new) for old, new in renamed.items()}
+            yield {old: full.get(new, new) for old, new in renamed.items()}
+
+
+def _part(state: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """A naming that takes off the prefix of the most entries that then fit, and leaves others."""
+    full = {_bare(name): name for name in ours}
+    fitting: Counter[str] = Counter()
+    for name in map(_bare, state):
+        fitting.update(p for p in _prefixes(name) if name.removeprefix(p) in full)
+    off = max(fitting, key=fitting.__getitem__, default="")
+    return {old: full.get(_bare(old).removeprefix(off), old) for old in state}
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -38,7 +38,8 @@ def open(
 
     Args:
         paths: what was given as `to=`; or several such folders, or a pattern such as "runs/*",
-            which are then told apart by what their paths do not share.
+            which are then told apart by what their paths do not share. Or one file that
+            `nettrace.export` wrote, which ends in .nc or .zarr.
         names: the quantities wanted, or their groups, such as "ntk/gram" or "ntk"; only the steps
             at which one of them was recorded are there then.
         attempt: the number of an attempt at the run, from 0, whose records are wanted, also those
@@ -49,9 +50,14 @@ def open(
         ValueError: if its format is newer than this version can read.
         KeyError: if a quantity was never recorded.
         IndexError: if there is no such attempt.
+        ImportError: if it is an export, and packages for its format are missing.
         DamagedTraceError: on reading a large array that is not as it was written. Other damage ends
             the part of the trace that it is in, with a warning.
     """
+    if isinstance(paths, (str, Path)) and Path(paths).suffix in (".nc", ".zarr"):
+        from nettrace.exports.datasets import read
+
+        return read(Path(paths), names)
     from nettrace.store.dataset import dataset  # xarray takes long to import
 
     return dataset(paths, names, attempt)

@@ -16,7 +16,7 @@ from xarray.core import indexing
 
 from nettrace.store.layout import Layout
 from nettrace.store.parts import SUFFIX, part_files, parts
-from nettrace.store.rows import Integers, Rows, attempts, rows
+from nettrace.store.rows import Integers, Rows, rows
 from nettrace.store.values import Axis, Values
 
 _ERROR = "_standard_error"
@@ -52,10 +52,10 @@ def dataset(
         for folder, label in zip(folders, _labels(folders), strict=True)
     ]
     known = {name for run in runs for name in run.rows.names()}
-    chosen = sorted(known if names is None else _chosen(names, known))
-    steps = _steps(runs, None if names is None else chosen)
-    builder = _Builder(runs, steps, alone)
-    for name in chosen:
+    wanted = sorted(known if names is None else quantities(names, known))
+    steps = _steps(runs, None if names is None else wanted)
+    builder = _Builder(runs, steps, known, alone)
+    for name in wanted:
         builder.add(name)
     return builder.dataset()
 
@@ -63,23 +63,25 @@ def dataset(
 class _Builder:
     """Makes variables, one after the other, and the axes that they share."""
 
-    def __init__(self, runs: Sequence[Run], steps: Integers, alone: bool) -> None:
-        self._runs, self._steps, self._alone = runs, steps, alone
+    def __init__(self, runs: Sequence[Run], steps: Integers, known: set[str], alone: bool) -> None:
+        self._runs, self._steps, self._known, self._alone = runs, steps, known, alone
         self._leading = ("step",) if alone else ("run", "step")
         self._axes: dict[str, Axis] = {}
-        self._variables: dict[str, xr.Variable] = {}
+        self._variables: list[tuple[str, xr.Variable]] = []
         #: Rows by step for quantities that are in the same layouts: most share them.
         self._where: dict[tuple[int, bytes], Integers] = {}
 
     def add(self, name: str) -> None:
         """Adds a quantity."""
         base = name.removesuffix(_ERROR)
+        base = base if base in self._known else name
         missing: dict[str, dict[str, str]] = {}
         where: list[Integers] = []
         used: list[Layout] = []
         for number, run in enumerate(self._runs):
             layouts = run.rows.layouts
-            having = np.array([name in x.arrays or base in x.missing for x in layouts], bool)
+            # A value without a standard error replaces one with it.
+            having = np.array([bool({name, base} & {*x.arrays, *x.missing}) for x in layouts], bool)
             found = self._rows(number, having)
             reasons = _reasons(layouts, base)
             there = np.array([name in x.arrays for x in layouts], bool)
@@ -112,22 +114,26 @@ class _Builder:
             only = missing.get(self._runs[0].label) if self._alone else missing
             attributes["missing"] = json.dumps(only)
         dims = (*self._leading, *(axis.name for axis in axes))
-        data = indexing.LazilyIndexedArray(values)
-        variable = xr.Variable(dims, data, {"name": name, **attributes})
-        self._variables[_free(name.replace("/", "_"), self._variables)] = variable
+        lazy: Any = indexing.LazilyIndexedArray(values)
+        data = indexing.CopyOnWriteArray(lazy)  # what is assigned to is read first, and kept
+        self._variables.append((name, xr.Variable(dims, data, {**attributes, "name": name})))
 
     def dataset(self) -> xr.Dataset:
         """All of it."""
         coordinates: dict[str, Any] = {"step": self._steps}
         if not self._alone:
             coordinates["run"] = [run.label for run in self._runs]
-        coordinates |= {n: list(a.labels) for n, a in self._axes.items() if a.labels is not None}
+        coordinates |= {n: _texts(a.labels) for n, a in self._axes.items() if a.labels is not None}
         names = {n for run in self._runs for part in run.rows.parts for n in part.coordinates}
-        for name in sorted(names - coordinates.keys()):
+        for name in sorted(names):
             columns = [_coordinate(run.rows, name, self._steps) for run in self._runs]
             values = columns[0] if self._alone else np.stack(columns)
-            coordinates[name] = (self._leading, values)
-        return xr.Dataset(self._variables, coordinates, self._provenance())
+            coordinates[_free(name, {*coordinates, *self._axes})] = (self._leading, values)
+        variables: dict[str, xr.Variable] = {}
+        for name, variable in self._variables:
+            taken = {*variables, *coordinates, *self._axes}
+            variables[_free(name.replace("/", "_"), taken)] = variable
+        return xr.Dataset(variables, coordinates, self._provenance())
 
     def _rows(self, run: int, having: np.ndarray) -> Integers:
         key = run, having.tobytes()
@@ -140,9 +146,14 @@ class _Builder:
         if not arrays:
             return []
         axes: list[Axis] = []
-        for number, dim in enumerate(arrays[-1][2].dims):
-            labels = _joined([its.labels.get(its.dims[number]) for _, _, its in arrays])
-            length = max(shape[number] for _, shape, _ in arrays) if labels is None else len(labels)
+        dims = max((its.dims for _, _, its in reversed(arrays)), key=len)
+        for number, dim in enumerate(dims):
+            # An array of fewer axes has length 1 along the others.
+            having = [(shape, its) for _, shape, its in arrays if number < len(shape)]
+            labels = _joined([its.labels.get(its.dims[number]) for _, its in having])
+            labels = labels if len(having) == len(arrays) else None
+            length = max(shape[number] for shape, _ in having) if labels is None else len(labels)
+            length = max(length, int(len(having) < len(arrays)))
             taken = {*self._leading, *(axis.name for axis in axes)}
             names = [dim, f"{dim}_{base.replace('/', '_')}"]
             while True:
@@ -183,18 +194,14 @@ class _Builder:
 def _run(folder: Path, label: str, attempt: int | None) -> Run:
     found = parts(folder)
     counted = rows(found, attempt)
-    of_attempts = [
-        {
-            "start": next(part.start for part in found if part.attempt == name),
-            "created": next(
-                part.provenance.get("created") for part in found if part.attempt == name
-            ),
-            "records": int(sum(len(part.steps) for part in found if part.attempt == name)),
-        }
-        for name in attempts(found)
-    ]
+    of_attempts: dict[str, dict[str, Any]] = {}
+    for part in found:
+        new = {"start": part.start, "created": part.provenance.get("created"), "records": 0}
+        of_attempts.setdefault(part.attempt, new)["records"] += len(part.steps)
     last: Mapping[str, Any] = counted.parts[-1].provenance if counted.parts else {}
-    return Run(label, folder, counted, {**last, "folder": str(folder), "attempts": of_attempts})
+    return Run(
+        label, folder, counted, {**last, "folder": str(folder), "attempts": [*of_attempts.values()]}
+    )
 
 
 def _steps(runs: Sequence[Run], names: Sequence[str] | None) -> Integers:
@@ -259,6 +266,12 @@ def _joined(labels: Sequence[tuple[str, ...] | None]) -> tuple[str, ...] | None:
     return found[0] if len(found) == 1 else tuple(dict.fromkeys(chain(*found)))
 
 
+def _texts(labels: Sequence[str]) -> np.ndarray:
+    """As an array; NumPy gives all texts the room of the longest, which can be too much."""
+    room = len(labels) * max(map(len, labels), default=0)
+    return np.array(labels, object if room > 2**20 + 4 * sum(map(len, labels)) else str)
+
+
 def _free(name: str, taken: Iterable[str]) -> str:
     """The name, or the first like it that is not taken."""
     found, number = name, 2
@@ -272,7 +285,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float)) else json.dumps(value)
 
 
-def _chosen(names: str | Iterable[str], known: set[str]) -> set[str]:
+def quantities(names: str | Iterable[str], known: set[str]) -> set[str]:
     """Quantities by their names or by those of groups, with their standard errors."""
     asked = [names] if isinstance(names, str) else list(names)
     found: set[str] = set()
@@ -295,7 +308,8 @@ def _folders(paths: Sequence[str | Path]) -> list[Path]:
             continue
         folder = Path(path)
         if not part_files(folder):
-            below = sorted({str(p.parent) for p in folder.glob("**/part-*" + SUFFIX)})
+            files = chain(*(folder.glob(f"{any_}/part-*{SUFFIX}") for any_ in ("*", "*/*")))
+            below = sorted({str(p.parent) for p in files})
             hint = f"; there are some in {', '.join(below[:5])}" if below else ""
             raise FileNotFoundError(
                 f"there is no trace in {folder}: expected files part-*{SUFFIX}, as written by a "
@@ -316,8 +330,8 @@ def _labels(folders: Sequence[Path]) -> list[str]:
         )
     if len(split) == 1:
         return [folders[0].name]
-    while len({parts[0] for parts in split}) == 1:
+    while min(map(len, split)) > 1 and len({parts[0] for parts in split}) == 1:
         split = [parts[1:] for parts in split]
-    while len({parts[-1:] for parts in split}) == 1:
+    while min(map(len, split)) > 1 and len({parts[-1:] for parts in split}) == 1:
         split = [parts[:-1] for parts in split]
     return ["/".join(parts) for parts in split]

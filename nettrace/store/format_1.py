@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nettrace.store.frames import DamagedTraceError
-from nettrace.store.layout import Layout, Place, array_of, axes_of
+from nettrace.store.layout import Layout, Place, array_of, fitting, read_json, whole
 from nettrace.store.part import Collected, Header
 
 #: What its first header begins with, after as many bytes.
 MAGIC, BEFORE = b'{"format":', 12
 _FRAME = struct.Struct("<II")  # length and CRC-32 of what follows
 _LENGTH = struct.Struct("<I")  # of the header
+_ROW = b'{"step":'  # what all other headers begin with
 
 
 def read(path: Path, found: Collected) -> None:
@@ -31,23 +32,27 @@ def read(path: Path, found: Collected) -> None:
     numbers: dict[str, int] = {}
     for text, at, length in _frames(path):
         try:
-            if "format" in text:
+            if found.header is None:
                 found.header = _header(text)
                 continue
-            if found.header is None:
-                raise ValueError("it has no header")
-            about.update(text["about"])
-            found.attributes |= {n: dict(its["attributes"]) for n, its in text["about"].items()}
-            layout = _layout(text, about)
-            if sum(place.size for place in layout.places.values()) != length:
-                raise ValueError("a row whose arrays do not fit")
-            key = repr(layout)
+            if text["about"]:
+                about.update(text["about"])
+                found.attributes |= {n: dict(its["attributes"]) for n, its in text["about"].items()}
+                numbers = {}  # the same may mean something else from here on
+            kinds = ["<i8" if isinstance(v, int) else "<f8" for v in text["coordinates"].values()]
+            on = text.get("missing_on", {})
+            key = repr((text["values"], [*text["coordinates"]], kinds, text["missing"], on))
             if key not in numbers:
-                numbers[key] = len(numbers)
-                found.describe(layout)
-            kinds = np.dtype(list(layout.coordinates.items()))
-            row = np.array(tuple(text["coordinates"].values()), kinds)
-            found.add(int(text["step"]), numbers[key], at, row.tobytes())
+                found.describe(_layout(text, about, kinds))
+                numbers[key] = len(found.layouts) - 1
+            places = found.layouts[numbers[key]].places
+            if sum(place.size for place in places.values()) != length:
+                raise ValueError("a row whose arrays do not fit")
+            values = zip(kinds, text["coordinates"].values(), strict=True)
+            row = b"".join(np.array(value, kind).tobytes() for kind, value in values)
+            if len(row) != 8 * len(kinds):
+                raise ValueError("a coordinate that is no number")
+            found.add(whole(text["step"]), numbers[key], at, row)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise DamagedTraceError(f"{path} is damaged before byte {at}, {error!r}") from error
 
@@ -76,44 +81,58 @@ class _Layout(Layout):
 def _frames(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Headers, with where their arrays begin and how long they are."""
     with path.open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
         while len(head := file.read(_FRAME.size)) == _FRAME.size:
             length, checksum = _FRAME.unpack(head)
             begin = file.tell()
-            body = file.read(length)
-            if len(body) < length:  # cut off
-                return
+            body = file.read(min(length, end - begin))
             try:
-                if zlib.crc32(body) != checksum:
+                if len(body) < length:
+                    if not any(map(_is_whole, _after(body))):
+                        return  # cut off
+                    raise ValueError("a length")
+                if not _is_whole(head + body):
                     raise ValueError("which does not match its checksum")
                 (size,) = _LENGTH.unpack_from(body)
-                text = json.loads(body[_LENGTH.size : _LENGTH.size + size])
-                if not isinstance(text, dict):
-                    raise ValueError(f"a header that is a {type(text).__name__}")
-            except (RecursionError, ValueError, struct.error) as error:
-                end = file.tell()
-                raise DamagedTraceError(f"{path} is damaged before byte {end}, {error}") from error
+                text = read_json(body[_LENGTH.size : _LENGTH.size + size])
+            except (ValueError, struct.error) as error:
+                at = begin + len(body)
+                raise DamagedTraceError(f"{path} is damaged before byte {at}, {error}") from error
             at = _LENGTH.size + size
             yield text, begin + at, length - at
 
 
+def _is_whole(data: bytes | memoryview) -> bool:
+    """Whether bytes begin with a frame that is as it was written."""
+    length, checksum = _FRAME.unpack_from(data)
+    body = data[_FRAME.size : _FRAME.size + length]
+    return bool(len(body) == length and zlib.crc32(body) == checksum)
+
+
+def _after(data: bytes) -> Iterator[memoryview]:
+    """What begins at each place where a frame may begin."""
+    before = _FRAME.size + _LENGTH.size
+    place = data.find(_ROW)
+    while place >= 0:
+        if place >= before:
+            yield memoryview(data)[place - before :]
+        place = data.find(_ROW, place + 1)
+
+
 def _header(text: dict[str, Any]) -> Header:
-    return Header(str(text["attempt"]), int(text["start"]), 0, dict(text["provenance"]))
+    return Header(str(text["attempt"]), whole(text["start"]), 0, None, dict(text["provenance"]))
 
 
-def _layout(text: dict[str, Any], about: dict[str, Any]) -> Layout:
+def _layout(text: dict[str, Any], about: dict[str, Any], kinds: Sequence[str]) -> Layout:
     arrays = {}
     for name, dtype, shape in text["values"]:
         its = about.get(name.removesuffix("_standard_error"), {})
-        dims = its.get("dims", [])
-        if len(dims) != len(shape):
-            dims = [f"dim_{d}" for d in range(len(shape))]
-        lengths = dict(zip(dims, shape, strict=True))
-        labels = its.get("coordinates", {})
-        labels = {dim: its for dim, its in labels.items() if lengths.get(dim) == len(its)}
-        arrays[name] = array_of(dtype, shape, axes_of(dims, labels))
-    coordinates = {
-        name: "<i8" if isinstance(value, int) else "<f8"
-        for name, value in text["coordinates"].items()
+        axes = fitting(its.get("dims", []), its.get("coordinates", {}), shape)
+        arrays[name] = array_of(dtype, shape, axes)
+    coordinates = dict(zip(text["coordinates"], kinds, strict=True))
+    missing = {name: str(why) for name, why in text["missing"].items()}
+    on = {
+        name: {label: str(why) for label, why in its.items()}
+        for name, its in text.get("missing_on", {}).items()
     }
-    on = {name: dict(its) for name, its in text.get("missing_on", {}).items()}
-    return _Layout(coordinates, arrays, dict(text["missing"]), on)
+    return _Layout(coordinates, arrays, missing, on)

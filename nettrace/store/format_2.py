@@ -1,7 +1,7 @@
 """The format that is written: frames of checked heads, with large arrays in their bodies.
 
 The kinds of frames are "p" for the part's header, which comes first, "l" for a layout, "a" for
-attributes, "r" for a row and "e" for the end of a part that is full.
+attributes, "r" for a row and "e" for the end of a part that is full, with its number of rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 from nettrace.store.frames import DamagedTraceError, Frame, scan
-from nettrace.store.layout import ROW, Layout, read_json
+from nettrace.store.layout import ROW, decode, read_json, whole
 from nettrace.store.part import Collected, Header
 
 FORMAT = 2
@@ -26,15 +26,21 @@ def read(path: Path, found: Collected) -> None:
     for frame in scan(path):
         if found.header is None:
             found.header = _header(path, frame)
+        elif found.sealed:
+            raise _damaged(path, frame, "something follows its end")
         elif frame.kind == b"r":
             _row(path, frame, found)
         elif frame.kind == b"l":
             try:
-                found.describe(Layout.decode(frame.head))
+                found.describe(decode(frame.head))
             except ValueError as error:
                 raise _damaged(path, frame, error) from error
         elif frame.kind == b"a":
             found.attributes |= _attributes(path, frame)
+        elif frame.kind == b"e":
+            if frame.head != b'{"rows":%d}' % len(found):
+                raise _damaged(path, frame, f"an end after {len(found)} rows")
+            found.sealed = True
 
 
 def header(path: Path) -> Header | None:
@@ -54,14 +60,17 @@ def _row(path: Path, frame: Frame, found: Collected) -> None:
         raise _damaged(path, frame, error) from error
     if (len(frame.head), frame.body) != layout.sizes:
         raise _damaged(path, frame, "a row that does not fit its layout")
-    found.add(step, number, frame.at, frame.head[ROW.size : layout.row.size])
+    found.add(step, number, frame.at, frame.head[ROW.size : layout.before])
 
 
 def _attributes(path: Path, frame: Frame) -> dict[str, dict[str, object]]:
     try:
-        return {name: dict(its) for name, its in read_json(frame.head).items()}
-    except (TypeError, ValueError) as error:
+        found = read_json(frame.head)
+    except ValueError as error:
         raise _damaged(path, frame, error) from error
+    if not all(isinstance(its, dict) for its in found.values()):
+        raise _damaged(path, frame, "attributes that have no names")
+    return found
 
 
 def _header(path: Path, frame: Frame) -> Header:
@@ -69,12 +78,13 @@ def _header(path: Path, frame: Frame) -> Header:
         if frame.kind != b"p":
             raise ValueError("it has no header")
         text = read_json(frame.head)
-        number, start = int(text["format"]), text["start"]
+        number, start, before = int(text["format"]), text["start"], text["continues"]
         if number <= FORMAT:
             return Header(
                 str(text["attempt"]),
-                None if start is None else int(start),
-                int(text["rank"]),
+                None if start is None else whole(start),
+                whole(text["rank"]),
+                None if before is None else str(before),
                 dict(text["provenance"]),
             )
     except (KeyError, OverflowError, TypeError, ValueError) as error:

@@ -4,14 +4,14 @@ A part begins with `MAGIC`. Frames follow, little-endian and without gaps:
 
     u32    length of the head
     u64    length of the body
-    u32    CRC-32 of these lengths
+    u32    CRC-32 of these lengths, begun with where the frame lies in the file
     u32    CRC-32 of the head
     head   a letter for the kind of the frame, then what that kind says
     body   large arrays, each with a checksum of its own in the head
 
-A frame that is cut off or damaged ends the part: what stands before it is right, and nothing after
-it is believed. Bodies are passed over until somebody asks for them. All texts are JSON; nothing is
-ever executed.
+A frame that is cut off, damaged or out of its place ends the part: what stands before it is right,
+and nothing after it is believed. Bodies are passed over until somebody asks for them. All texts are
+JSON; nothing is ever executed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 #: Not ASCII, and with line ends, so that a transfer as text is noticed.
 MAGIC = b"\x93NTL\r\n\x1a\n"
 _LENGTHS = struct.Struct("<IQ")
+_CHECKS = struct.Struct("<II")
 _PREFIX = struct.Struct("<IQII")
 #: How much is read at once. Longer bodies are not read at all.
 _BLOCK = 2**18
@@ -51,12 +52,17 @@ class Frame(NamedTuple):
     body: int
 
 
-def encode(kind: bytes, head: Sequence[bytes], body: Sequence[bytes] = ()) -> bytes:
-    """A frame."""
-    whole = b"".join([kind, *head])
-    lengths = _LENGTHS.pack(len(whole), sum(map(len, body)))
-    checks = struct.pack("<II", zlib.crc32(lengths), zlib.crc32(whole))
-    return b"".join([lengths, checks, whole, *body])
+def encode(frames: Iterable[tuple[bytes, Sequence[bytes], Sequence[bytes]]], at: int) -> bytes:
+    """Frames, each of a kind, a head and a body, that will begin at byte `at` of a file."""
+    pieces: list[bytes] = []
+    for kind, head, body in frames:
+        whole = b"".join([kind, *head])
+        size = sum(map(len, body))
+        lengths = _LENGTHS.pack(len(whole), size)
+        checks = _CHECKS.pack(_check(lengths, at), zlib.crc32(whole))
+        pieces += [lengths, checks, whole, *body]
+        at += _PREFIX.size + len(whole) + size
+    return b"".join(pieces)
 
 
 def scan(path: Path) -> Iterator[Frame]:
@@ -79,7 +85,8 @@ def scan(path: Path) -> Iterator[Frame]:
                 if len(block) < _PREFIX.size:
                     return
             length, body, *checks = _PREFIX.unpack_from(block, place)
-            if zlib.crc32(block[place : place + _LENGTHS.size]) != checks[0] or not length:
+            lengths = block[place : place + _LENGTHS.size]
+            if _check(lengths, at) != checks[0] or not length:
                 raise DamagedTraceError(f"{path} is damaged at byte {at}")
             head_at = at + _PREFIX.size
             if head_at + length > end:
@@ -95,3 +102,8 @@ def scan(path: Path) -> Iterator[Frame]:
                 return
             yield Frame(head[:1], head[1:], head_at + 1, body)
             at = head_at + length + body
+
+
+def _check(lengths: bytes, at: int) -> int:
+    """So that a frame is not believed where it was not written, as after a block was copied."""
+    return zlib.crc32(lengths, at & 0xFFFFFFFF)

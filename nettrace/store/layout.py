@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,11 @@ ROW = struct.Struct("<qI")
 INLINE = 4096
 #: Types of arrays, and of coordinates.
 DTYPES = frozenset("|b1 |i1 |u1 <i2 <u2 <i4 <u4 <i8 <u8 <f2 <f4 <f8 <c8 <c16".split())
-COORDINATES = {"<i8": "q", "<f8": "d"}
+COORDINATES = frozenset(["<i8", "<f8"])
+#: Axes of an array: NumPy 1 takes 32, of which one is for steps and one for runs.
+_RANK = 30
+#: Levels of JSON.
+_DEEPEST = 50
 
 
 @dataclass(frozen=True)
@@ -78,23 +82,18 @@ class Layout:
     missing: Mapping[str, str]
     missing_on: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    @cached_property
-    def row(self) -> struct.Struct:
-        """Step, number of the layout and coordinates."""
-        return struct.Struct(ROW.format + "".join(map(COORDINATES.__getitem__, self.types)))
-
     @property
-    def types(self) -> list[str]:
-        """Those of the coordinates."""
-        return list(self.coordinates.values())
+    def before(self) -> int:
+        """How many bytes step, number of the layout and coordinates take."""
+        return ROW.size + 8 * len(self.coordinates)
 
     @cached_property
     def places(self) -> dict[str, Place]:
         """Where the arrays lie: coordinates, small arrays, checksums; then large arrays."""
         sizes = {n: math.prod(s) * np.dtype(d).itemsize for n, (d, s, _) in self.arrays.items()}
         large = [name for name, size in sizes.items() if size > INLINE]
-        inside = self.row.size + sum(size for size in sizes.values() if size <= INLINE)
-        inline, check, outside = self.row.size, inside, inside + 4 * len(large)
+        inside = self.before + sum(size for size in sizes.values() if size <= INLINE)
+        inline, check, outside = self.before, inside, inside + 4 * len(large)
         found = {}
         for name, array in self.arrays.items():
             if sizes[name] > INLINE:
@@ -110,7 +109,7 @@ class Layout:
         """Of a row's head and of its body, in bytes."""
         large = [place.size for place in self.places.values() if place.check is not None]
         small = sum(place.size for place in self.places.values() if place.check is None)
-        return self.row.size + small + 4 * len(large), sum(large)
+        return self.before + small + 4 * len(large), sum(large)
 
     def encode(self) -> bytes:
         """As JSON; what `decode` takes."""
@@ -129,32 +128,33 @@ class Layout:
         }
         return json.dumps(text, separators=(",", ":")).encode()
 
-    @classmethod
-    def decode(cls, text: bytes) -> Layout:
-        """From JSON.
 
-        Raises:
-            ValueError: if it is not a layout's.
-        """
-        try:
-            found = json.loads(text)
-            axes = [axes_of(*its) for its in found["axes"]]
-            arrays = {str(n): array_of(d, s, axes[place]) for n, d, s, place in found["arrays"]}
-            coordinates = {str(n): str(d) for n, d in found["coordinates"].items()}
-            missing = {str(n): str(why) for n, why in found["missing"].items()}
-            missing_on = {
-                str(n): {str(k): str(why) for k, why in on.items()}
-                for n, on in found["missing_on"].items()
-            }
-        except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
-            raise ValueError(f"not a layout: {type(error).__name__}: {error}") from error
-        if not set(coordinates.values()) <= COORDINATES.keys():
-            raise ValueError(f"not a layout: coordinates of types {coordinates}")
-        return cls(coordinates, arrays, missing, missing_on)
+@lru_cache(maxsize=64)  # one object for those of several parts that are the same
+def decode(text: bytes) -> Layout:
+    """A layout from JSON.
+
+    Raises:
+        ValueError: if it is not a layout's.
+    """
+    try:
+        found = read_json(text)
+        axes = [axes_of(*its) for its in found["axes"]]
+        arrays = {str(n): array_of(d, s, axes[place]) for n, d, s, place in found["arrays"]}
+        coordinates = {str(n): str(d) for n, d in found["coordinates"].items()}
+        missing = {str(n): str(why) for n, why in found["missing"].items()}
+        missing_on = {
+            str(n): {str(k): str(why) for k, why in on.items()}
+            for n, on in found["missing_on"].items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"not a layout: {type(error).__name__}: {error}") from error
+    if not set(coordinates.values()) <= COORDINATES:
+        raise ValueError(f"not a layout: coordinates of types {coordinates}")
+    return Layout(coordinates, arrays, missing, missing_on)
 
 
 def read_json(text: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object, nested no deeper than anything can be that is done with it.
 
     Raises:
         ValueError: if it is none.
@@ -165,29 +165,53 @@ def read_json(text: bytes) -> dict[str, Any]:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got {type(found).__name__}")
-    return found
+    level: list[Any] = [found]
+    for _ in range(_DEEPEST):
+        below = (x.values() if isinstance(x, dict) else x for x in level)
+        level = [x for its in below for x in its if isinstance(x, (dict, list))]
+        if not level:
+            return found
+    raise ValueError("JSON nested too deeply")
 
 
-def axes_of(dims: list[str], labels: dict[str, list[str]]) -> Axes:
+def whole(value: Any) -> int:
+    """A whole number of 64 bits.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise ValueError(f"expected a whole number of 64 bits, got {type(value).__name__}")
+    return value
+
+
+def fitting(dims: Sequence[str], labels: Mapping[str, Sequence[str]], shape: Sequence[int]) -> Axes:
+    """The axes of an array: names as given or else numbers, and labels where they fit."""
+    if len(dims) != len(shape) or len(set(dims)) < len(dims):
+        dims = [f"dim_{number}" for number in range(len(shape))]
+    lengths = dict(zip(dims, shape, strict=True))
+    return axes_of(dims, {d: its for d, its in labels.items() if lengths.get(d) == len(its)})
+
+
+def axes_of(dims: Sequence[str], labels: Mapping[str, Sequence[str]]) -> Axes:
     """Axes as they are read.
 
     Raises:
         ValueError: if they are none.
     """
-    if not all(isinstance(dim, str) for dim in dims):
+    if not all(isinstance(dim, str) for dim in dims) or len(set(dims)) < len(dims):
         raise ValueError(f"not a layout: dims {dims}")
     return Axes(tuple(dims), {str(k): tuple(map(str, v)) for k, v in labels.items()})
 
 
-def array_of(dtype: str, shape: list[int], axes: Axes) -> tuple[str, tuple[int, ...], Axes]:
+def array_of(dtype: str, shape: Sequence[int], axes: Axes) -> tuple[str, tuple[int, ...], Axes]:
     """What is said of an array as it is read.
 
     Raises:
         ValueError: if there can be no such array.
     """
-    longest = 2**16 if 0 in shape else 2**48  # sides of nothing are only said to be there
-    fits = len(shape) == len(axes.dims) <= 32
-    fits = fits and all(type(n) is int and 0 <= n <= longest for n in shape)
+    fits = len(shape) == len(axes.dims) <= _RANK
+    fits = fits and all(type(n) is int and 0 <= n <= 2**48 for n in shape)
     lengths = dict(zip(axes.dims, shape, strict=False))
     labelled = all(len(its) == lengths.get(dim) for dim, its in axes.labels.items())
     if dtype not in DTYPES or not fits or not labelled:

@@ -22,12 +22,14 @@ class Header:
         attempt: which attempt at the run it belongs to.
         start: from which step on it supersedes earlier attempts; None for nothing.
         rank: of the process that wrote it.
+        continues: the file that was full before this one was begun.
         provenance: versions, seeds, the probe's fingerprint and the like.
     """
 
     attempt: str
     start: int | None
     rank: int
+    continues: str | None
     provenance: Mapping[str, Any]
 
 
@@ -44,6 +46,7 @@ class Part:
         at: (n,) where the rows begin in the file, in bytes.
         coordinates: (n,) each, beside the step; NaN in rows that have none of that name.
         attributes: the last ones of each quantity.
+        sealed: whether it was full, and its end is there.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Part:
     at: npt.NDArray[np.int64]
     coordinates: Mapping[str, npt.NDArray[Any]]
     attributes: Mapping[str, Mapping[str, Any]]
+    sealed: bool
 
     @property
     def attempt(self) -> str:
@@ -76,6 +80,7 @@ class Collected:
 
     def __init__(self) -> None:
         self.header: Header | None = None
+        self.sealed = False
         self.layouts: list[Layout] = []
         self.attributes: dict[str, Mapping[str, Any]] = {}
         self._steps, self._layout, self._at = array("q"), array("q"), array("q")
@@ -88,13 +93,21 @@ class Collected:
         self._of_layout.append((array("q"), bytearray()))
 
     def add(self, step: int, layout: int, at: int, coordinates: bytes) -> None:
-        """Adds a row."""
-        rows, data = self._of_layout[layout]
-        rows.append(len(self._steps))
-        data += coordinates
+        """Adds a row.
+
+        Raises:
+            OverflowError: if the step has more than 64 bits; nothing is added then.
+        """
         self._steps.append(step)
         self._layout.append(layout)
         self._at.append(at)
+        rows, data = self._of_layout[layout]
+        rows.append(len(self._steps) - 1)
+        data += coordinates
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(self._steps)
 
     def part(self, path: Path) -> Part | None:
         """All of it; None if it has no beginning."""
@@ -104,9 +117,9 @@ class Collected:
         columns: dict[str, list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]] = {}
         for its, (mine, data) in zip(self.layouts, self._of_layout, strict=True):
             if mine and its.coordinates:
-                values = np.frombuffer(bytes(data), list(its.coordinates.items()))
-                for name in its.coordinates:
-                    columns.setdefault(name, []).append((np.array(mine), values[name]))
+                values = np.frombuffer(bytes(data), "<i8").reshape(len(mine), -1).T.copy()
+                for (name, kind), column in zip(its.coordinates.items(), values, strict=True):
+                    columns.setdefault(name, []).append((np.array(mine), column.view(kind)))
         coordinates = {}
         for name, found in columns.items():
             everywhere = sum(len(rows) for rows, _ in found) == len(steps)
@@ -116,5 +129,13 @@ class Collected:
             for rows, column in found:
                 coordinates[name][rows] = column
         return Part(
-            path, self.header, self.layouts, steps, layout, at, coordinates, self.attributes
+            path,
+            self.header,
+            self.layouts,
+            steps,
+            layout,
+            at,
+            coordinates,
+            self.attributes,
+            self.sealed,
         )

@@ -27,14 +27,23 @@ def number_of(path: Path) -> int:
 def parts(folder: str | Path) -> list[Part]:
     """The parts of the trace in a folder, in the order in which they were begun.
 
-    Each is read up to where it is cut off or damaged; damage is said by a warning.
+    Each is read up to where it is cut off or damaged. Damage is said by a warning, as is the loss
+    of what was complete.
 
     Raises:
         ValueError: if a part was written by a newer version.
         OSError: if a part cannot be read.
     """
-    found = [_read(path) for path in part_files(Path(folder))]
-    return [part for part in found if part is not None]
+    found = [part for path in part_files(Path(folder)) if (part := _read(path)) is not None]
+    sealed = {part.path.name for part in found if part.sealed}
+    for part in found:
+        if (before := part.header.continues) is not None and before not in sealed:
+            warnings.warn(
+                f"{part.path.with_name(before)} was complete and is not: it is cut off, damaged or "
+                "not there",
+                stacklevel=3,
+            )
+    return found
 
 
 def header(path: Path) -> Header | None:
@@ -64,6 +73,8 @@ def _read(path: Path) -> Part | None:
     found = Collected()
     try:
         _format(path).read(path, found)
+    except FileNotFoundError:  # it was taken away at this moment
+        return None
     except DamagedTraceError as error:
         warnings.warn(f"{error}: what follows in it is left out", stacklevel=4)
     return found.part(path)

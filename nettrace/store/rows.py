@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ class Rows:
 
     Args:
         parts: what they are in.
-        layouts: theirs, without repetition.
+        layouts: those of the rows.
         step: (n,).
         part: (n,) numbers of their parts.
         layout: (n,) numbers of their layouts.
@@ -36,8 +36,7 @@ class Rows:
 
     def names(self) -> set[str]:
         """The arrays that there are, and the quantities that are missing."""
-        counted = [self.layouts[number] for number in np.unique(self.layout)]
-        return {name for layout in counted for name in (*layout.arrays, *layout.missing)}
+        return {name for x in self.layouts for name in (*x.arrays, *x.missing)}
 
     def where(self, layouts: npt.NDArray[np.bool_], steps: Integers) -> Integers:
         """The row (s,) of each step, -1 for none, of those with some layouts (m,)."""
@@ -63,32 +62,43 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
     Raises:
         IndexError: if there is no such attempt.
     """
-    names = attempts(parts)
+    names = {name: number for number, name in enumerate(attempts(parts))}
     if attempt is not None:
         if not -len(names) <= attempt < len(names):
             raise IndexError(f"there is no attempt {attempt}: the trace has {len(names)}")
-        parts = [part for part in parts if part.attempt == names[attempt]]
+        parts = [part for part in parts if names[part.attempt] == attempt % len(names)]
     # Of several ranks, the lowest comes last and so is read.
-    parts = sorted(parts, key=lambda part: (names.index(part.attempt), -part.header.rank))
-    layouts: dict[str, int] = {}
-    pieces: list[tuple[Integers, ...]] = []
+    parts = sorted(parts, key=lambda part: (names[part.attempt], -part.header.rank))
+    first = _superseded(parts, names)
+    layouts: dict[int, int] = {}
     distinct: list[Layout] = []
-    for number, part in enumerate(parts):
-        own = np.empty(len(part.layouts), np.int64)
-        for place, layout in enumerate(part.layouts):
-            key = repr(layout)
-            if key not in layouts:
-                layouts[key] = len(distinct)
-                distinct.append(layout)
-            own[place] = layouts[key]
-        later = [
-            other.start
-            for other in parts
-            if names.index(other.attempt) > names.index(part.attempt) and other.start is not None
-        ]
-        counted = np.flatnonzero(part.steps < min(later, default=np.inf))
-        layout_of = own[part.layout[counted]] if len(own) else counted
-        pieces.append((part.steps[counted], np.full(len(counted), number), layout_of, counted))
     empty = np.empty(0, np.int64)
-    columns = [np.concatenate([empty, *column]) for column in zip(*pieces, strict=True)]
-    return Rows(parts, distinct, *(columns or [empty] * 4))
+    pieces = [(empty, empty, empty, empty)]
+    for number, part in enumerate(parts):
+        end = first[names[part.attempt]]
+        counted = np.arange(len(part.steps)) if end is None else np.flatnonzero(part.steps < end)
+        used, which = np.unique(part.layout[counted], return_inverse=True)
+        own = np.empty(len(used), np.int64)
+        for place, layout in enumerate(part.layouts[number] for number in used):
+            if id(layout) not in layouts:
+                layouts[id(layout)] = len(distinct)
+                distinct.append(layout)
+            own[place] = layouts[id(layout)]
+        pieces.append((part.steps[counted], np.full(len(counted), number), own[which], counted))
+    return Rows(parts, distinct, *(np.concatenate(column) for column in zip(*pieces, strict=True)))
+
+
+def _superseded(parts: Sequence[Part], names: Mapping[str, int]) -> list[int | None]:
+    """By attempt, the step from which on later ones supersede it; those that wrote something."""
+    starts: list[int | None] = [None] * len(names)
+    for part in parts:
+        if part.start is not None and len(part.steps):
+            starts[names[part.attempt]] = _least(starts[names[part.attempt]], part.start)
+    first: list[int | None] = [None] * len(names)
+    for number in reversed(range(len(names) - 1)):
+        first[number] = _least(first[number + 1], starts[number + 1])
+    return first
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((x for x in (one, other) if x is not None), default=None)

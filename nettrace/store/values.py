@@ -22,6 +22,8 @@ from nettrace.store.rows import Integers, Rows
 Array = npt.NDArray[Any]
 #: How much is read at once, in bytes.
 _BLOCK = 2**20
+#: What lies further apart than this is not read at once.
+_GAP = 2**13
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class Axis:
 
     def places(self, place: Place, number: int) -> slice | Integers:
         """Where the entries of one array along its axis of that number belong."""
+        if number >= len(place.shape):
+            return slice(0, 1)
         its = place.axes.labels.get(place.axes.dims[number])
         if self.labels is None or its is None or its == self.labels:
             return slice(0, place.shape[number])
-        return np.array([self.labels.index(label) for label in its], np.int64)
+        where = {label: number for number, label in enumerate(self.labels)}
+        return np.array([where[label] for label in its], np.int64)
 
 
 class Values(BackendArray):
@@ -124,7 +129,8 @@ class Values(BackendArray):
         numbers = [
             np.arange(w.stop) if isinstance(w, slice) else w for w in (slice(len(values)), *where)
         ]
-        out[np.ix_(*numbers)] = values
+        fewer = len(lengths) - len(place.shape)
+        out[np.ix_(*numbers)] = values.reshape(*values.shape, *[1] * fewer)
         return out
 
 
@@ -168,10 +174,13 @@ def _gather(file: int, at: Integers, size: int) -> npt.NDArray[np.uint8] | None:
         None if the file is too short.
     """
     out = np.empty((len(at), size), np.uint8)
+    gaps = np.flatnonzero(np.diff(at) > size + _GAP) + 1
     begin = 0
     while begin < len(at):
         last = np.searchsorted(at, at[begin] + max(0, _BLOCK - size), "right")
-        some = slice(begin, max(begin + 1, int(last)))
+        gap = np.searchsorted(gaps, begin, "right")
+        end = min(int(last), int(gaps[gap]) if gap < len(gaps) else len(at))
+        some = slice(begin, max(begin + 1, end))
         start, stop = int(at[begin]), int(at[some.stop - 1]) + size
         data = b"".join(_pieces(file, start, stop))
         if len(data) < stop - start:

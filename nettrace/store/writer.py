@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import time
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from nettrace.record import Record
 from nettrace.store.format_2 import FORMAT
 from nettrace.store.frames import MAGIC, encode
-from nettrace.store.layout import DTYPES, INLINE, ROW, Axes, Layout
+from nettrace.store.layout import DTYPES, INLINE, ROW, Layout, array_of, fitting
 from nettrace.store.parts import SUFFIX, header, number_of, part_files
 from nettrace.store.provenance import of_process
 
@@ -26,6 +27,7 @@ FULL = 2**26
 #: The attempt of this process that writes to a folder, and the last step that it wrote.
 _ATTEMPTS: dict[Path, tuple[str, int]] = {}
 Array = npt.NDArray[Any]
+Frame: TypeAlias = tuple[bytes, Sequence[bytes], Sequence[bytes]]
 
 
 class TraceWriter:
@@ -59,19 +61,26 @@ class TraceWriter:
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._place = self.folder.resolve()
+        self._place = self.folder.resolve()  # wherever the process may go
         #: Kept with each part that is begun from now on.
         self.provenance = provenance
         self._given = attempt
-        self._start = start
+        self._start = operator.index(start) if isinstance(start, SupportsIndex) else start
         self._rank = rank
         self._attempt: str | None = None
         self._began: int | None = None  # from where on it supersedes
         self._file: int | None = None
+        self._full: str | None = None  # the part before, if that is sealed
+        self._unsynced: set[Path] = set()
         self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, also in another process, write to parts of their own."""
+        return {**self.__dict__, "_file": None}
 
     def _reset(self) -> None:
         """Nothing is described in a part that is new."""
+        self._process = os.getpid()
         self._size = self._rows = 0
         self._signature: object = None
         self._number = 0
@@ -86,14 +95,15 @@ class TraceWriter:
             coordinates: of that step, such as the epoch.
 
         Raises:
-            OSError: if it cannot be written, as on a full disk. This step is lost; the next begins
-                another part.
+            OSError: if it cannot be written, as on a full disk or if the folder was removed. This
+                step may be lost; the next begins another part.
             TypeError: if a value is not of numbers.
-            ValueError: if the folder holds the trace of another probe.
+            ValueError: if an array has more than 30 axes, or the folder holds the trace of another
+                probe.
         """
         if not records:
             return
-        step = records[0].step
+        step = operator.index(records[0].step)
         attempt = self._given or self._own_attempt(step)
         if attempt != self._attempt:
             self.close()
@@ -105,17 +115,26 @@ class TraceWriter:
                 arrays[record.name] = record.value
                 if record.standard_error is not None:
                     arrays[record.name + "_standard_error"] = record.standard_error
-        file = self._begin() if self._file is None else self._file
         at = {"wall_time": time(), **coordinates}
-        frames = [*self._describe(records, arrays, at), self._row(step, at, arrays)]
-        self._append(file, b"".join(frames))
-        self._rows += 1
-        if self._given is None:
-            _ATTEMPTS[self._place] = attempt, step
-        if self._size >= FULL:
-            self._append(file, encode(b"e", [json.dumps({"rows": self._rows}).encode()]))
-            self.sync()
+        try:
+            begin = self._begin() if self._file is None or self._is_lost(self._file) else []
+            description = self._describe(records, arrays, at)
+            self._append([*begin, *description, self._row(step, at, arrays)])
+            self._rows += 1
+            if self._given is None:
+                _ATTEMPTS[self._place] = attempt, step
+            if self._size >= FULL:
+                self._append([(b"e", [_json({"rows": self._rows})], [])])
+                self.sync()
+                full = self._path.name
+                self.close()
+                self._full = full
+        except BaseException:  # what may be half said ends this part; the next write begins another
+            if self._file is not None and not self._rows:
+                self._unsynced.discard(self._path)
+                self._path.unlink(missing_ok=True)
             self.close()
+            raise
 
     def sync(self) -> None:
         """Waits until what is written has reached the disk.
@@ -123,53 +142,62 @@ class TraceWriter:
         Raises:
             OSError: if it cannot.
         """
-        if self._file is not None:
-            os.fsync(self._file)
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        if self._unsynced:
+            for path in (*self._unsynced, self._place):
+                file = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+            self._unsynced.clear()
 
     def close(self) -> None:
         """Lets go of the file; a later write begins another part."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file, self._full = self._file, None, None
+        if file is not None:
+            os.close(file)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self.close()
+
+    def _is_lost(self, file: int) -> bool:
+        """Whether the file belongs to a process that this was forked from, or was removed."""
+        if os.getpid() == self._process and os.fstat(file).st_nlink:
+            return False
+        self.close()
+        return True
 
     def _own_attempt(self, step: int) -> str:
         """The attempt of this process in this folder, or another if the step is before its last."""
         attempt, last = _ATTEMPTS.get(self._place) or (uuid.uuid4().hex, step)
         return attempt if step >= last else uuid.uuid4().hex
 
-    def _begin(self) -> int:
+    def _begin(self) -> list[Frame]:
+        """Makes the file of a part, and says what it begins with."""
         self._check_probe()
-        number = max((number_of(p) for p in part_files(self.folder)), default=-1) + 1
+        number = max((number_of(p) for p in part_files(self._place)), default=-1) + 1
         while True:
             try:
-                path = self.folder / f"part-{number:05d}{SUFFIX}"
-                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+                self._path = self._place / f"part-{number:05d}{SUFFIX}"
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+                self._file = os.open(self._path, flags, 0o644)
                 break
             except FileExistsError:  # of another writer that began at this moment
                 number += 1
-        self._file = file
         self._reset()
         head = {
             "format": FORMAT,
             "attempt": self._attempt,
             "start": self._began,
             "rank": self._rank,
+            "continues": self._full,
             "provenance": {**of_process(), **self.provenance},
         }
-        self._append(file, MAGIC + encode(b"p", [_json(head)]))
-        return file
+        return [(b"p", [_json(head)], [])]
 
     def _check_probe(self) -> None:
-        for part in part_files(self.folder):
+        for part in part_files(self._place):
             found = header(part)
             if found is None:
                 continue
@@ -183,9 +211,9 @@ class TraceWriter:
 
     def _describe(
         self, records: Sequence[Record], arrays: Mapping[str, Array], at: Mapping[str, float]
-    ) -> list[bytes]:
+    ) -> list[Frame]:
         """Frames that say what is not known yet of the next row's layout and attributes."""
-        frames = []
+        frames: list[Frame] = []
         # Most rows are like the one before: this is what is compared each time.
         signature = (
             [(n, a.dtype, a.shape) for n, a in arrays.items()],
@@ -195,7 +223,7 @@ class TraceWriter:
         if signature != self._signature:
             text = _layout(records, arrays, at).encode()
             if text not in self._layouts:
-                frames.append(encode(b"l", [text]))
+                frames.append((b"l", [text], []))
                 self._layouts[text] = len(self._layouts)
             self._number, self._signature = self._layouts[text], signature
         changed = {
@@ -204,11 +232,11 @@ class TraceWriter:
             if r.missing is None and self._attributes.get(r.name) != r.attributes
         }
         if changed:
-            frames.append(encode(b"a", [_json(changed)]))
+            frames.append((b"a", [_json(changed)], []))
             self._attributes |= changed
         return frames
 
-    def _row(self, step: int, at: Mapping[str, float], arrays: Mapping[str, Array]) -> bytes:
+    def _row(self, step: int, at: Mapping[str, float], arrays: Mapping[str, Array]) -> Frame:
         small, large, checks = [], [], []
         for array in arrays.values():
             swapped = array.dtype.byteorder == ">"
@@ -222,26 +250,25 @@ class TraceWriter:
             np.asarray(value, "<i8" if _is_whole(value) else "<f8").tobytes()
             for value in at.values()
         ]
-        return encode(b"r", [ROW.pack(step, self._number), *places, *small, *checks], large)
+        return b"r", [ROW.pack(step, self._number), *places, *small, *checks], large
 
-    def _append(self, file: int, data: bytes) -> None:
+    def _append(self, frames: Sequence[Frame]) -> None:
+        assert self._file is not None
+        begin = b"" if self._size else MAGIC
+        data = begin + encode(frames, self._size + len(begin))
+        self._unsynced.add(self._path)
         left = memoryview(data)
-        try:
-            while left:
-                left = left[os.write(file, left) :]
-        except OSError:
-            self.close()  # what may be half a frame ends this part; the next write begins another
-            raise
+        while left:
+            left = left[os.write(self._file, left) :]
         self._size += len(data)
 
 
 def _layout(
     records: Sequence[Record], arrays: Mapping[str, Array], at: Mapping[str, float]
 ) -> Layout:
-    axes = {}
+    about = {}
     for record in records:
-        its = Axes(record.dims, {k: tuple(map(str, v)) for k, v in record.coordinates.items()})
-        axes[record.name] = axes[record.name + "_standard_error"] = its
+        about[record.name] = about[record.name + "_standard_error"] = record
     types = {name: array.dtype.newbyteorder("<").str for name, array in arrays.items()}
     if wrong := [name for name, dtype in types.items() if dtype not in DTYPES]:
         name = wrong[0]
@@ -251,7 +278,10 @@ def _layout(
         )
     return Layout(
         {name: "<i8" if _is_whole(value) else "<f8" for name, value in at.items()},
-        {name: (types[name], array.shape, axes[name]) for name, array in arrays.items()},
+        {
+            n: array_of(types[n], a.shape, fitting(about[n].dims, _labels(about[n]), a.shape))
+            for n, a in arrays.items()
+        },
         {r.name: r.missing for r in records if r.missing is not None},
         {r.name: r.missing_on for r in records if r.missing_on},
     )
@@ -267,4 +297,8 @@ def _is_whole(value: float) -> bool:
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":"), default=str).encode()
+    return json.dumps(value, separators=(",", ":"), default=_plain).encode()
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else str(value)
