@@ -234,7 +234,7 @@ class Session:
                 if key not in self._writers:
                     self._writers[key] = self._writer(folder, fingerprint)
                 self._writers[key].write(list(named.values()), position)
-            except (OSError, ValueError) as error:
+            except (OSError, TypeError, ValueError) as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
 
     def _writer(self, folder: Path, fingerprint: str) -> TraceWriter:
