@@ -134,9 +134,13 @@ class Crash(Exception):
 def test_a_run_interrupted_and_resumed_twice_reads_as_one_trace(
     namespace: str, tmp_path: Path
 ) -> None:
+    trained: list[dict[int, float]] = []  # of each attempt: where the weights were at each step
+
     def attempt(crash: int | None, checkpoint: Path | None = None) -> None:
         class Fragile(training.network(namespace)):
             def on_train_batch_start(self, batch: Any, index: int) -> None:
+                weights = sum(weight.double().sum().item() for weight in self.parameters())
+                trained[-1][self.global_step] = weights
                 if self.global_step == crash:
                     raise Crash
 
@@ -149,6 +153,7 @@ def test_a_run_interrupted_and_resumed_twice_reads_as_one_trace(
             keep,
         ]
         options = {"max_steps": 12, "enable_checkpointing": True, "ckpt_path": checkpoint}
+        trained.append({})
         training.fit(callbacks, Fragile(), namespace=namespace, **options)
 
     with pytest.raises(Crash):
@@ -165,9 +170,13 @@ def test_a_run_interrupted_and_resumed_twice_reads_as_one_trace(
     attempts = [nt.open(tmp_path / "trace", attempt=number) for number in range(3)]
     steps = [one.step.values.tolist() for one in attempts]
     assert steps == [list(range(7)), list(range(4, 12)), list(range(8, 13))]
-    for one in attempts:  # the training is deterministic: what was superseded was right as well
-        both = data.ntk_trace.sel(step=one.step)
-        np.testing.assert_array_equal(both, one.ntk_trace)
+    final = {**trained[0], **trained[1], **trained[2]}
+    for one, own in zip(attempts, trained, strict=True):
+        # What was superseded was right as well. (Lightning 2.4 goes on with other batches.)
+        same = [own[step] == final[step] for step in own]
+        assert same.count(True) >= 4
+        kept, superseded = (each.ntk_trace.sel(step=list(own)).values for each in (data, one))
+        assert (kept == superseded).tolist() == same
     assert data.ntk_distance_first.attrs["reference_step"] == 0
 
 
