@@ -1,6 +1,6 @@
 # make demo: install what is needed and run the main job on real data.
 # make test: install what is needed and run the tests.
-# make bench: install nettrace's peers and measure what all of them cost, within half an hour.
+# make bench: install nettrace's peers and measure what all of them cost: most of an hour.
 # Each needs nothing but Python 3.11 or newer; everything goes into .venv.
 
 PYTHON ?= python3
@@ -26,6 +26,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/accuracy.py
 	.venv/peers/bin/python benchmarks/schools.py
 	.venv/peers/bin/python benchmarks/store.py
+	.venv/peers/bin/python benchmarks/analysis.py
 
 clean:
 	rm -rf .venv build *.egg-info
@@ -44,7 +45,7 @@ clean:
 .venv/peers/done: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv/peers
 	.venv/peers/bin/python $(INSTALL) --constraint constraints.txt \
-		--editable . --requirement benchmarks/peers.txt
+		--editable '.[export,scale]' --requirement benchmarks/peers.txt
 	touch $@
 
 .venv/jax/done: benchmarks/jax.txt
