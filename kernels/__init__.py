@@ -1,8 +1,5 @@
 """Contractions of per-sample gradients held in factored form: tensors in, tensors out."""
 
-if __name__ != "nettrace.kernels":  # the repository root is on sys.path
-    raise ImportError(f"import `nettrace.kernels`, not `{__name__}`", name=__name__)
-
 from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
