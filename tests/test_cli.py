@@ -208,7 +208,7 @@ def test_analyze_in_part_and_not_at_all(run, checkpoints):
     status, out, err = run(ANALYZE + " --measures ntk/trace")
     assert status == 3
     assert re.search(r"4 checkpoints: 3 measured.*1 failed", out)
-    assert re.search(r"failed: checkpoints/step=15.pt: .* cannot be read", " ".join(out.split()))
+    assert re.search(r"failed: checkpoints/step=15.pt: cannot be read", " ".join(out.split()))
     status, out, err = run(ANALYZE + " --measures ntk/trace --json")
     assert status == 3
     assert json.loads(out)["skipped"] == [0, 10, 20]

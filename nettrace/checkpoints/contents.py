@@ -76,6 +76,6 @@ def _number(value: object) -> float | None:
 
 
 def told(error: BaseException) -> str:
-    """An error of somebody else's code in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    """The first sentence of an error of somebody else's code, or of its first line."""
+    first = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__

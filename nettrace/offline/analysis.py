@@ -160,7 +160,7 @@ def analyze(
         locate.import_module(module)
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     found, broken = saved.find(paths, allow_pickle)
-    failed = {path: str(error) for path, error in broken.items()}
+    failed = {path: str(error).removeprefix(f"{path} ") for path, error in broken.items()}
     samples = locate.probe(probe) if isinstance(probe, str) else probe
     check_probes(samples)
     names = [measure.name for measure in chosen(measures, samples)]
@@ -208,7 +208,7 @@ def analyze(
         for outcome in _shown(outcomes, len(tasks), progress):
             checkpoint, asked = found[outcome.position], todo[outcome.position]
             if outcome.failure is not None:
-                failed[checkpoint.path] = outcome.failure
+                failed[checkpoint.path] = outcome.failure.removeprefix(f"{checkpoint.path} ")
                 continue
             if asked not in writers:  # each part says what was asked for at all of its steps
                 writers[asked] = TraceWriter(
