@@ -36,7 +36,7 @@ View: TypeAlias = Literal["same", "swapped", "view", "computed"]
 _SMALL = 2**21
 #: Bytes of pulled-back gradients that are worked on together, and how many cotangents' they are, at
 #: most: more save little, and take memory.
-_TOGETHER, _WIDEST = 2**24, 3
+_TOGETHER, _WIDEST = 2**24, 2
 #: Operations whose backward is as fast for a batch of cotangents.
 _BATCHED = frozenset(
     name + "Backward0"
