@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nettrace import Record
+from nettrace.record import ERROR, Record
 
 #: The axis of our curves in W&B: the number of updates that the weights have had.
 STEP = "nettrace/step"
@@ -34,7 +34,8 @@ def monitor(trainer: Any, records: Sequence[Record], prefix: str) -> None:
 def send(logger: Any, records: Sequence[Record], prefix: str, step: int) -> None:
     """Sends records to a Lightning logger: numbers to any, spectra and kernels to W&B's.
 
-    Those of several probes are named "group/quantity/probe".
+    Those of several probes are named "group/quantity/probe". Complex numbers are two, `name.re` and
+    `name.im`; of complex arrays, magnitudes are shown.
 
     Args:
         logger: the logger.
@@ -53,9 +54,13 @@ def _numbers(records: Sequence[Record], prefix: str) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for record in _apart(records):
         if record.is_scalar:
-            numbers[prefix + record.name] = float(record.value)
+            name, value = prefix + record.name, record.value.item()
+            if np.iscomplexobj(value):
+                numbers |= {f"{name}.re": value.real, f"{name}.im": value.imag}
+            else:
+                numbers[name] = float(value)
             if record.standard_error is not None:
-                numbers[f"{prefix}{record.name}_standard_error"] = float(record.standard_error)
+                numbers[name + ERROR] = float(record.standard_error)
     return numbers
 
 
@@ -72,7 +77,8 @@ def _send_to_wandb(
     row: dict[str, Any] = {}
     for record in _apart(records):
         name = prefix + record.name
-        values = np.asarray(record.value, dtype=float)
+        shown = np.abs(record.value) if np.iscomplexobj(record.value) else record.value
+        values: npt.NDArray[np.float64] = np.asarray(shown, dtype=np.float64)
         if values.ndim == 1 and record.coordinates:
             (labels,) = record.coordinates.values()
             row |= {f"{name}/{k}": float(v) for k, v in zip(labels, values, strict=True)}

@@ -279,7 +279,7 @@ class Probe:
         if self.forward is not None or not takes_them or not isinstance(self.targets, Tensor):
             return None
         with torch.no_grad():
-            found = named(model(**inputs, labels=self.targets)) or {}
+            found = named(model(**{**inputs, "labels": self.targets})) or {}
         loss = found.get("loss")
         return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 

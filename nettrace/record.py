@@ -10,6 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+#: What the name of a standard error ends in, after that of its quantity.
+ERROR = "_standard_error"
+#: Axes of a value, at most: NumPy 1 takes 32, of which there are one each for runs, steps, probes.
+MOST_AXES = 29
+
 
 @dataclass(frozen=True)
 class Record:
@@ -77,7 +82,7 @@ class Record:
         if not self.is_scalar:
             return f"{self.name} at step {self.step}: array {self.value.shape}"
         error = "" if self.standard_error is None else f" +- {float(self.standard_error):.2g}"
-        return f"{self.name} at step {self.step}: {float(self.value):.6g}{error}"
+        return f"{self.name} at step {self.step}: {self.value.item():.6g}{error}"
 
 
 class Sink(Protocol):

@@ -285,6 +285,14 @@ def test_what_rests_on_another_loss_is_missing_with_both_numbers(loss):
     assert "loss_checked" not in measured(model, declared, "loss/mean")["loss/mean"].attributes
 
 
+def test_labels_that_are_among_the_inputs_too_are_compared():
+    model, batch = Classifier(lambda z, y: F.cross_entropy(z, y) + 1), tokens()
+    probe = nt.Probe(batch, batch["labels"])
+    with pytest.warns(nt.MissingMeasureWarning, match="losses="):
+        (found, *_) = nt.Tracer(probe, "loss/mean")(model, 0)
+    assert "does not give what the network returned" in found.missing
+
+
 @pytest.mark.parametrize(
     ("reduction", "says"),
     [

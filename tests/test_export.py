@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,6 +341,23 @@ def test_a_folder_that_is_no_export_is_never_replaced(trace, format):
     with pytest.raises(FileExistsError, match="no earlier export"):
         nt.export(trace, trace, format, overwrite=True)
     assert sorted(trace.iterdir()) == before
+
+
+@pytest.mark.parametrize("format", ["netcdf", "parquet"])
+def test_a_file_that_is_no_export_is_never_replaced(trace, format):
+    (part,) = trace.glob("part-*")
+    before = part.read_bytes()
+    with pytest.raises(FileExistsError, match="no earlier export"):
+        nt.export(trace, part, format, overwrite=True)
+    assert part.read_bytes() == before
+
+
+def test_netcdf_is_not_begun_on_a_disk_without_room(trace, tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=2**20)  # HDF5 crashes the process where the disk is full
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="1,048,576 are free"):
+        nt.export(trace, tmp_path / "out" / "x.nc")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("to", ["x", "x.txt"])

@@ -376,16 +376,36 @@ def test_an_attempt_that_wrote_nothing_supersedes_nothing(tmp_path):
     look(data, range(5), lambda step, here: 0)
 
 
-def test_a_folder_that_is_removed_is_told_and_can_come_back(tmp_path):
-    folder = tmp_path / "trace"
+def test_a_folder_that_is_removed_comes_back_unless_all_above_it_is_gone(tmp_path):
+    folder = tmp_path / "disk" / "trace"
     its = TraceWriter(folder)
     its.write(records(0, 0), {})
     shutil.rmtree(folder)
+    its.write(records(0, 1), {})
+    assert nt.open(folder).step.values.tolist() == [1]
+    shutil.rmtree(folder.parent)
     with pytest.raises(FileNotFoundError):
-        its.write(records(0, 1), {})
-    folder.mkdir()
-    its.write(records(0, 2), {})
-    assert nt.open(folder).step.values.tolist() == [2]
+        its.write(records(0, 2), {})
+    folder.parent.mkdir()
+    its.write(records(0, 3), {})
+    assert nt.open(folder).step.values.tolist() == [3]
+
+
+def test_threads_may_share_a_writer(tmp_path):
+    its = TraceWriter(tmp_path, "one")
+
+    def write(name):
+        for step in range(200):
+            its.write([nt.Record(name, step, np.full(3, step))], {})
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("a/x", "a/y", "a/z")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    data = nt.open(tmp_path)
+    for name in ("a_x", "a_y", "a_z"):
+        np.testing.assert_array_equal(data[name][:, 0], np.arange(200))
 
 
 def test_a_run_may_go_elsewhere(tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ _PACKAGES: Mapping[Format, tuple[str, ...]] = {
 }
 #: What lies in a folder that is an export, and in none that is a trace.
 _MARKS = (".zgroup", "attributes.json")
+#: What files begin with that are exports: HDF5, Parquet, and tables by run or step.
+_BEGINNINGS = (b"\x89HDF\r\n", b"PAR1", b"step,", b"step\n", b"run,")
 
 
 def export(
@@ -67,8 +69,7 @@ def export(
         Where it is.
 
     Raises:
-        FileExistsError: if something is there and is not to be replaced, or is a folder that is no
-            export.
+        FileExistsError: if something is there and is not to be replaced, or is no export.
         FileNotFoundError: if there is no trace.
         ImportError: if packages for the format are missing.
         ValueError: if there is no such format, or arrays are to go into one CSV table.
@@ -90,8 +91,8 @@ def export(
             f"{to} is there already: choose another name, or replace it by --overwrite "
             "(overwrite=True)"
         )
-    if to.is_dir() and not any((to / mark).exists() for mark in _MARKS):
-        raise FileExistsError(f"{to} is a folder and no earlier export, it is not overwritten")
+    if to.exists() and not _is_export(to):
+        raise FileExistsError(f"{to} is no earlier export, it is not overwritten")
     datasets.require(format, *_PACKAGES[format])
     data = trace if isinstance(trace, xr.Dataset) else store.open(trace)
     if "step" not in data.dims:
@@ -110,6 +111,13 @@ def export(
     finally:
         _remove(new)
     return to
+
+
+def _is_export(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / mark).exists() for mark in _MARKS)
+    with path.open("rb") as file:
+        return file.read(16).startswith(_BEGINNINGS)
 
 
 def _replace(old: Path, new: Path) -> None:

@@ -6,9 +6,11 @@ that are neither text nor finite numbers, or whose names the format keeps to its
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _BLOCK = 8 << 20  # bytes; also of what zarr and HDF5 compress at once
+_OVERHEAD = 1 << 20  # bytes of a file without numbers, at most
 _OURS = "nettrace"
 #: Names of attributes that mean something to xarray and HDF5, as does a leading underscore.
 _RESERVED = set(
@@ -35,9 +38,21 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def write_netcdf(data: xr.Dataset, path: Path) -> None:
-    """Writes one compressed file, by h5netcdf."""
+    """Writes one compressed file, by h5netcdf.
+
+    Raises:
+        OSError: if there may be too little room on the disk, where HDF5 would crash the process.
+    """
     import dask
 
+    free = shutil.disk_usage(path.parent).free
+    if data.nbytes + _OVERHEAD > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"netCDF may take {data.nbytes + _OVERHEAD:,} bytes and {free:,} are free; zarr and "
+            "parquet may be tried with less",
+            str(path.parent),
+        )
     data = _representable(data, netcdf=True)
     compressed = {"zlib": True, "complevel": 1, "shuffle": True}
     encoding = {

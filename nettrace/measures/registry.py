@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nettrace.batch import mapped
 from nettrace.past import Reference, references
+from nettrace.record import ERROR, MOST_AXES
 from nettrace.statistics import Statistics
 
 #: A number or an array, as a measure gives it.
@@ -95,7 +96,7 @@ class Measure:
         """The measure of a network, from its statistics.
 
         Raises:
-            TypeError: if the function gives no real numbers.
+            TypeError: if the function gives no numbers, or an error that is not real.
             ValueError: if what it gives does not fit the names of the axes.
         """
         earlier = None if self.reference is None else statistics.earlier(self.reference)
@@ -111,6 +112,11 @@ class Measure:
             attributes = {**found.attributes, "reference_step": earlier.step}
             found = replace(found, attributes=attributes)
         value = self._numbers("value", found.value)
+        if value.dim() > MOST_AXES:
+            raise ValueError(
+                f"{self.name} gave a value with {value.dim()} axes: a trace takes {MOST_AXES}, "
+                "at most"
+            )
         if value.dim() != len(self.dims):
             raise ValueError(
                 f"{self.name} gave a value of shape {tuple(value.shape)}, but names "
@@ -126,6 +132,8 @@ class Measure:
         error = found.standard_error
         if error is not None:
             error = self._numbers("standard error", error)
+            if error.is_complex():
+                raise TypeError(f"{self.name} gave a complex standard error: it must be real")
             if error.shape != value.shape:
                 raise ValueError(
                     f"{self.name} gave a standard error of shape {tuple(error.shape)} for a value "
@@ -142,8 +150,6 @@ class Measure:
             )
         # A tensor of its own type: Python's and NumPy's numbers are float64.
         tensor = found if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
-        if tensor.is_complex():
-            raise TypeError(f"{self.name} gave a complex {what}: return its real parts by name")
         narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4  # unknown to NumPy
         return tensor.detach().to("cpu", torch.float32 if narrow else tensor.dtype, copy=True)
 
@@ -204,6 +210,8 @@ def measure(
     group, _, quantity = name.partition("/")
     if name and (not group or not quantity or "/" in quantity):
         raise ValueError(f"expected a measure's name of the form 'group/quantity', got {name!r}")
+    if name.endswith(ERROR):
+        raise ValueError(f"expected a name that does not end in {ERROR}, of errors, got {name!r}")
     known = statistics()
     for need in needs:
         when, _, statistic = need.rpartition(".")

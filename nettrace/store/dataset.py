@@ -14,12 +14,11 @@ import numpy as np
 import xarray as xr
 from xarray.core import indexing
 
+from nettrace.record import ERROR
 from nettrace.store.layout import Layout
 from nettrace.store.parts import SUFFIX, part_files, parts
 from nettrace.store.rows import Integers, Rows, rows
 from nettrace.store.values import Axis, Values
-
-_ERROR = "_standard_error"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class _Builder:
 
     def add(self, name: str) -> None:
         """Adds a quantity."""
-        base = name.removesuffix(_ERROR)
+        base = name.removesuffix(ERROR)
         base = base if base in self._known else name
         missing: dict[str, dict[str, str]] = {}
         where: list[Integers] = []
@@ -290,7 +289,7 @@ def quantities(names: str | Iterable[str], known: set[str]) -> set[str]:
     asked = [names] if isinstance(names, str) else list(names)
     found: set[str] = set()
     for name in asked:
-        its = {k for k in known if k in (name, name + _ERROR) or k.startswith(name + "/")}
+        its = {k for k in known if k in (name, name + ERROR) or k.startswith(name + "/")}
         if not its:
             raise KeyError(f"there is no {name!r} in the trace, but {', '.join(sorted(known))}")
         found |= its

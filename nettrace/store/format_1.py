@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nettrace.record import ERROR
 from nettrace.store.frames import DamagedTraceError
 from nettrace.store.layout import Layout, Place, array_of, fitting, read_json, whole
 from nettrace.store.part import Collected, Header
@@ -126,7 +127,7 @@ def _header(text: dict[str, Any]) -> Header:
 def _layout(text: dict[str, Any], about: dict[str, Any], kinds: Sequence[str]) -> Layout:
     arrays = {}
     for name, dtype, shape in text["values"]:
-        its = about.get(name.removesuffix("_standard_error"), {})
+        its = about.get(name.removesuffix(ERROR), {})
         axes = fitting(its.get("dims", []), its.get("coordinates", {}), shape)
         arrays[name] = array_of(dtype, shape, axes)
     coordinates = dict(zip(text["coordinates"], kinds, strict=True))

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from nettrace.record import MOST_AXES
+
 #: Step and number of the layout, which every row begins with.
 ROW = struct.Struct("<qI")
 #: Arrays of more bytes than this lie in the body.
@@ -23,8 +25,8 @@ INLINE = 4096
 #: Types of arrays, and of coordinates.
 DTYPES = frozenset("|b1 |i1 |u1 <i2 <u2 <i4 <u4 <i8 <u8 <f2 <f4 <f8 <c8 <c16".split())
 COORDINATES = frozenset(["<i8", "<f8"])
-#: Axes of an array: NumPy 1 takes 32, of which one is for steps and one for runs.
-_RANK = 30
+#: Axes of an array, of which one may be of several probes.
+_RANK = MOST_AXES + 1
 #: Levels of JSON.
 _DEEPEST = 50
 

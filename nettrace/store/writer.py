@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
+import threading
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Literal, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from nettrace.record import Record
+from nettrace.record import ERROR, Record
 from nettrace.store.format_2 import FORMAT
 from nettrace.store.frames import MAGIC, encode
 from nettrace.store.layout import DTYPES, INLINE, ROW, Layout, array_of, fitting
@@ -26,8 +27,20 @@ from nettrace.store.provenance import of_process
 FULL = 2**26
 #: The attempt of this process that writes to a folder, and the last step that it wrote.
 _ATTEMPTS: dict[Path, tuple[str, int]] = {}
+#: Of the threads that may share a writer or a folder, one writes at a time.
+_TURN = threading.RLock()
 Array = npt.NDArray[Any]
 Frame: TypeAlias = tuple[bytes, Sequence[bytes], Sequence[bytes]]
+
+
+def _renew() -> None:
+    """In a forked process there is no other thread that could give up its turn."""
+    global _TURN
+    _TURN = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 class TraceWriter:
@@ -95,14 +108,17 @@ class TraceWriter:
             coordinates: of that step, such as the epoch.
 
         Raises:
-            OSError: if it cannot be written, as on a full disk or if the folder was removed. This
-                step may be lost; the next begins another part.
+            OSError: if it cannot be written, as on a full disk. This step may be lost; the next
+                begins another part.
             TypeError: if a value is not of numbers.
             ValueError: if an array has more than 30 axes, or the folder holds the trace of another
                 probe.
         """
-        if not records:
-            return
+        if records:
+            with _TURN:
+                self._write(records, coordinates)
+
+    def _write(self, records: Sequence[Record], coordinates: Mapping[str, float]) -> None:
         step = operator.index(records[0].step)
         attempt = self._given or self._own_attempt(step)
         if attempt != self._attempt:
@@ -114,7 +130,7 @@ class TraceWriter:
             if record.missing is None:
                 arrays[record.name] = record.value
                 if record.standard_error is not None:
-                    arrays[record.name + "_standard_error"] = record.standard_error
+                    arrays[record.name + ERROR] = record.standard_error
         at = {"wall_time": time(), **coordinates}
         try:
             begin = self._begin() if self._file is None or self._is_lost(self._file) else []
@@ -175,6 +191,7 @@ class TraceWriter:
 
     def _begin(self) -> list[Frame]:
         """Makes the file of a part, and says what it begins with."""
+        self._place.mkdir(exist_ok=True)  # it may have been removed; a disk that is gone stays so
         self._check_probe()
         number = max((number_of(p) for p in part_files(self._place)), default=-1) + 1
         while True:
@@ -268,7 +285,7 @@ def _layout(
 ) -> Layout:
     about = {}
     for record in records:
-        about[record.name] = about[record.name + "_standard_error"] = record
+        about[record.name] = about[record.name + ERROR] = record
     types = {name: array.dtype.newbyteorder("<").str for name, array in arrays.items()}
     if wrong := [name for name, dtype in types.items() if dtype not in DTYPES]:
         name = wrong[0]

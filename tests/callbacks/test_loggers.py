@@ -329,6 +329,14 @@ def test_arrays_that_cannot_be_drawn_do_not_keep_the_rest_away(
     assert row == {"ntk/trace": 1.5, "nettrace/step": 3}
 
 
+def test_complex_numbers_are_two() -> None:
+    sent: dict[str, Any] = {}
+    logger = SimpleNamespace(log_metrics=lambda numbers, step: sent.update(numbers))
+    send(logger, [nt.Record("a/z", 3, np.array(1 - 2j), np.array(0.5))], "p/", 3)
+    values = {"p/a/z.re": 1.0, "p/a/z.im": -2.0, "p/a/z_standard_error": 0.5}
+    assert sent == {**values, "nettrace/step": 3}
+
+
 def test_a_kernel_of_zeros_is_white() -> None:
     picture = sent(nt.Record("ntk/gram", 0, np.zeros((2, 3, 2, 3)), dims=("a", "b", "c", "d")))
     levels = np.asarray(picture["ntk/gram"].image.convert("L"))

@@ -17,6 +17,7 @@ from torch import nn
 import nettrace as nt
 from nettrace.measures import available, registry, resolve, statistics
 from nettrace.statistics import Inapplicable, Statistics, Unavailable
+from nettrace.store import TraceWriter
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
@@ -63,7 +64,8 @@ def test_numbers_of_any_kind_are_taken(give, dims):
         (lambda x: x, ValueError, r"shape \(4, 2\), but names 0 axes.*dims=\[...\]"),
         (lambda x: None, TypeError, "gave NoneType .*nettrace.Value"),
         (lambda x: "much", TypeError, "gave str"),
-        (lambda x: x[0, 0] * 1j, TypeError, "complex"),
+        (lambda x: nt.Value(1.0, torch.tensor(1j)), TypeError, "complex standard error"),
+        (lambda x: x.reshape([4, 2] + [1] * 28), ValueError, "30 axes: a trace takes 29, at most"),
         (lambda x: nt.Value(1.0, torch.ones(3)), ValueError, r"standard error of shape \(3,\)"),
         (lambda x: nt.Value(1.0, coordinates={"a": ["p"]}), ValueError, "labels along 'a'"),
     ],
@@ -71,6 +73,19 @@ def test_numbers_of_any_kind_are_taken(give, dims):
 def test_what_does_not_fit_is_said(give, error, says):
     with pytest.raises(error, match=says):
         taken(give, needs=["outputs"])
+
+
+def test_complex_numbers_are_taken(tmp_path):
+    record = taken(lambda x: nt.Value(x[0, 0] * 1j, 0.5), needs=["outputs"])
+    assert record.value == 3j
+    assert "0+3j +- 0.5" in str(record)
+    TraceWriter(tmp_path).write([record], {})
+    assert nt.open(tmp_path).own_one.values.tolist() == [3j]
+
+
+def test_names_of_errors_are_not_names_of_measures():
+    with pytest.raises(ValueError, match="own/x_standard_error"):
+        nt.measure("own/x_standard_error", needs=["outputs"])
 
 
 def test_values_that_are_not_finite_are_kept_and_what_raises_is_missing():
