@@ -16,6 +16,7 @@ import nettrace as nt
 pytest.importorskip("jsonargparse")
 
 MODULE = """
+import nettrace
 import torch
 from torch.utils.data import DataLoader, Dataset
 from {namespace} import LightningModule
@@ -29,6 +30,10 @@ class Numbers(Dataset):
         return len(self.inputs)
     def __getitem__(self, i):
         return self.inputs[i], self.targets[i]
+
+def probe() -> nettrace.Probe:
+    numbers = Numbers(6)
+    return nettrace.Probe(numbers.inputs, numbers.targets)
 
 class Net(LightningModule):
     def __init__(self, width: int = 5):
@@ -61,7 +66,8 @@ trainer:
       measures: [ntk/trace, fisher/trace]
       every: 2
       to: traces/period
-      samples: 6
+      probe:
+        class_path: declared_{name}.probe
   - class_path: nettrace.callbacks.NTKTrace
     init_args:
       measures: ntk/trace
@@ -139,6 +145,7 @@ def test_a_run_measures_what_its_configuration_declares(cli):
     assert found["steps"].probe.values.tolist() == ["train", "other"]
     probe = next(c.probe for c in callbacks if c.__class__.__name__ == "NTKTrace")
     assert len(probe) == 8
+    assert len(callbacks[0].probe) == 6
     assert probe.likelihood == "categorical"
     # The samples are those that were declared: every second of 16.
     numbers = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
