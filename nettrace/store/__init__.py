@@ -32,9 +32,10 @@ def open(
     The variable of "ntk/trace" is `ntk_trace`, with attribute `name`; an estimate's standard error
     is `..._standard_error`. Arrays are read when they are asked for, and each time anew: `load`
     keeps them. Those that change their shape along steps are padded with NaN, as are steps at which
-    a quantity was not recorded; integers are float64 then, exact to 2**53. Where it is missing, the attribute `missing` says why, as JSON by
-    step or by "first..last"; of several runs, by run. With several probes there is a dimension
-    `probe`, or `pair`; where a quantity is missing on some of them, the reason names these.
+    a quantity was not recorded; integers are float64 then, exact to 2**53. Where it is missing, the
+    attribute `missing` says why, as JSON by step or by "first..last"; of several runs, by run. With
+    several probes there is a dimension `probe`, or `pair`; where a quantity is missing on some of
+    them, the reason names these.
 
     Args:
         paths: what was given as `to=`; or several such folders, or a pattern such as "runs/*",
