@@ -3,6 +3,7 @@
 import copy
 import errno
 import importlib
+import json
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import closing
 from itertools import combinations
 from pathlib import Path
 
@@ -389,6 +391,19 @@ def test_a_folder_that_is_removed_comes_back_unless_all_above_it_is_gone(tmp_pat
     folder.parent.mkdir()
     its.write(records(0, 3), {})
     assert nt.open(folder).step.values.tolist() == [3]
+
+
+def test_an_attempt_that_was_killed_at_once_is_none(tmp_path):
+    for attempt in "abc":
+        with closing(TraceWriter(tmp_path, attempt)) as its:
+            its.write(records(0, 5), {})
+    killed = sorted(tmp_path.iterdir())[1]
+    killed.write_bytes(killed.read_bytes()[:400])  # in its first write, after the header
+    assert [len(part.steps) for part in parts(tmp_path)] == [1, 0, 1]
+    assert len(json.loads(nt.open(tmp_path).attrs["attempts"])) == 2
+    assert nt.open(tmp_path, attempt=1).step.values.tolist() == [5]
+    with pytest.raises(IndexError, match="the trace has 2"):
+        nt.open(tmp_path, attempt=2)
 
 
 def test_threads_may_share_a_writer(tmp_path):

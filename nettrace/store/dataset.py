@@ -191,7 +191,7 @@ class _Builder:
 
 
 def _run(folder: Path, label: str, attempt: int | None) -> Run:
-    found = parts(folder)
+    found = [part for part in parts(folder) if len(part.steps)]  # others were killed at once
     counted = rows(found, attempt)
     of_attempts: dict[str, dict[str, Any]] = {}
     for part in found:

@@ -55,7 +55,7 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
     """The rows that count.
 
     Args:
-        parts: of a trace, in order.
+        parts: of a trace, in order, that have rows.
         attempt: the number of the attempt whose rows count, whatever came after; by default, an
             attempt supersedes all earlier ones from its start on.
 
@@ -89,10 +89,10 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
 
 
 def _superseded(parts: Sequence[Part], names: Mapping[str, int]) -> list[int | None]:
-    """By attempt, the step from which on later ones supersede it; those that wrote something."""
+    """By attempt, the step from which on later ones supersede it."""
     starts: list[int | None] = [None] * len(names)
     for part in parts:
-        if part.start is not None and len(part.steps):
+        if part.start is not None:
             starts[names[part.attempt]] = _least(starts[names[part.attempt]], part.start)
     first: list[int | None] = [None] * len(names)
     for number in reversed(range(len(names) - 1)):
