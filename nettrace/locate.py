@@ -24,6 +24,10 @@ from nettrace.freeze import random_states
 from nettrace.probe import Probe, check_probes
 
 
+#: How code of somebody else's fails. One that ends the process must not end it without a word.
+FAILURES = (Exception, SystemExit)
+
+
 class LocateError(ValueError):
     """A text stands for nothing that can be used; the message says what to write instead."""
 
@@ -63,7 +67,7 @@ def probe(where: str, samples: int = 64) -> Probe | Mapping[str, Probe]:
             return _probe(found, samples)
         except LocateError as error:
             raise LocateError(f"expected {where} to be {error}") from error
-        except Exception as error:
+        except FAILURES as error:
             raise LocateError(f"{where} makes no probe: {told(error)}") from error
 
 
@@ -78,7 +82,7 @@ def load(where: str) -> Any:
         return found
     try:
         return found()
-    except Exception as error:
+    except FAILURES as error:
         raise LocateError(f"{where}() failed: {told(error)}") from error
 
 
@@ -125,6 +129,11 @@ def import_module(name: str) -> ModuleType:
         raise LocateError(
             f"there is no module {name!r}: expected {name.replace('.', '/')}.py in {here} or an "
             "installed module"
+        ) from error
+    except SystemExit as error:
+        raise LocateError(
+            f"{name} cannot be imported, it ends the program ({told(error)}): put what it does as a "
+            'script under if __name__ == "__main__"'
         ) from error
     except Exception as error:
         raise LocateError(f"{name} cannot be imported: {told(error)}") from error
@@ -222,7 +231,7 @@ def _same_draws() -> Iterator[None]:
         yield
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error of somebody else's code, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

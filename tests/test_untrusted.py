@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,18 @@ def test_nothing_but_modules_is_called(tmp_path, described, says):
     with pytest.raises(CheckpointError, match=says):
         build(tmp_path / "a.ckpt")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(0)", "{Net}sys.exit(0)"])
+def test_classes_that_end_the_program_do_not(tmp_path, monkeypatch, text):
+    net = "import sys\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self): "
+    (tmp_path / "ending.py").write_text(text.replace("{Net}", net))
+    monkeypatch.syspath_prepend(tmp_path)
+    about = {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": {"_class_path": "ending.Net"}}
+    torch.save(about, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"cannot be (imported|made).*SystemExit: 0.*--model"):
+        build(tmp_path / "a.ckpt")
+    sys.modules.pop("ending", None)
 
 
 @pytest.mark.parametrize("text", ["model: &a [*a]", "model: {class_path: &a [*a]}", "\0", "- 1"])

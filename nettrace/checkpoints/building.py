@@ -15,6 +15,7 @@ from torch import nn
 
 from nettrace.checkpoints import reading
 from nettrace.checkpoints.contents import Checkpoint, CheckpointError, told
+from nettrace.locate import FAILURES
 
 _GIVE_MODEL = "give the network by --model (model=...)"
 
@@ -99,7 +100,7 @@ def _made(value: Any, where: Path) -> Any:
         return functools.partial(kind, **arguments)
     try:
         return kind(**arguments)
-    except Exception as error:
+    except FAILURES as error:
         raise CheckpointError(
             f"{where} describes {value['class_path']}, which cannot be made so ({told(error)}): "
             f"{_GIVE_MODEL}"
@@ -111,7 +112,7 @@ def _class(class_path: object, where: Path) -> type:
     module, _, name = str(class_path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except FAILURES as error:
         raise CheckpointError(
             f"{where} names {class_path}, which cannot be imported here ({told(error)}): run where "
             f"it can be, or {_GIVE_MODEL}"
