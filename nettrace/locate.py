@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import random
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,6 @@ from torch.utils.data import Dataset, IterableDataset
 from nettrace.freeze import random_states
 from nettrace.probe import Probe, check_probes
 
-
 #: How code of somebody else's fails. One that ends the process must not end it without a word.
 FAILURES = (Exception, SystemExit)
 
@@ -38,7 +38,15 @@ def model(where: str) -> nn.Module:
     Raises:
         LocateError: if there is none.
     """
-    found = load(where)
+    return as_network(load(where), where)
+
+
+def as_network(found: object, where: str) -> nn.Module:
+    """The same, if it is a network.
+
+    Raises:
+        LocateError: if it is something else.
+    """
     if not isinstance(found, nn.Module):
         raise LocateError(f"expected {where} to be a torch.nn.Module, got {_kind(found)}")
     return found
@@ -80,10 +88,20 @@ def load(where: str) -> Any:
     found = find(where)
     if not callable(found) or isinstance(found, (nn.Module, Dataset)):
         return found
+    return called(found, where, {})
+
+
+def called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> Any:
+    """What a function or class gives.
+
+    Raises:
+        LocateError: if it fails.
+    """
     try:
-        return found()
+        return function(**arguments)
     except FAILURES as error:
-        raise LocateError(f"{where}() failed: {told(error)}") from error
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
+        raise LocateError(f"{name}({given}) failed: {told(error)}") from error
 
 
 def find(where: str) -> Any:
@@ -132,8 +150,8 @@ def import_module(name: str) -> ModuleType:
         ) from error
     except SystemExit as error:
         raise LocateError(
-            f"{name} cannot be imported, it ends the program ({told(error)}): put what it does as a "
-            'script under if __name__ == "__main__"'
+            f"{name} cannot be imported, it ends the program ({told(error)}): put what it does as "
+            'a script under if __name__ == "__main__"'
         ) from error
     except Exception as error:
         raise LocateError(f"{name} cannot be imported: {told(error)}") from error

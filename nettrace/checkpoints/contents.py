@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
@@ -45,6 +45,8 @@ class Contents:
         step: how many updates the weights had had; None if this is not told.
         coordinates: what else is known of that step: "epoch".
         hyperparameters: what Lightning keeps for building the module anew.
+        hyperparameters_name: the argument of the module that takes all of them as one, if one does.
+        network: the network itself, where a file that may be unpickled holds it whole.
     """
 
     state: dict[str, Tensor]
@@ -52,6 +54,8 @@ class Contents:
     step: int | None = None
     coordinates: Mapping[str, float] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters_name: str | None = None
+    network: nn.Module | None = None
 
 
 #: Under which names training scripts save the number of updates, in order of preference.

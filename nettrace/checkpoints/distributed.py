@@ -79,11 +79,13 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
     rest = pickled.unpickled(path / _REST, allow_pickle)
     rest = rest if isinstance(rest, dict) else {}
     step, coordinates = progress(rest)
+    hyperparameters, name = pickled.hyperparameters(rest)
     return replace(
         found,
         step=found.step if step is None else step,
         coordinates=coordinates or found.coordinates,
-        hyperparameters=pickled.hyperparameters(rest),
+        hyperparameters=hyperparameters,
+        hyperparameters_name=name,
     )
 
 

@@ -18,11 +18,12 @@ from torch import nn
 from nettrace import checkpoints as saved
 from nettrace import locate
 from nettrace.checkpoints import Checkpoint
+from nettrace.checkpoints.building import Model
 from nettrace.differentiate import parse_bytes
 from nettrace.measures import resolve
 from nettrace.offline import pools
 from nettrace.offline.done import MODIFIED, SIZE, left_to_do
-from nettrace.offline.worker import Model, Outcome, Plan
+from nettrace.offline.worker import Outcome, Plan
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.store import TraceWriter
 from nettrace.store import open as open_trace
