@@ -161,6 +161,68 @@ def test_nothing_found_says_what_was_searched_for(tmp_path):
         load(tmp_path)
 
 
+WHOLE = {
+    "network": lambda state: network(),
+    "network, with its step": lambda state: {"model": network(), "step": 3},
+    "name": lambda state: {"policy": state, "step": 3},
+    "names": lambda state: {"generator": state, "discriminator": state},
+    "parts": lambda state: {"model": {"encoder": state, "decoder": state}},
+}
+OTHER = {
+    "tensor": lambda state: torch.ones(3),
+    "tensors": lambda state: [torch.ones(3)],
+    "nothing": lambda state: {},
+    "numbers": lambda state: {"lr": 0.1, "model": {"width": 3}},
+    "optimizer": lambda state: trained()[1].state_dict(),
+    "optimizers": lambda state: {"optimizer": trained()[1].state_dict(), "optim": [state]},
+    "random states": lambda state: {"rng": {"cpu": torch.get_rng_state()}, "optim": state},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_weights_that_cannot_be_used_are_broken_rather_than_none(tmp_path, name):
+    torch.save(WHOLE[name](network().state_dict()), tmp_path / "step_7.pt")
+    for alone in (True, False):
+        found, broken = find([tmp_path])
+        assert (len(found), list(broken)) == (0 if alone else 1, [tmp_path / "step_7.pt"])
+        with pytest.raises(CheckpointError, match=r"--allow-pickle|'policy'|'generator'|'model'"):
+            load(tmp_path / "step_7.pt")
+        assert "step_7.pt holds" in str(broken[tmp_path / "step_7.pt"])
+        torch.save(network().state_dict(), tmp_path / "step_5.pt")
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_no_checkpoint_is_named_where_nothing_is_found(tmp_path, name):
+    for number in range(5):
+        torch.save(OTHER[name](network().state_dict()), tmp_path / f"{number}.pt")
+    says = r"searched for .*passed over: \S*0.pt holds no weights: expected .* got .*; .*; passed "
+    with pytest.raises(CheckpointError, match=says + "over: 2 more files"):
+        find(tmp_path)
+    torch.save(network().state_dict(), tmp_path / "step_5.pt")
+    found, broken = find([tmp_path])
+    assert ([c.step for c in found], broken) == ([5], {})
+
+
+@pytest.mark.parametrize(
+    ("kept", "other"),
+    [
+        ("model", "model_ema"),
+        ("state_dict", "ema"),
+        ("net", "ema_state_dict"),
+        ("current_model_state", "state_dict"),  # as Lightning's WeightAveraging has it
+        ("model_ema", "notes"),
+        ("ema", "notes"),
+    ],
+)
+def test_weights_are_preferred_to_their_average(tmp_path, kept, other):
+    states = {kept: network().state_dict(), other: network().state_dict()}
+    for about in (states, dict(reversed(states.items()))):
+        torch.save({**about, "step": 6}, tmp_path / "a.pt")
+        contents = load(tmp_path / "a.pt")
+        assert same(contents.state, states[kept])
+        assert contents.step == 6
+
+
 def damage(path, change):
     path.write_bytes(change(path.read_bytes()))
 

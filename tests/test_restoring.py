@@ -4,6 +4,7 @@ import pytest
 import torch
 from saving import network, quietly, same
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nettrace.checkpoints import CheckpointError, restore
 
@@ -51,6 +52,16 @@ def test_wrappers_anywhere_in_names_do_not_matter():
     compiled = torch.compile(network(), backend="eager")
     restore(compiled, state)
     assert same(compiled._orig_mod.state_dict(), state)
+
+
+def test_an_averaged_model_fits_the_plain_network():
+    model, averaged = network(), AveragedModel(network())
+    averaged.update_parameters(network())
+    restore(model, averaged.state_dict())
+    assert same(model.state_dict(), averaged.module.state_dict())
+    again = AveragedModel(network())
+    restore(again, averaged.state_dict())
+    assert same(again.state_dict(), averaged.state_dict())
 
 
 def test_two_entries_are_not_taken_for_one():
@@ -128,6 +139,8 @@ def test_what_does_not_fit_is_named_with_shapes():
     with pytest.raises(CheckpointError) as error:
         restore(network(), state)
     for text in ("Sequential", "lacks 0.bias", "lacks extra.weight", "(2, 4)", "(3, 4)", "--model"):
+        assert text in str(error.value)
+    for text in ("nettrace.checkpoints.restore(", "nettrace.checkpoints.load("):
         assert text in str(error.value)
     quantised = {k: (v * 100).to(torch.int8) for k, v in network().state_dict().items()}
     with pytest.raises(CheckpointError, match=r"of torch.int8"):

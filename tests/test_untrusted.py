@@ -225,12 +225,14 @@ def test_strange_values_end_in_no_other_error(tmp_path, value):
 
 def test_a_whole_module_needs_the_flag(tmp_path):
     model = network()
-    torch.save({"model": model, "step": 2}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError):
-        load(tmp_path / "a.pt")
-    assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
-    torch.save(model, tmp_path / "a.pt")
-    assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
+    for whole in ({"model": model, "step": 2}, model):
+        torch.save(whole, tmp_path / "a.pt")
+        for function in (load, build):
+            with pytest.raises(CheckpointError, match=r"a whole network.*--allow-pickle"):
+                function(tmp_path / "a.pt")
+        assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
+        built = build(tmp_path / "a.pt", allow_pickle=True)
+        assert same(built.state_dict(), model.state_dict())
 
 
 def test_hostile_safetensors_headers(tmp_path):

@@ -49,6 +49,7 @@ def find(
     places = [Path(path) for path in paths]
     seen: dict[Path, _Seen] = {}
     broken: dict[Path, CheckpointError] = {}
+    passed: list[str] = []
     for path, named in _candidates(places):
         try:
             found = reading.read(path, allow_pickle, glance=True)
@@ -56,13 +57,17 @@ def find(
         except pickled.NotWeights as error:
             if named:
                 broken[path] = error
+            else:
+                passed.append(str(error))
         except CheckpointError as error:
             broken[path] = error
     if not seen and not broken:
+        more = [f"{len(passed) - 3} more files"] * (len(passed) > 3)
         raise CheckpointError(
             f"there is no checkpoint in {', '.join(map(str, places)) or 'an empty list'}: searched "
             f"for files {', '.join('*' + suffix for suffix in reading.SUFFIXES)}, for Hugging Face "
             "folders with config.json, and for distributed checkpoints with .metadata"
+            + "".join(f"; passed over: {one}" for one in [*passed[:3], *more])
         )
     stepped = list(_stepped(seen.values(), broken))
     by_step: dict[int, _Seen] = {}

@@ -25,8 +25,15 @@ from torch import Tensor, nn
 
 from nettrace.checkpoints.contents import CheckpointError, Contents, progress, told
 
-#: Under which names training scripts save weights, in order of preference.
-STATES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_TRAINED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+#: Under which names training scripts save weights, in order of preference: those that are trained
+#: (the first with Lightning's WeightAveraging alone, whose state_dict is the average), then
+#: averages of them.
+STATES = (
+    "current_model_state",
+    *_TRAINED,
+    *("model_ema", "ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema_model_state_dict"),
+)
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optimizers", "optim")
 _LOCK = threading.Lock()
 
@@ -52,10 +59,7 @@ def contents(found: Any, path: Path) -> Contents:
     network = saved if isinstance(saved, nn.Module) else None
     state = saved if network is None else network.state_dict()
     if state is None:
-        raise NotWeights(
-            f"{path} holds no weights: expected a state dict, as model.state_dict() gives it, or "
-            f"one under {' or '.join(map(repr, STATES[:3]))}; got {_described(found)}"
-        )
+        raise _without_weights(found, path)
     if state is found:
         about = {}
     optimizers: Any = next((about[name] for name in _OPTIMIZERS if name in about), [])
@@ -67,6 +71,40 @@ def contents(found: Any, path: Path) -> Contents:
         *hyperparameters(about),
         network,
     )
+
+
+def _without_weights(found: object, path: Path) -> CheckpointError:
+    """Why there are no weights to be had."""
+    entries = found if isinstance(found, Mapping) else {"": found}
+    entries = {k: v for k, v in entries.items() if k not in _OPTIMIZERS}
+    if any(isinstance(entry, _InertModule) for entry in entries.values()):
+        return CheckpointError(
+            f"{path} holds a whole network, pickled: load it with --allow-pickle "
+            "(allow_pickle=True) if you trust its author, or save its weights alone, by "
+            "torch.save(model.state_dict(), file)"
+        )
+    expected = (
+        "expected a state dict, as model.state_dict() gives it, or one under "
+        f"{', '.join(map(repr, _TRAINED[:-1]))} or {_TRAINED[-1]!r}"
+    )
+    like = [str(name) for name, entry in entries.items() if _like_weights(entry)]
+    if like and "param_groups" not in entries:  # an optimizer's state
+        return CheckpointError(
+            f"{path} holds what may be weights under {' and '.join(map(repr, like[:3]))}, where "
+            f"they are not looked for: {expected}. Save them so, those of each network by itself"
+        )
+    return NotWeights(f"{path} holds no weights: {expected}; got {_described(found)}")
+
+
+def _like_weights(value: object, depth: int = 2) -> bool:
+    """Whether something may be a network or weights, though none that can be used."""
+    if isinstance(value, nn.Module) or not isinstance(value, Mapping):
+        return isinstance(value, nn.Module)
+    if "param_groups" in value:  # an optimizer's
+        return False
+    if is_state(value):
+        return any(isinstance(one, Tensor) and one.is_floating_point() for one in value.values())
+    return depth > 1 and any(_like_weights(one, depth - 1) for one in value.values())
 
 
 def hyperparameters(about: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:

@@ -18,6 +18,11 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
     Files are mapped into memory rather than copied, where their format allows. Checksums are
     compared where there are any: in files that torch.save wrote.
 
+    Of several states in one file, the weights that were trained are taken: what is under
+    "state_dict", "model_state_dict", "model", "module", "net", "network" or "weights", in this
+    order. An average of them ("model_ema", "ema", "ema_state_dict", ...) is taken if there is
+    nothing else.
+
     Args:
         checkpoint: one that `find` found, a file, or the folder of a Hugging Face model or of a
             distributed checkpoint.
