@@ -6,6 +6,7 @@ from saving import network, quietly, same
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+import nettrace as nt
 from nettrace.checkpoints import CheckpointError, restore
 
 
@@ -120,6 +121,19 @@ def test_weights_keep_the_type_in_which_they_were_saved(dtype):
     assert built.net[1].num_batches_tracked.dtype == torch.int64
     inputs = torch.randn(6, 5).to(dtype)
     assert torch.equal(built.net(inputs), original(inputs))
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+@pytest.mark.parametrize("forward", [None, lambda model, inputs: model(inputs)])
+def test_inputs_of_another_type_than_the_weights_are_an_error_that_says_so(saved, given, forward):
+    model = nn.Linear(5, 3)
+    restore(model, nn.Linear(5, 3).to(saved).state_dict())
+    probe = nt.Probe(torch.ones(4, 5, dtype=given), forward=forward)
+    says = rf"Linear has weights of {saved}, the probe inputs of {given}.*give inputs of {saved}"
+    with pytest.raises(TypeError, match=says):
+        nt.Tracer(probe, ["ntk/trace"]).certify(model)
 
 
 def test_types_may_differ_from_weight_to_weight():
