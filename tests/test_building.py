@@ -8,6 +8,7 @@ import pytest
 import torch
 from saving import hugging_face, network, quietly, same
 
+import nettrace as nt
 from nettrace.checkpoints import CheckpointError, build, find, load, restore
 from nettrace.checkpoints.building import is_fixed
 from nettrace.locate import LocateError
@@ -209,6 +210,23 @@ def test_optimizers_among_arguments_are_not_made(tmp_path, monkeypatch):
     torch.save({"state_dict": {"w": torch.ones(1)}, "hyper_parameters": found}, tmp_path / "a.ckpt")
     model = build(tmp_path / "a.ckpt")
     assert model.optimizer(model.parameters()).defaults["lr"] == 0.5
+
+
+def test_each_checkpoint_is_measured_on_the_network_of_its_own_arguments(own, tmp_path):
+    for step, width in ((1, 3), (2, 5), (3, None)):
+        saved = own[0].Net(width or 9)
+        about = {"width": width, "activation": None} if width else {}
+        torch.save(
+            {"state_dict": saved.state_dict(), "global_step": step, "hyper_parameters": about},
+            tmp_path / f"{step}.ckpt",
+        )
+    probe = nt.Probe(torch.ones(2, 4), forward=lambda model, inputs: model.layers(inputs))
+    found = nt.analyze(tmp_path, probe, ["ntk/trace"], model="own_module:Net", progress=False)
+    assert found.done == (1, 2)
+    ((path, reason),) = found.failed.items()
+    assert path.name == "3.ckpt"
+    assert reason.startswith("own_module:Net() failed: TypeError")
+    assert "LocateError" not in reason
 
 
 @pytest.fixture

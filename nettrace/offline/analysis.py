@@ -114,9 +114,10 @@ def analyze(
         checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`.
         probe: the samples, or several by name; or a name as for `nettrace.locate.probe`.
         measures: names of measures or of groups of them.
-        model: a network to load the weights into, which is left as it is; a function that builds
-            one; or "module:name" or "path/to/file.py:name" of either. By default, what the
-            checkpoint says itself. Which parameters require a gradient is not in checkpoints.
+        model: a network to load the weights into, which is left as it is; a class or function that
+            makes one, of the checkpoint's hyper-parameters as in `nettrace.checkpoints.build`; or
+            "module:name" or "path/to/file.py:name" of either. By default, what the checkpoint says
+            itself. Which parameters require a gradient is not in checkpoints.
         to: a folder for the trace; by default "analysis" in the folder that holds the first
             checkpoint, or beside that if it is called "checkpoints".
         jobs: how many processes to measure in; 1 for this one.
