@@ -194,6 +194,8 @@ def test_what_stands_in_for_an_object_is_no_argument(own):
             build(save(**about), model=module.Net)
     with pytest.raises(LocateError, match=r"Net\(\) failed: TypeError.*'width'"):
         build(save(), model="own_module:Net")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint none.ckpt"):
+        build("none.ckpt", model="own_module:Net")
     with pytest.raises(LocateError, match=r"ending\(width=9\) failed: SystemExit: 9"):
         build(save(width=9), model="own_module:ending")
     with pytest.raises(LocateError, match=r"own_module:nn.__name__ to be .*Module, got str"):

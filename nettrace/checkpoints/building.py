@@ -52,8 +52,6 @@ def build(
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
     if model is not None:
         return _given(model, path, allow_pickle)
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
     contents = reading.read(path, allow_pickle, glance=True)
     if contents.network is not None:
         return copy.deepcopy(contents.network)  # rather than mapped from the file

@@ -37,8 +37,6 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
         CheckpointError: if it cannot be read or is refused.
     """
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
     found = read(path, allow_pickle)
     if not path.is_dir():
         pickled.check(path)
@@ -59,7 +57,7 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
     """What a checkpoint holds, by the words of its content alone.
 
     Args:
-        path: a file or folder, which is there.
+        path: a file or folder.
         allow_pickle: as in `load`.
         glance: whether weights may be left out where they are not mapped into memory.
 
@@ -67,6 +65,8 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
         CheckpointError: if it cannot be read or is refused.
     """
     try:
+        if not path.exists():
+            raise CheckpointError(f"there is no checkpoint {path}")
         if path.is_dir():
             if distributed.is_folder(path):
                 return distributed.read(path, allow_pickle, glance)
