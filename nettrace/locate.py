@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import random
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,9 @@ from torch.utils.data import Dataset, IterableDataset
 from nettrace.freeze import random_states
 from nettrace.probe import Probe, check_probes
 
+#: How code of somebody else's fails. One that ends the process must not end it without a word.
+FAILURES = (Exception, SystemExit)
+
 
 class LocateError(ValueError):
     """A text stands for nothing that can be used; the message says what to write instead."""
@@ -34,7 +38,15 @@ def model(where: str) -> nn.Module:
     Raises:
         LocateError: if there is none.
     """
-    found = load(where)
+    return as_network(load(where), where)
+
+
+def as_network(found: object, where: str) -> nn.Module:
+    """The same, if it is a network.
+
+    Raises:
+        LocateError: if it is something else.
+    """
     if not isinstance(found, nn.Module):
         raise LocateError(f"expected {where} to be a torch.nn.Module, got {_kind(found)}")
     return found
@@ -63,7 +75,7 @@ def probe(where: str, samples: int = 64) -> Probe | Mapping[str, Probe]:
             return _probe(found, samples)
         except LocateError as error:
             raise LocateError(f"expected {where} to be {error}") from error
-        except Exception as error:
+        except FAILURES as error:
             raise LocateError(f"{where} makes no probe: {told(error)}") from error
 
 
@@ -76,10 +88,20 @@ def load(where: str) -> Any:
     found = find(where)
     if not callable(found) or isinstance(found, (nn.Module, Dataset)):
         return found
+    return called(found, where, {})
+
+
+def called(function: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> Any:
+    """What a function or class gives.
+
+    Raises:
+        LocateError: if it fails.
+    """
     try:
-        return found()
-    except Exception as error:
-        raise LocateError(f"{where}() failed: {told(error)}") from error
+        return function(**arguments)
+    except FAILURES as error:
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
+        raise LocateError(f"{name}({given}) failed: {told(error)}") from error
 
 
 def find(where: str) -> Any:
@@ -125,6 +147,11 @@ def import_module(name: str) -> ModuleType:
         raise LocateError(
             f"there is no module {name!r}: expected {name.replace('.', '/')}.py in {here} or an "
             "installed module"
+        ) from error
+    except SystemExit as error:
+        raise LocateError(
+            f"{name} cannot be imported, it ends the program ({told(error)}): put what it does as "
+            'a script under if __name__ == "__main__"'
         ) from error
     except Exception as error:
         raise LocateError(f"{name} cannot be imported: {told(error)}") from error
@@ -222,7 +249,7 @@ def _same_draws() -> Iterator[None]:
         yield
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error of somebody else's code, with the place where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -300,6 +300,16 @@ class Probe:
                 f"{type(model).__name__} cannot be called with the probe's inputs, a "
                 f"{type(self.inputs).__name__} ({type(error).__name__}: {error}): {hint}"
             ) from error
+        except RuntimeError as error:
+            own, theirs = _number_types(tensors(self.inputs)), _number_types(model.parameters())
+            if type(error) is not RuntimeError or not theirs or own <= theirs:
+                raise
+            expected = " or ".join(sorted(map(str, theirs)))
+            raise TypeError(
+                f"{type(model).__name__} has weights of {expected}, the probe inputs of "
+                f"{', '.join(sorted(map(str, own)))} ({error}): give inputs of {expected}; weights "
+                "from a checkpoint keep the type in which they were saved"
+            ) from error
         try:
             return selected(found, self.select)
         except ValueError as error:
@@ -331,6 +341,10 @@ class Probe:
                 f"the probe is on {', '.join(sorted(map(str, own)))} but the model on {device}: "
                 f"call probe.to({str(device)!r})"
             )
+
+
+def _number_types(found: Iterable[Tensor]) -> set[torch.dtype]:
+    return {one.dtype for one in found if one.is_floating_point()}
 
 
 def evenly_spaced(

@@ -1,5 +1,6 @@
 """A checkpoint that says what it is of gives its network."""
 
+import functools
 import importlib
 import sys
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 from saving import hugging_face, network, quietly, same
 
+import nettrace as nt
 from nettrace.checkpoints import CheckpointError, build, find, load, restore
+from nettrace.checkpoints.building import is_fixed
+from nettrace.locate import LocateError
 
 MODULE = """
 import importlib
@@ -80,10 +84,122 @@ def test_config_yaml_builds_the_network(cli_run):
     assert same(model.state_dict(), trained_one.state_dict())
 
 
-def test_without_a_class_the_model_is_asked_for(cli_run):
-    checkpoint, _ = cli_run(subclasses=False)
-    with pytest.raises(CheckpointError, match=r"does not say which network.*--model"):
+def test_without_a_class_the_model_is_asked_for_and_gets_the_arguments(cli_run):
+    checkpoint, trained_one = cli_run(subclasses=False)
+    says = r"does not say which network.*config.yaml names no class, only arguments.*--model"
+    with pytest.raises(CheckpointError, match=says):
         build(checkpoint)
+    state = trained_one.state_dict()
+    for about in ({}, {"hyper_parameters": load(checkpoint).hyperparameters}):
+        torch.save({"state_dict": state, "global_step": 2, **about}, checkpoint.path)
+        for given in ("its_module:Net", importlib.import_module("its_module").Net):
+            model = quietly(build, checkpoint, model=given)
+            restore(model, state)
+            assert same(model.state_dict(), trained_one.state_dict())
+    torch.save({"state_dict": state, "hyper_parameters": {"width": 9}}, checkpoint.path)
+    assert quietly(build, checkpoint, model="its_module:Net").net[0].out_features == 9
+
+
+@pytest.mark.parametrize("kind", ["mapping", "partial", "class"])
+def test_modules_among_arguments_are_made_where_the_command_line_was_used(cli_run, kind):
+    checkpoint, trained_one = cli_run(subclasses=True)
+    net = importlib.import_module("its_module").Net
+    if kind == "mapping":  # config.yaml alone
+        torch.save({"state_dict": trained_one.state_dict()}, checkpoint.path)
+    given = functools.partial(net, width=6) if kind == "partial" else net
+    model = quietly(build, checkpoint, model=given)
+    restore(model, load(checkpoint).state)
+    assert same(model.state_dict(), trained_one.state_dict())
+
+
+ANY = """
+import pytorch_lightning as pl
+from torch import nn
+
+class Net(pl.LightningModule):
+    def __init__(self, width, activation=None, optimizer=None):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layers, self.optimizer = nn.Linear(4, width), optimizer
+
+class Any(Net):
+    def __init__(self, **rest):
+        super().__init__(**rest)
+
+class Whole(pl.LightningModule):
+    def __init__(self, options):
+        super().__init__()
+        self.save_hyperparameters(options)
+        self.layers = nn.Linear(4, options["width"])
+
+def function(width=2, **rest):
+    assert not rest
+    return nn.Linear(4, width)
+
+def plain():
+    return nn.Linear(4, 2)
+
+def ending(width):
+    raise SystemExit(width)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module, and a function that writes a checkpoint with hyper-parameters."""
+    (tmp_path / "own_module.py").write_text(ANY)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def save(**hyperparameters):
+        about = {"state_dict": network().state_dict(), "hyper_parameters": hyperparameters}
+        torch.save({**about, "hparams_name": "kwargs"}, tmp_path / "a.ckpt")
+        return tmp_path / "a.ckpt"
+
+    yield importlib.import_module("own_module"), save
+    sys.modules.pop("own_module", None)
+
+
+@pytest.mark.parametrize(("name", "width"), [("Net", 9), ("Any", 9), ("function", 9), ("plain", 2)])
+def test_hyperparameters_are_what_a_class_or_function_is_called_with(own, name, width):
+    module, save = own
+    path = save(width=9, **({"learning_rate": 0.1} if name != "Any" else {}))
+    for given in (f"own_module:{name}", getattr(module, name)):
+        model = build(path, model=given)
+        assert getattr(model, "layers", model).out_features == width
+        assert is_fixed(given) == (name == "plain")
+    assert build(path, model=functools.partial(module.Net, width=3)).layers.out_features == 3
+    assert build(path, model=model) is model
+    assert is_fixed(model)
+
+
+def test_a_trainers_checkpoint_builds_its_network_by_its_class(own, tmp_path):
+    pl = importlib.import_module("pytorch_lightning")
+    for model in (own[0].Net(7, optimizer=[1]), own[0].Any(width=6), own[0].Whole({"width": 5})):
+        trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+        trainer.strategy.connect(model)
+        quietly(trainer.save_checkpoint, tmp_path / "b.ckpt", weights_only=True)
+        again = build(tmp_path / "b.ckpt", model=f"own_module:{type(model).__name__}")
+        restore(again, load(tmp_path / "b.ckpt").state)
+        assert same(again.state_dict(), model.state_dict())
+
+
+def test_what_stands_in_for_an_object_is_no_argument(own):
+    module, save = own
+    assert build(save(width=9, optimizer=torch.optim.Adam), model=module.Net).optimizer is None
+    adam = functools.partial(torch.optim.Adam, lr=0.1)
+    assert build(save(width=9, optimizer=adam), model=module.Net).optimizer is None
+    assert build(save(width=9, optimizer=adam), True, module.Net).optimizer.keywords == {"lr": 0.1}
+    for about in ({"width": [adam]}, {"width": 9, "activation": torch.nn.Tanh()}):
+        with pytest.raises(CheckpointError, match=r"'(width.*partial|activation.*Tanh).*--allow-p"):
+            build(save(**about), model=module.Net)
+    with pytest.raises(LocateError, match=r"Net\(\) failed: TypeError.*'width'"):
+        build(save(), model="own_module:Net")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint none.ckpt"):
+        build("none.ckpt", model="own_module:Net")
+    with pytest.raises(LocateError, match=r"ending\(width=9\) failed: SystemExit: 9"):
+        build(save(width=9), model="own_module:ending")
+    with pytest.raises(LocateError, match=r"own_module:nn.__name__ to be .*Module, got str"):
+        build(save(), model="own_module:nn.__name__")
 
 
 def test_optimizers_among_arguments_are_not_made(tmp_path, monkeypatch):
@@ -96,6 +212,23 @@ def test_optimizers_among_arguments_are_not_made(tmp_path, monkeypatch):
     torch.save({"state_dict": {"w": torch.ones(1)}, "hyper_parameters": found}, tmp_path / "a.ckpt")
     model = build(tmp_path / "a.ckpt")
     assert model.optimizer(model.parameters()).defaults["lr"] == 0.5
+
+
+def test_each_checkpoint_is_measured_on_the_network_of_its_own_arguments(own, tmp_path):
+    for step, width in ((1, 3), (2, 5), (3, None)):
+        saved = own[0].Net(width or 9)
+        about = {"width": width, "activation": None} if width else {}
+        torch.save(
+            {"state_dict": saved.state_dict(), "global_step": step, "hyper_parameters": about},
+            tmp_path / f"{step}.ckpt",
+        )
+    probe = nt.Probe(torch.ones(2, 4), forward=lambda model, inputs: model.layers(inputs))
+    found = nt.analyze(tmp_path, probe, ["ntk/trace"], model="own_module:Net", progress=False)
+    assert found.done == (1, 2)
+    ((path, reason),) = found.failed.items()
+    assert path.name == "3.ckpt"
+    assert reason.startswith("own_module:Net() failed: TypeError")
+    assert "LocateError" not in reason
 
 
 @pytest.fixture

@@ -72,6 +72,12 @@ def test_files_are_mapped_rather_than_copied(tmp_path):
         ("checkpoint-100/model.safetensors", 100),
         ("epoch=3.ckpt", 3),
         ("model_epoch_7.pt", 7),
+        ("x_e5_s500.pt", 500),
+        ("e5-s500.pt", 500),
+        ("net_s1.pt", 0),  # perhaps a seed
+        ("a_44.pt", 0),
+        (f"step={10**19}.pt", 0),
+        (f"epoch={10**99}.pt", 0),
         ("resnet18.pt", 0),
         ("vgg_16.pt", 0),
         ("2/last.pt", 0),
@@ -135,16 +141,59 @@ def test_of_one_step_one_checkpoint_is_kept(tmp_path):
     assert "other weights than" in str(broken[tmp_path / "last.ckpt"])
 
 
-def test_epochs_are_steps_if_all_have_nothing_else(tmp_path):
-    for epoch in (10, 2):
-        torch.save(network().state_dict(), tmp_path / f"epoch_{epoch}.pt")
-    assert [c.step for c in find([tmp_path])[0]] == [2, 10]
-    torch.save(network().state_dict(), tmp_path / "step_50.pt")
-    torch.save(network().state_dict(), tmp_path / "best.pt")
+def save_networks(folder, *names, **about):
+    for name in names:
+        torch.save({"state_dict": network().state_dict(), **about}, folder / name)
+
+
+def test_epochs_are_steps_if_none_tells_a_step(tmp_path):
+    save_networks(tmp_path, "epoch_10.pt", "net-epoch2.pt", "best.pt", "a_1.pt")
+    found, broken = find([tmp_path])
+    assert [(c.step, c.coordinates) for c in found] == [(2, {"epoch": 2}), (10, {"epoch": 10})]
+    assert {path.name for path in broken} == {"best.pt", "a_1.pt"}
+    save_networks(tmp_path, "step_50.pt")
     found, broken = find([tmp_path])
     assert [c.step for c in found] == [50]
-    assert "only its epoch 2" in str(broken[tmp_path / "epoch_2.pt"])
+    assert "only its epoch 2" in str(broken[tmp_path / "net-epoch2.pt"])
     assert "rename it to best-step=100.pt" in str(broken[tmp_path / "best.pt"])
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["a_44.pt", "a_100.pt", "a_9.pth"], [9, 44, 100]),
+        (["a_44.pt", "a_100.pt", "best.pt"], [44, 100]),
+        (["run-1.5.pt", "run-1.10.pt"], [5, 10]),
+        (["a_44.pt", "b_100.pt"], []),
+        (["a_44.pt", "best.pt"], []),
+        (["resnet18.pt", "resnet50.pt"], []),
+        (["a_44.pt", "a_100.pt", "step_3.pt"], [3]),
+        (["x_e1_s5.pt", "x_e2_s70.pt"], [5, 70]),
+    ],
+)
+def test_numbers_that_end_names_count_where_names_are_alike_and_nothing_else_does(
+    tmp_path, names, steps
+):
+    save_networks(tmp_path, *names)
+    found, broken = find([tmp_path])
+    assert [c.step for c in found] == steps
+    assert len(broken) == len(names) - len(steps)
+    assert all("does not tell its step" in str(error) for error in broken.values())
+
+
+@pytest.mark.parametrize("step", [10**19, -5, 2.5, float("nan"), torch.tensor(-1)])
+def test_what_is_no_step_is_told_with_its_value(tmp_path, step):
+    save_networks(tmp_path, "a.pt", global_step=step, epoch=3)
+    value = step.item() if isinstance(step, torch.Tensor) else step
+    for other in ("", "step_4.pt"):
+        if other:
+            save_networks(tmp_path, other)
+        found, broken = find([tmp_path])
+        assert [c.step for c in found] == [4] * bool(other)
+        says = f"a.pt says global_step={value}, which is no number of updates"
+        assert says in str(broken[tmp_path / "a.pt"])
+    save_networks(tmp_path, "a-step=9.pt", global_step=step)
+    assert [c.step for c in find([tmp_path])[0]] == [4, 9]
 
 
 def test_nothing_found_says_what_was_searched_for(tmp_path):
@@ -159,6 +208,68 @@ def test_nothing_found_says_what_was_searched_for(tmp_path):
         load(tmp_path / "none.ckpt")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load(tmp_path)
+
+
+WHOLE = {
+    "network": lambda state: network(),
+    "network, with its step": lambda state: {"model": network(), "step": 3},
+    "name": lambda state: {"policy": state, "step": 3},
+    "names": lambda state: {"generator": state, "discriminator": state},
+    "parts": lambda state: {"model": {"encoder": state, "decoder": state}},
+}
+OTHER = {
+    "tensor": lambda state: torch.ones(3),
+    "tensors": lambda state: [torch.ones(3)],
+    "nothing": lambda state: {},
+    "numbers": lambda state: {"lr": 0.1, "model": {"width": 3}},
+    "optimizer": lambda state: trained()[1].state_dict(),
+    "optimizers": lambda state: {"optimizer": trained()[1].state_dict(), "optim": [state]},
+    "random states": lambda state: {"rng": {"cpu": torch.get_rng_state()}, "optim": state},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_weights_that_cannot_be_used_are_broken_rather_than_none(tmp_path, name):
+    torch.save(WHOLE[name](network().state_dict()), tmp_path / "step_7.pt")
+    for alone in (True, False):
+        found, broken = find([tmp_path])
+        assert (len(found), list(broken)) == (0 if alone else 1, [tmp_path / "step_7.pt"])
+        with pytest.raises(CheckpointError, match=r"--allow-pickle|'policy'|'generator'|'model'"):
+            load(tmp_path / "step_7.pt")
+        assert "step_7.pt holds" in str(broken[tmp_path / "step_7.pt"])
+        torch.save(network().state_dict(), tmp_path / "step_5.pt")
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_no_checkpoint_is_named_where_nothing_is_found(tmp_path, name):
+    for number in range(5):
+        torch.save(OTHER[name](network().state_dict()), tmp_path / f"{number}.pt")
+    says = r"searched for .*passed over: \S*0.pt holds no weights: expected .* got .*; .*; passed "
+    with pytest.raises(CheckpointError, match=says + "over: 2 more files"):
+        find(tmp_path)
+    torch.save(network().state_dict(), tmp_path / "step_5.pt")
+    found, broken = find([tmp_path])
+    assert ([c.step for c in found], broken) == ([5], {})
+
+
+@pytest.mark.parametrize(
+    ("kept", "other"),
+    [
+        ("model", "model_ema"),
+        ("state_dict", "ema"),
+        ("net", "ema_state_dict"),
+        ("current_model_state", "state_dict"),  # as Lightning's WeightAveraging has it
+        ("model_ema", "notes"),
+        ("ema", "notes"),
+    ],
+)
+def test_weights_are_preferred_to_their_average(tmp_path, kept, other):
+    states = {kept: network().state_dict(), other: network().state_dict()}
+    for about in (states, dict(reversed(states.items()))):
+        torch.save({**about, "step": 6}, tmp_path / "a.pt")
+        contents = load(tmp_path / "a.pt")
+        assert same(contents.state, states[kept])
+        assert contents.step == 6
 
 
 def damage(path, change):

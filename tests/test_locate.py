@@ -131,6 +131,22 @@ def test_a_data_module_of_lightning_gives_its_training_data_where_it_has_no_othe
     assert torch.equal(probe.inputs, training.Samples().inputs)
 
 
+@pytest.mark.parametrize("use", [locate.model, locate.probe, locate.find])
+@pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit"])
+def test_a_file_that_ends_the_program_is_an_error(folder, use, text):
+    (folder / "my_data_script.py").write_text(text)
+    says = r'it ends the program .SystemExit.*my_data_script.py, line \d.*__name__ == "__main__"'
+    with pytest.raises(locate.LocateError, match=says):
+        use("my_data_script.py:build")
+
+
+@pytest.mark.parametrize("use", [locate.model, locate.probe])
+def test_a_function_that_ends_the_program_is_an_error(folder, use):
+    (folder / "my_data_script.py").write_text("def build():\n    raise SystemExit(2)")
+    with pytest.raises(locate.LocateError, match=r"build\(\) failed: SystemExit: 2.*line 2"):
+        use("my_data_script.py:build")
+
+
 @pytest.mark.parametrize(
     ("where", "says"),
     [

@@ -4,7 +4,9 @@ import pytest
 import torch
 from saving import network, quietly, same
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+import nettrace as nt
 from nettrace.checkpoints import CheckpointError, restore
 
 
@@ -51,6 +53,16 @@ def test_wrappers_anywhere_in_names_do_not_matter():
     compiled = torch.compile(network(), backend="eager")
     restore(compiled, state)
     assert same(compiled._orig_mod.state_dict(), state)
+
+
+def test_an_averaged_model_fits_the_plain_network():
+    model, averaged = network(), AveragedModel(network())
+    averaged.update_parameters(network())
+    restore(model, averaged.state_dict())
+    assert same(model.state_dict(), averaged.module.state_dict())
+    again = AveragedModel(network())
+    restore(again, averaged.state_dict())
+    assert same(again.state_dict(), averaged.state_dict())
 
 
 def test_two_entries_are_not_taken_for_one():
@@ -111,6 +123,19 @@ def test_weights_keep_the_type_in_which_they_were_saved(dtype):
     assert torch.equal(built.net(inputs), original(inputs))
 
 
+@pytest.mark.parametrize(
+    ("saved", "given"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+)
+@pytest.mark.parametrize("forward", [None, lambda model, inputs: model(inputs)])
+def test_inputs_of_another_type_than_the_weights_are_an_error_that_says_so(saved, given, forward):
+    model = nn.Linear(5, 3)
+    restore(model, nn.Linear(5, 3).to(saved).state_dict())
+    probe = nt.Probe(torch.ones(4, 5, dtype=given), forward=forward)
+    says = rf"Linear has weights of {saved}, the probe inputs of {given}.*give inputs of {saved}"
+    with pytest.raises(TypeError, match=says):
+        nt.Tracer(probe, ["ntk/trace"]).certify(model)
+
+
 def test_types_may_differ_from_weight_to_weight():
     original, model = network(), network()
     original[0].double()
@@ -128,6 +153,8 @@ def test_what_does_not_fit_is_named_with_shapes():
     with pytest.raises(CheckpointError) as error:
         restore(network(), state)
     for text in ("Sequential", "lacks 0.bias", "lacks extra.weight", "(2, 4)", "(3, 4)", "--model"):
+        assert text in str(error.value)
+    for text in ("nettrace.checkpoints.restore(", "nettrace.checkpoints.load("):
         assert text in str(error.value)
     quantised = {k: (v * 100).to(torch.int8) for k, v in network().state_dict().items()}
     with pytest.raises(CheckpointError, match=r"of torch.int8"):

@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -224,12 +225,14 @@ def test_strange_values_end_in_no_other_error(tmp_path, value):
 
 def test_a_whole_module_needs_the_flag(tmp_path):
     model = network()
-    torch.save({"model": model, "step": 2}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError):
-        load(tmp_path / "a.pt")
-    assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
-    torch.save(model, tmp_path / "a.pt")
-    assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
+    for whole in ({"model": model, "step": 2}, model):
+        torch.save(whole, tmp_path / "a.pt")
+        for function in (load, build):
+            with pytest.raises(CheckpointError, match=r"a whole network.*--allow-pickle"):
+                function(tmp_path / "a.pt")
+        assert same(load(tmp_path / "a.pt", allow_pickle=True).state, model.state_dict())
+        built = build(tmp_path / "a.pt", allow_pickle=True)
+        assert same(built.state_dict(), model.state_dict())
 
 
 def test_hostile_safetensors_headers(tmp_path):
@@ -310,12 +313,67 @@ def test_nothing_but_modules_is_called(tmp_path, described, says):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("text", ["model: &a [*a]", "model: {class_path: &a [*a]}", "\0", "- 1"])
+def give(inner=None):
+    """A network, and what it was made of."""
+    network = nn.Linear(1, 1)
+    network.inner = inner
+    return network
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "subprocess.Popen", "never_imported.Net"])
+@pytest.mark.parametrize("where", ["config.yaml", "hyper-parameters"])
+def test_arguments_of_a_network_that_is_given_are_trusted_no_more(tmp_path, name, where):
+    mark = tmp_path / "mark"
+    described = {"inner": [{"class_path": name, "init_args": {"path": str(mark)}}]}
+    about = {**described, "_instantiator": "os.mkdir"} if where == "hyper-parameters" else {}
+    torch.save({"state_dict": {"w": torch.ones(1)}, "hyper_parameters": about}, tmp_path / "a.ckpt")
+    if where == "config.yaml":
+        (tmp_path / where).write_text(json.dumps({"model": described, "trainer": {}}))
+    with pytest.raises(CheckpointError, match=r"it is not called|cannot be imported"):
+        build(tmp_path / "a.ckpt", model=give)
+    build(tmp_path / "a.ckpt", model=lambda other=1: nn.Linear(1, other))  # which takes none of it
+    assert not mark.exists()
+
+
+def test_dictionaries_among_hyperparameters_are_handed_on_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "never_imported.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = {"inner": {"class_path": "never_imported.Net"}}
+    found = {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": described}
+    torch.save(found, tmp_path / "a.ckpt")
+    assert build(tmp_path / "a.ckpt", model=give).inner == described["inner"]
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(0)", "{Net}sys.exit(0)"])
+def test_classes_that_end_the_program_do_not(tmp_path, monkeypatch, text):
+    net = "import sys\nfrom torch import nn\nclass Net(nn.Module):\n    def __init__(self): "
+    (tmp_path / "ending.py").write_text(text.replace("{Net}", net))
+    monkeypatch.syspath_prepend(tmp_path)
+    about = {"state_dict": {"w": torch.ones(1)}, "hyper_parameters": {"_class_path": "ending.Net"}}
+    torch.save(about, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"cannot be (imported|made).*SystemExit: 0.*--model"):
+        build(tmp_path / "a.ckpt")
+    sys.modules.pop("ending", None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: &a [*a]",
+        "model: {class_path: &a [*a]}",
+        "model: {class_path: x, init_args: 3}",
+        "{model: {inner: &a [*a]}, trainer: {}}",
+        "\0",
+        "- 1",
+    ],
+)
 def test_hostile_configurations(tmp_path, text):
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pt")
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match="--model"):
         build(tmp_path / "a.pt")
+    with contextlib.suppress(CheckpointError):  # of what holds itself
+        assert isinstance(build(tmp_path / "a.pt", model=give), nn.Module)
     (tmp_path / "config.yaml").write_text("model: !!python/object/apply:os.mkdir [x]")
     with pytest.raises(CheckpointError, match="--model"):
         build(tmp_path / "a.pt")

@@ -1,28 +1,34 @@
-"""The network of a checkpoint that says what it is."""
+"""The network of a checkpoint: what the checkpoint says it is, or what the caller gives for it."""
 
 from __future__ import annotations
 
-import functools
-import importlib
+import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
-import yaml
 from torch import nn
 
+from nettrace import locate
 from nettrace.checkpoints import reading
+from nettrace.checkpoints.arguments import parameters, taken_by
 from nettrace.checkpoints.contents import Checkpoint, CheckpointError, told
+from nettrace.checkpoints.described import GIVE_MODEL, configurations, network
 
-_GIVE_MODEL = "give the network by --model (model=...)"
+#: A network, a class or function that makes one, or the name of either, as for `nettrace.locate`;
+#: None to ask the checkpoint.
+Model: TypeAlias = nn.Module | Callable[..., nn.Module] | str | None
 
 
-def build(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> nn.Module:
+def build(
+    checkpoint: Checkpoint | str | Path, allow_pickle: bool = False, model: Model = None
+) -> nn.Module:
     """Builds the network that a checkpoint is of, with weights as at its initialisation.
 
-    It is said by, in this order: `_class_path` among the hyper-parameters, as LightningCLI saves
+    Unless it is given, it is, in this order: what the file itself holds, if that is a whole network
+    and may be unpickled; what `_class_path` among the hyper-parameters says, as LightningCLI saves
     it with `subclass_mode_model=True`; a config.yaml that LightningCLI wrote, with a class_path
     under `model`, in the checkpoint's folder or up to three folders above; config.json of a
     Hugging Face folder, for the classes that are part of transformers.
@@ -34,95 +40,57 @@ def build(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> nn
     Args:
         checkpoint: one that `find` found, a file or a folder.
         allow_pickle: as in `load`.
+        model: the network, used as it is; or what makes it. That is called with those of the
+            checkpoint's hyper-parameters that it has arguments for, as `load_from_checkpoint` of
+            Lightning does, and with what they lack from the config.yaml of a LightningCLI. A
+            LightningModule that takes any (`**arguments`) gets all of them.
 
     Raises:
         CheckpointError: if nothing says what the network is, or it cannot be made.
+        LocateError: if what is given is no network, and makes none.
     """
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    hyperparameters = dict(reading.read(path, allow_pickle, glance=True).hyperparameters)
+    if model is not None:
+        return _given(model, path, allow_pickle)
+    contents = reading.read(path, allow_pickle, glance=True)
+    if contents.network is not None:
+        return copy.deepcopy(contents.network)  # rather than mapped from the file
+    hyperparameters = dict(contents.hyperparameters)
     if class_path := hyperparameters.pop("_class_path", None):
-        arguments = {k: v for k, v in hyperparameters.items() if k != "_instantiator"}
-        return _module({"class_path": class_path, "init_args": arguments}, path)
-    for config in _configurations(path):
-        if isinstance(model := _yaml(config).get("model"), dict) and "class_path" in model:
-            return _module(model, config)
+        hyperparameters.pop("_instantiator", None)
+        return network({"class_path": class_path, "init_args": hyperparameters}, path)
+    found = list(configurations(path))
+    for config, described in found:
+        if "class_path" in described:
+            return network(described, config)
     if (path / "config.json").is_file():
         return _transformer(path)
-    raise CheckpointError(f"{path} does not say which network it is of: {_GIVE_MODEL}")
+    unnamed = f", and {found[0][0]} names no class, only arguments" if found else ""
+    raise CheckpointError(f"{path} does not say which network it is of{unnamed}: {GIVE_MODEL}")
 
 
-def _configurations(path: Path) -> Iterator[Path]:
-    own = [path] if path.is_dir() else []
-    for folder in [*own, *path.absolute().parents[:4]]:
-        if (folder / "config.yaml").is_file():
-            yield folder / "config.yaml"
+def is_fixed(model: Model) -> bool:
+    """Whether what is given is, or makes, the same network for every checkpoint.
+
+    Raises:
+        LocateError: if there is nothing of that name.
+    """
+    return model is not None and not parameters(_found(model))
 
 
-def _yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}  # another tool's
-    return found if isinstance(found, dict) else {}
+def _found(model: nn.Module | Callable[..., nn.Module] | str) -> object:
+    return locate.find(model) if isinstance(model, str) else model
 
 
-def _module(described: Mapping[str, Any], where: Path) -> nn.Module:
-    try:
-        made = _made(described, where)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{where} describes no network ({told(error)}): {_GIVE_MODEL}"
-        ) from error
-    if not isinstance(made, nn.Module):
-        raise CheckpointError(
-            f"{where} names {described['class_path']}, which is no torch.nn.Module: {_GIVE_MODEL}"
-        )
-    return made
-
-
-def _made(value: Any, where: Path) -> Any:
-    """A value of a configuration, with what it describes by class_path made."""
-    if isinstance(value, (list, tuple)):
-        return [_made(one, where) for one in value]
-    if not isinstance(value, Mapping):
-        return value
-    if "class_path" not in value:
-        return {key: _made(one, where) for key, one in value.items()}
-    kind = _class(value["class_path"], where)
-    described = value.get("init_args") or {}
-    arguments = {key: _made(one, where) for key, one in dict(described).items()}
-    if not issubclass(kind, nn.Module):
-        return functools.partial(kind, **arguments)
-    try:
-        return kind(**arguments)
-    except Exception as error:
-        raise CheckpointError(
-            f"{where} describes {value['class_path']}, which cannot be made so ({told(error)}): "
-            f"{_GIVE_MODEL}"
-        ) from error
-
-
-def _class(class_path: object, where: Path) -> type:
-    """The class of that path, if it is one that may be called."""
-    module, _, name = str(class_path).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise CheckpointError(
-            f"{where} names {class_path}, which cannot be imported here ({told(error)}): run where "
-            f"it can be, or {_GIVE_MODEL}"
-        ) from error
-    kinds = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    if not (isinstance(found, type) and issubclass(found, kinds)):
-        raise CheckpointError(
-            f"{where} names {class_path}, which is no torch.nn.Module: it is not called; "
-            f"{_GIVE_MODEL}"
-        )
-    return found
+def _given(
+    model: nn.Module | Callable[..., nn.Module] | str, path: Path, allow_pickle: bool
+) -> nn.Module:
+    found = _found(model)
+    name = model if isinstance(model, str) else getattr(model, "__qualname__", repr(model))
+    if callable(found) and not isinstance(found, nn.Module):
+        taken = taken_by(found, path, allow_pickle) if parameters(found) else {}
+        found = locate.called(found, name, taken)
+    return locate.as_network(found, name)
 
 
 def _transformer(folder: Path) -> nn.Module:
@@ -153,5 +121,5 @@ def _transformer(folder: Path) -> nn.Module:
     except Exception as error:
         raise CheckpointError(
             f"{folder / 'config.json'} describes no network of transformers that can be made here "
-            f"({told(error)}): {_GIVE_MODEL}"
+            f"({told(error)}): {GIVE_MODEL}"
         ) from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class CheckpointError(ValueError):
@@ -44,35 +44,47 @@ class Contents:
             a distributed checkpoint.
         step: how many updates the weights had had; None if this is not told.
         coordinates: what else is known of that step: "epoch".
+        misstated: what stands in the place of a step but is no number of updates, if that does.
         hyperparameters: what Lightning keeps for building the module anew.
+        hyperparameters_name: the argument of the module that takes all of them as one, if one does.
+        network: the network itself, where a file that may be unpickled holds it whole.
     """
 
     state: dict[str, Tensor]
     optimizers: list[dict[str, Any]] = field(default_factory=list)
     step: int | None = None
     coordinates: Mapping[str, float] = field(default_factory=dict)
+    misstated: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters_name: str | None = None
+    network: nn.Module | None = None
 
 
 #: Under which names training scripts save the number of updates, in order of preference.
 STEPS = ("global_step", "step", "iteration", "iter", "iter_num", "steps", "num_steps")
+_MOST = 2**63
 
 
-def progress(found: Mapping[str, Any]) -> tuple[int | None, dict[str, float]]:
-    """The step and the epoch that stand among other things, if they do."""
-    steps = (_number(found.get(name)) for name in STEPS)
-    step = next((int(s) for s in steps if s is not None and s >= 0 and s == int(s)), None)
+def progress(found: Mapping[str, Any]) -> tuple[int | None, dict[str, float], str | None]:
+    """The step and the epoch that stand among other things, if they do; and what is no step."""
+    numbers = {name: number for name in STEPS if (number := _number(found.get(name))) is not None}
+    step = next((int(number) for number in numbers.values() if is_step(number)), None)
+    misstated = next((f"{name}={number}" for name, number in numbers.items()), None)
     epoch = _number(found.get("epoch"))
-    return step, {} if epoch is None else {"epoch": epoch}
+    coordinates = {"epoch": float(epoch)} if epoch is not None and 0 <= epoch < _MOST else {}
+    return step, coordinates, misstated if step is None else None
+
+
+def is_step(number: float) -> bool:
+    """Whether a number may be one of updates, and fits into a trace."""
+    return 0 <= number < _MOST and number == int(number)
 
 
 def _number(value: object) -> float | None:
-    """A finite number, also in a tensor; None for anything else."""
+    """A number, also in a tensor; None for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return value if abs(value) < float(2**63) else None  # neither infinite nor NaN
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def told(error: BaseException) -> str:

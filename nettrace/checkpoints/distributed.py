@@ -78,12 +78,15 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
         return found
     rest = pickled.unpickled(path / _REST, allow_pickle)
     rest = rest if isinstance(rest, dict) else {}
-    step, coordinates = progress(rest)
+    step, coordinates, misstated = progress(rest)
+    hyperparameters, name = pickled.hyperparameters(rest)
     return replace(
         found,
         step=found.step if step is None else step,
         coordinates=coordinates or found.coordinates,
-        hyperparameters=pickled.hyperparameters(rest),
+        misstated=misstated or found.misstated,
+        hyperparameters=hyperparameters,
+        hyperparameters_name=name,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,13 @@ def find(
 ) -> tuple[list[Checkpoint], dict[Path, CheckpointError]]:
     """Finds checkpoints and tells their steps.
 
-    The step is what the content says (`global_step`, `step`, ...), else what the name says
-    ("step=100", "checkpoint-100", "model_100.pt", "100.pt"). If none says so, but all have epochs,
-    these are the steps. A single checkpoint of which nothing is known has step 0, so that a
+    The step is what the content says (`global_step`, `step`, ...), else what the name of the file
+    or of its folder says: "step=100", "step_100", "iter100", "e5_s100", or "checkpoint-100",
+    "model_100", "weights.100" and the like, or "100" alone. An epoch ("epoch=3", "epoch_3", "ep3",
+    "e3_s100") is no step. But where none tells a step, those that tell an epoch have that for a
+    step; and where none tells an epoch either, and names are the same but for a number after a
+    separator at their end ("run_44.pt", "run_45.pt"), that number is the step. What tells less than
+    others cannot be used. A single checkpoint of which nothing is known has step 0, so that a
     published model needs no renaming. Of two with one step, that whose name tells it is kept; the
     other is left out if its weights are equal, like Lightning's last.ckpt, else it is broken.
 
@@ -49,6 +54,7 @@ def find(
     places = [Path(path) for path in paths]
     seen: dict[Path, _Seen] = {}
     broken: dict[Path, CheckpointError] = {}
+    passed: list[str] = []
     for path, named in _candidates(places):
         try:
             found = reading.read(path, allow_pickle, glance=True)
@@ -56,13 +62,17 @@ def find(
         except pickled.NotWeights as error:
             if named:
                 broken[path] = error
+            else:
+                passed.append(str(error))
         except CheckpointError as error:
             broken[path] = error
     if not seen and not broken:
+        more = [f"{len(passed) - 3} more files"] * (len(passed) > 3)
         raise CheckpointError(
             f"there is no checkpoint in {', '.join(map(str, places)) or 'an empty list'}: searched "
             f"for files {', '.join('*' + suffix for suffix in reading.SUFFIXES)}, for Hugging Face "
             "folders with config.json, and for distributed checkpoints with .metadata"
+            + "".join(f"; passed over: {one}" for one in [*passed[:3], *more])
         )
     stepped = list(_stepped(seen.values(), broken))
     by_step: dict[int, _Seen] = {}
@@ -87,6 +97,7 @@ class _Seen:
     path: Path
     step: int | None
     epoch: float | None
+    misstated: str | None
     step_in_name: bool
     size: int
     modified: float
@@ -101,7 +112,7 @@ class _Seen:
         except OSError as error:  # as if it is being replaced
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         size, modified = sum(one.st_size for one in about), max(one.st_mtime for one in about)
-        return cls(path, step, epoch, in_name, size, modified)
+        return cls(path, step, epoch, found.misstated, in_name, size, modified)
 
     def checkpoint(self) -> Checkpoint:
         coordinates = {} if self.epoch is None else {"epoch": self.epoch}
@@ -109,20 +120,34 @@ class _Seen:
 
 
 def _stepped(seen: Iterable[_Seen], broken: dict[Path, CheckpointError]) -> Iterator[_Seen]:
-    """Those whose steps are known, or that can go by their epochs."""
+    """Those whose steps are known, or that are given steps where none are."""
     seen = list(seen)
-    if len(seen) == 1 or all(s.step is None and s.epoch is not None for s in seen):
-        for one in seen:
-            one.step = int(one.epoch or 0) if one.step is None else one.step
+    if all(one.step is None and one.misstated is None for one in seen):
+        _number(seen)
     for one in seen:
         if one.step is not None:
             yield one
-        else:
-            known = "" if one.epoch is None else f", only its epoch {one.epoch:g}"
-            broken[one.path] = CheckpointError(
-                f"{one.path} does not tell its step{known}: rename it to "
-                f"{one.path.stem}-step=100{one.path.suffix}, with its step in place of 100"
-            )
+            continue
+        reason = "does not tell its step"
+        if one.misstated is not None:
+            reason = f"says {one.misstated}, which is no number of updates (0, 1, ..., 2^63 - 1)"
+        elif one.epoch is not None:
+            reason += f", only its epoch {one.epoch:g}"
+        broken[one.path] = CheckpointError(
+            f"{one.path} {reason}: rename it to {one.path.stem}-step=100{one.path.suffix}, with "
+            "its step in place of 100"
+        )
+
+
+def _number(seen: list[_Seen]) -> None:
+    """Gives steps where nothing tells any: epochs, else numbers in names that are alike."""
+    numbers = [reading.number_in_name(one.path) for one in seen]
+    alike = Counter(text for text, number in numbers if number is not None)
+    for one, (_, number) in zip(seen, numbers, strict=True):
+        if len(seen) == 1 or one.epoch is not None:
+            one.step = int(one.epoch or 0)
+        elif len(alike) == 1 and alike.total() > 1 and all(s.epoch is None for s in seen):
+            one.step = number
 
 
 def _candidates(paths: Iterable[Path]) -> Iterator[tuple[Path, bool]]:

@@ -36,15 +36,15 @@ def read_folder(path: Path, allow_pickle: bool = False) -> Contents:
         CheckpointError: if something is missing, damaged, refused, or lies outside of the folder.
     """
     trainer = path / "trainer_state.json"
-    step, coordinates = progress(_json(trainer)) if trainer.is_file() else (None, {})
+    step, coordinates, misstated = progress(_json(trainer) if trainer.is_file() else {})
     index = next((path / name for name in _INDICES if (path / name).is_file()), None)
     if index is None:
         found = read_file(next(path / n for n in _WHOLE if (path / n).is_file()), allow_pickle)
     else:
         found = _sharded(path, index, allow_pickle)
-    if step is None:
+    if step is None and misstated is None:
         return found
-    return replace(found, step=step, coordinates=coordinates)
+    return replace(found, step=step, coordinates=coordinates, misstated=misstated)
 
 
 def read_file(path: Path, allow_pickle: bool = False) -> Contents:

@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,8 +25,15 @@ from torch import Tensor, nn
 
 from nettrace.checkpoints.contents import CheckpointError, Contents, progress, told
 
-#: Under which names training scripts save weights, in order of preference.
-STATES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_TRAINED = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+#: Under which names training scripts save weights, in order of preference: those that are trained
+#: (the first with Lightning's WeightAveraging alone, whose state_dict is the average), then
+#: averages of them.
+STATES = (
+    "current_model_state",
+    *_TRAINED,
+    *("model_ema", "ema", "ema_state_dict", "state_dict_ema", "ema_model", "ema_model_state_dict"),
+)
 _OPTIMIZERS = ("optimizer_states", "optimizer_state_dict", "optimizer", "optimizers", "optim")
 _LOCK = threading.Lock()
 
@@ -46,17 +53,13 @@ def contents(found: Any, path: Path) -> Contents:
     Raises:
         CheckpointError: if it holds no weights.
     """
-    if isinstance(found, nn.Module):
-        return Contents(found.state_dict())
     about = found if isinstance(found, Mapping) else {}
-    inner = (about[name] for name in STATES if name in about)
-    inner = (value.state_dict() if isinstance(value, nn.Module) else value for value in inner)
-    state = next((value for value in [*inner, found] if is_state(value)), None)
+    named = [about[name] for name in STATES if name in about]
+    saved = next((v for v in [*named, found] if is_state(v) or isinstance(v, nn.Module)), None)
+    network = saved if isinstance(saved, nn.Module) else None
+    state = saved if network is None else network.state_dict()
     if state is None:
-        raise NotWeights(
-            f"{path} holds no weights: expected a state dict, as model.state_dict() gives it, or "
-            f"one under {' or '.join(map(repr, STATES[:3]))}; got {_described(found)}"
-        )
+        raise _without_weights(found, path)
     if state is found:
         about = {}
     optimizers: Any = next((about[name] for name in _OPTIMIZERS if name in about), [])
@@ -65,16 +68,53 @@ def contents(found: Any, path: Path) -> Contents:
         state,
         [dict(one) for one in optimizers if isinstance(one, Mapping)],
         *progress(about),
-        hyperparameters(about),
+        *hyperparameters(about),
+        network,
     )
 
 
-def hyperparameters(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What Lightning keeps for building the module anew."""
-    found = about.get("hyper_parameters")
+def _without_weights(found: object, path: Path) -> CheckpointError:
+    """Why there are no weights to be had."""
+    entries = found if isinstance(found, Mapping) else {"": found}
+    entries = {k: v for k, v in entries.items() if k not in _OPTIMIZERS}
+    if any(isinstance(entry, _InertModule) for entry in entries.values()):
+        return CheckpointError(
+            f"{path} holds a whole network, pickled: load it with --allow-pickle "
+            "(allow_pickle=True) if you trust its author, or save its weights alone, by "
+            "torch.save(model.state_dict(), file)"
+        )
+    expected = (
+        "expected a state dict, as model.state_dict() gives it, or one under "
+        f"{', '.join(map(repr, _TRAINED[:-1]))} or {_TRAINED[-1]!r}"
+    )
+    like = [str(name) for name, entry in entries.items() if _like_weights(entry)]
+    if like and "param_groups" not in entries:  # an optimizer's state
+        return CheckpointError(
+            f"{path} holds what may be weights under {' and '.join(map(repr, like[:3]))}, where "
+            f"they are not looked for: {expected}. Save them so, those of each network by itself"
+        )
+    return NotWeights(f"{path} holds no weights: {expected}; got {_described(found)}")
+
+
+def _like_weights(value: object, depth: int = 2) -> bool:
+    """Whether something may be a network or weights, though none that can be used."""
+    if isinstance(value, nn.Module) or not isinstance(value, Mapping):
+        return isinstance(value, nn.Module)
+    if "param_groups" in value:  # an optimizer's
+        return False
+    if is_state(value):
+        return any(isinstance(one, Tensor) and one.is_floating_point() for one in value.values())
+    return depth > 1 and any(_like_weights(one, depth - 1) for one in value.values())
+
+
+def hyperparameters(about: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """What Lightning keeps for building the module anew, and which argument it is of."""
+    found, name = about.get("hyper_parameters"), about.get("hparams_name")
     if isinstance(found, argparse.Namespace):
         found = vars(found)
-    return found if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}, None
+    return found, name if isinstance(name, str) and name != "kwargs" else None
 
 
 class NotWeights(CheckpointError):
@@ -185,6 +225,30 @@ def _described(found: object) -> str:
     return type(found).__name__
 
 
+def stand_ins(value: object) -> Iterator[type]:
+    """The kinds of the objects and classes within a value that stand in for what was saved."""
+    seen, left = set(), [value]  # a value may hold itself
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        kind = one if isinstance(one, type) else type(one)
+        if issubclass(kind, _Inert):
+            yield kind
+        elif isinstance(one, argparse.Namespace):
+            left.append(vars(one))
+        elif isinstance(one, Mapping):
+            left.extend(one.values())
+        elif isinstance(one, (list, tuple, set, frozenset)):
+            left.extend(one)
+
+
+def is_module(kind: type) -> bool:
+    """Whether what stands in is there for a `torch.nn.Module`."""
+    return issubclass(kind, _InertModule)
+
+
 class _Inert:
     """In place of an object of a known class: keeps what it was made of, and does nothing."""
 
@@ -195,7 +259,11 @@ class _Inert:
         self.state = state
 
 
-class _Dtype:
+class _InertModule(_Inert):
+    """In place of a network, or of a part of one."""
+
+
+class _Dtype(_Inert):
     """In place of numpy.dtype, for numbers alone."""
 
     def __init__(self, code: str = "f8", align: bool = False, copy: bool = True) -> None:
@@ -229,8 +297,8 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         "argparse.Namespace": argparse.Namespace,
         "jsonargparse._namespace.Namespace": argparse.Namespace,
         "jsonargparse.namespace.Namespace": argparse.Namespace,
-        "functools.partial": _Inert,
-        "datetime.timedelta": _Inert,
+        "functools.partial": type("partial", (_Inert,), {}),
+        "datetime.timedelta": type("timedelta", (_Inert,), {}),
         "collections.defaultdict": _default_dict,
         "builtins.dict": dict,
         "numpy.dtype": _Dtype,
@@ -252,5 +320,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     for namespace in (torch.optim, torch.optim.lr_scheduler, nn):
         for kind in vars(namespace).values():
             if isinstance(kind, type) and not issubclass(kind, Tensor):
-                names[f"{kind.__module__}.{kind.__qualname__}"] = _Inert
+                inert = _InertModule if issubclass(kind, nn.Module) else _Inert
+                stand_in = type(kind.__name__, (inert,), {})
+                names[f"{kind.__module__}.{kind.__qualname__}"] = stand_in
     return [(stand_in, name) for name, stand_in in names.items()]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nettrace.checkpoints import distributed, hugging_face, pickled
-from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents, told
+from nettrace.checkpoints.contents import Checkpoint, CheckpointError, Contents, is_step, told
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -17,6 +17,11 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
 
     Files are mapped into memory rather than copied, where their format allows. Checksums are
     compared where there are any: in files that torch.save wrote.
+
+    Of several states in one file, the weights that were trained are taken: what is under
+    "state_dict", "model_state_dict", "model", "module", "net", "network" or "weights", in this
+    order. An average of them ("model_ema", "ema", "ema_state_dict", ...) is taken if there is
+    nothing else.
 
     Args:
         checkpoint: one that `find` found, a file, or the folder of a Hugging Face model or of a
@@ -32,8 +37,6 @@ def load(checkpoint: Checkpoint | str | Path, allow_pickle: bool = False) -> Con
         CheckpointError: if it cannot be read or is refused.
     """
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
-    if not path.exists():
-        raise CheckpointError(f"there is no checkpoint {path}")
     found = read(path, allow_pickle)
     if not path.is_dir():
         pickled.check(path)
@@ -54,7 +57,7 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
     """What a checkpoint holds, by the words of its content alone.
 
     Args:
-        path: a file or folder, which is there.
+        path: a file or folder.
         allow_pickle: as in `load`.
         glance: whether weights may be left out where they are not mapped into memory.
 
@@ -62,6 +65,8 @@ def read(path: Path, allow_pickle: bool = False, glance: bool = False) -> Conten
         CheckpointError: if it cannot be read or is refused.
     """
     try:
+        if not path.exists():
+            raise CheckpointError(f"there is no checkpoint {path}")
         if path.is_dir():
             if distributed.is_folder(path):
                 return distributed.read(path, allow_pickle, glance)
@@ -88,21 +93,28 @@ def is_folder(path: Path) -> bool:
 
 
 _END = r"[=_\-. ]?(\d+)(?![0-9a-z])"
-_STEP = re.compile(r"(?<![a-z])(?:global[_-]?)?(?:steps?|iter(?:ation)?s?|it)" + _END)
-_EPOCH = re.compile(r"(?<![a-z])(?:epochs?|ep)" + _END)
+#: The letter s alone may be a seed, unless an epoch is before it: "e5_s500".
+_STEP = re.compile(
+    r"(?<![a-z])(?:global[_-]?)?(?:steps?|iter(?:ation)?s?|it)" + _END + r"|(?<![a-z0-9])"
+    r"e\d+[_\-.]s(\d+)(?![0-9a-z])"
+)
+_EPOCH = re.compile(
+    r"(?<![a-z])(?:epochs?|ep)" + _END + r"|(?<![a-z0-9])e(\d+)[_\-.]s\d+(?![0-9a-z])"
+)
 _ANY = re.compile(r"(?:checkpoint|ckpt|model|weights|state|params|snapshot|save|net)?" + _END)
+_LAST = re.compile(r"(.*[=_\-. ])(\d+)")
 
 
 def step_in_name(path: Path) -> int | None:
     """The step that the name of a checkpoint, or of the folder that it is in, tells."""
     for name in (path.name, path.parent.name):
         if found := _STEP.search(name.lower()):
-            return int(found[1])
+            return _step(found[1] or found[2])
     for name in (_stem(path), path.parent.name):
         # Folders of runs may be called 1 and 2; an epoch is no step.
         found = _ANY.fullmatch(name)
         if found and not (name.isdecimal() and name != _stem(path)):
-            return int(found[1])
+            return _step(found[1])
     return None
 
 
@@ -110,8 +122,19 @@ def epoch_in_name(path: Path) -> float | None:
     """The epoch that the name of a checkpoint, or of the folder that it is in, tells."""
     for name in (path.name, path.parent.name):
         if found := _EPOCH.search(name.lower()):
-            return float(found[1])
+            epoch = _step(found[1] or found[2])
+            return None if epoch is None else float(epoch)
     return None
+
+
+def number_in_name(path: Path) -> tuple[str, int | None]:
+    """The number that a name ends in, which may be anything, and what stands before it."""
+    found = _LAST.fullmatch(_stem(path))
+    return (found[1], _step(found[2])) if found else ("", None)
+
+
+def _step(digits: str) -> int | None:
+    return int(digits) if len(digits) < 20 and is_step(int(digits)) else None
 
 
 def _stem(path: Path) -> str:

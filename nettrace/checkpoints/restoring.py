@@ -18,13 +18,16 @@ from nettrace.checkpoints.contents import CheckpointError, told
 _WRAPPERS = re.compile(
     r"(_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
 )
+#: How many networks an AveragedModel is the average of.
+_COUNT = "n_averaged"
 
 
 def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts weights and buffers into a network, all of them and no others.
 
     Names may differ by a prefix that all share, as "model." or "module.", by one of the network's
-    submodules, and by what wrappers put into them. Tied weights need to be there once.
+    submodules, and by what wrappers put into them. Tied weights need to be there once. What
+    `torch.optim.swa_utils.AveragedModel` counts in is left out where the network has it not.
 
     Weights keep the type in which they were saved, since live and offline measurements agree in
     every bit only if they are made in the same type: a network that was built in float32 and
@@ -40,6 +43,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             network may then be changed in part.
     """
     ours = model.state_dict(keep_vars=True)
+    if _COUNT in state and _COUNT not in ours:
+        state = {name: value for name, value in state.items() if name != _COUNT}
     ties = _ties(ours)
     attempts, fitting = [], None
     for names in _renamings(state, ours):
@@ -64,7 +69,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     raise CheckpointError(
         f"the checkpoint does not fit {type(model).__name__}: "
         f"{best.described() or (reason and told(reason))}. Give the network that was trained, as "
-        "--model; restore(model, state) takes a state renamed by hand"
+        "--model; or rename nettrace.checkpoints.load(path).state by hand, which "
+        "nettrace.checkpoints.restore(model, state) then takes"
     ) from reason
 
 

@@ -118,13 +118,11 @@ def _model(options: argparse.Namespace) -> nn.Module:
             "which network? Give it as module:name, or a --checkpoint that says what it is of"
         )
     try:
-        if options.model is None:
-            model = checkpoints.build(options.checkpoint, options.allow_pickle)
-        else:
-            model = locate.model(options.model)
-        if options.checkpoint is not None:
-            contents = checkpoints.load(options.checkpoint, options.allow_pickle)
-            checkpoints.restore(model, contents.state)
+        if options.checkpoint is None:
+            return locate.model(options.model)
+        model = checkpoints.build(options.checkpoint, options.allow_pickle, options.model)
+        contents = checkpoints.load(options.checkpoint, options.allow_pickle)
+        checkpoints.restore(model, contents.state)
     except checkpoints.CheckpointError as error:
         raise UsageError(str(error)) from error
     return model

@@ -18,11 +18,12 @@ from torch import nn
 from nettrace import checkpoints as saved
 from nettrace import locate
 from nettrace.checkpoints import Checkpoint
+from nettrace.checkpoints.building import Model
 from nettrace.differentiate import parse_bytes
 from nettrace.measures import resolve
 from nettrace.offline import pools
 from nettrace.offline.done import MODIFIED, SIZE, left_to_do
-from nettrace.offline.worker import Model, Outcome, Plan
+from nettrace.offline.worker import Outcome, Plan
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.store import TraceWriter
 from nettrace.store import open as open_trace
@@ -113,9 +114,10 @@ def analyze(
         checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`.
         probe: the samples, or several by name; or a name as for `nettrace.locate.probe`.
         measures: names of measures or of groups of them.
-        model: a network to load the weights into, which is left as it is; a function that builds
-            one; or "module:name" or "path/to/file.py:name" of either. By default, what the
-            checkpoint says itself. Which parameters require a gradient is not in checkpoints.
+        model: a network to load the weights into, which is left as it is; a class or function that
+            makes one, of the checkpoint's hyper-parameters as in `nettrace.checkpoints.build`; or
+            "module:name" or "path/to/file.py:name" of either. By default, what the checkpoint says
+            itself. Which parameters require a gradient is not in checkpoints.
         to: a folder for the trace; by default "analysis" in the folder that holds the first
             checkpoint, or beside that if it is called "checkpoints".
         jobs: how many processes to measure in; 1 for this one.

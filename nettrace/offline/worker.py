@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from nettrace import locate
 from nettrace.certificate import Certificate, certify
 from nettrace.checkpoints import Checkpoint, CheckpointError, Contents, build, load, restore
+from nettrace.checkpoints.building import Model, is_fixed
 from nettrace.freeze import frozen, random_states
 from nettrace.measures import Measure, resolve
 from nettrace.operator import Jacobian
@@ -30,8 +31,6 @@ from nettrace.statistics.preconditioned import PreconditionedStatistics
 from nettrace.tape import signature
 from nettrace.tracer import Tracer
 
-#: A network to load weights into, what builds one, or the name of either; None to ask checkpoints.
-Model: TypeAlias = nn.Module | Callable[[], nn.Module] | str | None
 #: What one look left for later ones, by probe and reference, as `Past.state_dict` has it.
 Left: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -105,7 +104,7 @@ class Worker:
                 "Probe"
             )
         self._positions = {c.step: place for place, c in enumerate(plan.checkpoints)}
-        self._model = None if plan.model is None else self._new(plan.checkpoints[0])
+        self._model = self._new(plan.checkpoints[0]) if is_fixed(plan.model) else None
         self._names: tuple[str, ...] = ()
         self._measures: list[Measure] = []
         self._tracer: _NumberedTracer
@@ -143,7 +142,7 @@ class Worker:
                 self._recall(position, first_only=False)
                 model, contents = self._load(position)
                 records = self._records(model, contents, checkpoint.step)
-            except CheckpointError as error:
+            except (CheckpointError, locate.LocateError) as error:
                 return Outcome(position, failure=str(error))
             except Exception as error:
                 return Outcome(position, failure=_told(error))
@@ -197,17 +196,8 @@ class Worker:
         given = self._plan.model
         with random_states(set()):
             torch.manual_seed(self._plan.seed)
-            if given is None:
-                return build(checkpoint, self._plan.allow_pickle)
-            if isinstance(given, str):
-                found: object = locate.model(given)
-            else:
-                found = given if isinstance(given, nn.Module) else given()
-        if not isinstance(found, nn.Module):
-            raise TypeError(
-                f"expected model() to build a torch.nn.Module, got {type(found).__name__}"
-            )
-        return copy.deepcopy(found)  # which may be somebody's own
+            found = build(checkpoint, self._plan.allow_pickle, given)
+        return found if given is None else copy.deepcopy(found)  # which may be somebody's own
 
     def _records(self, model: nn.Module, contents: Contents, step: int) -> list[Record]:
         needy = [m for m in self._measures if _OF_OPTIMIZERS & {_last(need) for need in m.needs}]
