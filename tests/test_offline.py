@@ -32,6 +32,8 @@ COMPARING = ["ntk/distance_first", "ntk/velocity", "weights/displacement", "loss
 ALL = [m.name for m in measures.available() if m.is_own and "precond" not in m.name]
 #: What is not the same each time it is measured, or is of one place.
 OWN = {"nettrace_seconds", "wall_time", "checkpoint_bytes", "checkpoint_modified"}
+#: What a trace of checkpoints has beside, by which the network is known.
+WITNESSES = ["witness_of_outputs", "witness_of_losses"]
 
 
 def build():
@@ -113,7 +115,7 @@ def test_what_is_found_is_what_a_tracer_found_while_training(tmp_path, make, pro
     live, offline = nt.open(tmp_path / "live"), found.trace
     assert len(live.data_vars) > 90
     assert live.ntk_velocity.notnull().sum() > 0
-    assert_same(live, offline.drop_vars(["epoch"]))
+    assert_same(live, offline.drop_vars(["epoch", *WITNESSES]))
     assert offline.epoch.values.tolist() == [0, 0, 1, 2, 4]
     assert offline.checkpoint_bytes[0] == at(tmp_path / "checkpoints", 0).stat().st_size
 
@@ -137,7 +139,7 @@ def test_what_is_found_is_what_a_callback_found_in_lightning(tmp_path, optimizer
     one = nt.open(tmp_path / "live")
     assert "ntk_preconditioned_trace" in one
     of_trainer = ["epoch", "batches", "samples"]
-    assert_same(one.drop_vars(of_trainer), found.trace.drop_vars("epoch"))
+    assert_same(one.drop_vars(of_trainer), found.trace.drop_vars(["epoch", *WITNESSES]))
 
 
 def test_without_its_states_what_needs_an_optimizer_is_missing_with_the_reason(saved):
@@ -159,7 +161,8 @@ def test_the_look_before_a_broken_checkpoint_serves_as_the_previous(tmp_path):
     found = analyze(tmp_path / "checkpoints")
     assert found.done == (0, 2, 9)
     live = nt.open(tmp_path / "live")
-    assert_same(live, found.trace.drop_vars("epoch"), without={"nettrace/spot_check"})
+    offline = found.trace.drop_vars(["epoch", *WITNESSES])
+    assert_same(live, offline, without={"nettrace/spot_check"})
     assert found.trace.ntk_velocity.attrs == live.ntk_velocity.attrs
 
 

@@ -115,6 +115,16 @@ def work(
         return shared.worker.measure(position, names, shunned)
 
 
+def look(shared: Shared, position: int) -> Outcome:
+    """What the network gives at a checkpoint; see `Worker.look`.
+
+    Raises:
+        Exception: whatever keeps this process from any task.
+    """
+    with _ALONE:
+        return shared.worker.look(position)
+
+
 def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
     """In this process, one by one."""
     for task in tasks:
