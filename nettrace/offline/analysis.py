@@ -6,6 +6,7 @@ import functools
 import hashlib
 import operator
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import nn
 
 from nettrace import checkpoints as saved
 from nettrace import locate
-from nettrace.checkpoints import Checkpoint
+from nettrace.checkpoints import Checkpoint, CheckpointError, reading
 from nettrace.differentiate import parse_bytes
 from nettrace.measures import resolve
 from nettrace.offline import pools
@@ -117,7 +118,8 @@ def analyze(
     over one.
 
     Args:
-        checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`.
+        checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`. All are of one
+            run, as one that was resumed elsewhere; so a folder that is searched may hold one alone.
         probe: the samples, or several by name; or a name as for `nettrace.locate.probe`.
         measures: names of measures or of groups of them.
         model: a network to load the weights into, which is left as it is; a function that builds
@@ -143,10 +145,10 @@ def analyze(
         modules: those that define measures of one's own, for workers to import.
 
     Raises:
-        CheckpointError: if there are no checkpoints.
+        CheckpointError: if there are no checkpoints, or those in a folder are of several runs.
         LocateError: if a name stands for nothing.
-        ValueError: if a measure is unknown; if the trace is of another probe; or if what is given
-            cannot be sent to workers.
+        ValueError: if a path is empty; if a measure is unknown; if the trace is of another probe;
+            or if what is given cannot be sent to workers.
         OSError: if the trace cannot be written.
 
     Example:
@@ -166,7 +168,12 @@ def analyze(
     for module in modules:
         locate.import_module(module)
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    if "" in (*paths, to):
+        raise ValueError(
+            "expected a path, got an empty text: is it a variable of the shell that is not set?"
+        )
     found, broken = saved.find(paths, allow_pickle)
+    _check_one_run(map(Path, paths), [*(one.path for one in found), *broken])
     failed = {path: _why(path, str(error)) for path, error in broken.items()}
     samples = locate.probe(probe) if isinstance(probe, str) else probe
     check_probes(samples)
@@ -314,6 +321,34 @@ def _first(missing: Iterable[tuple[int, str, str]]) -> dict[str, str]:
     for _, name, reason in sorted(missing, key=operator.itemgetter(0)):
         found.setdefault(name, reason)
     return found
+
+
+def _check_one_run(given: Iterable[Path], found: Sequence[Path]) -> None:
+    """Checks that what lies within a folder that was given lies in one folder."""
+    for folder in given:
+        within = {_holder(path): path for path in found if folder in path.parents}
+        if len(within) > 1:
+            # A folder is searched with all that lies within, so that a pattern is to be given.
+            alone = [
+                f"'{folder / re.sub('[0-9]+', '*', path.name)}'"
+                if holder == folder
+                else str(holder)
+                for holder, path in sorted(within.items())
+            ]
+            raise CheckpointError(
+                f"{folder} has checkpoints in {len(alone)} folders, and a trace is of one run: "
+                f"analyse each by itself, {', '.join(alone[:8])}{', ...' * (len(alone) > 8)}; or, "
+                "if they are of one run, as of one that was resumed, name all of them one by one"
+            )
+
+
+def _holder(checkpoint: Path) -> Path:
+    """The folder of all checkpoints of a run, each of which may have a folder of its own."""
+    name = Path(checkpoint.name)
+    for told in (reading.step_in_name, reading.epoch_in_name):
+        if told(name) is None and told(checkpoint) is not None:
+            return checkpoint.parent.parent
+    return checkpoint.parent
 
 
 def _coordinates(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, float]:
