@@ -175,6 +175,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import nettrace as nt
+from nettrace.offline import pools
 
 HERE = Path(__file__).parent
 
@@ -191,6 +192,12 @@ def build():
         (HERE / "kill").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return Net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+def begin(*arguments):
+    if (HERE / "early").exists():
+        (HERE / "early").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    pools._begin(*arguments)
 
 def probe():
     return torch.randn(6, 4), torch.arange(6) % 3
@@ -213,8 +220,8 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("own_module", None)
 
 
-def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
-    tmp_path, module, saved
+def test_two_processes_find_what_one_does_and_survive_workers_that_are_killed(
+    tmp_path, module, saved, monkeypatch
 ):
     options = {
         "names": [*COMPARING, "own/norm"],
@@ -224,9 +231,11 @@ def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
         "threads": 1,
     }
     one = analyze(saved, **options, to=tmp_path / "one")
-    (tmp_path / "kill").touch()
+    monkeypatch.setattr(pools, "_begin", sys.modules["own_module"].begin)
+    for when in ("early", "kill"):  # before it begins, and while it measures
+        (tmp_path / when).touch()
     two = analyze(saved, **options, to=tmp_path / "two", jobs=2)
-    assert not (tmp_path / "kill").exists()
+    assert not {"early", "kill"} & set(os.listdir(tmp_path))
     assert (two.done, two.failed) == (one.done, {})
     assert_same(one.trace, two.trace)
     assert one.trace.own_norm.notnull().sum() == 4
@@ -302,6 +311,12 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert_same(one.trace, two.trace)
     assert three.done == (0, 1, 9)  # the one after it compares with it
     assert "lack of memory" in three.failed[at(saved, 2)]
+
+
+def test_what_is_no_address_of_a_scheduler_is_refused(saved):
+    pytest.importorskip("distributed")
+    with pytest.raises(ValueError, match=r"such as tcp://host:8786, got 'bla': missing port"):
+        analyze(saved, dask="bla")
 
 
 def test_tasks_are_sent_in_runs_where_neighbours_are_compared():
