@@ -450,9 +450,10 @@ def test_what_was_measured_otherwise_in_between_is_measured_anew(saved):
         assert len(analyze(saved, ["fisher/trace_mc"], seed=seed).done) == done
 
 
-def test_a_network_that_cannot_be_evaluated_any_more_is_reported(saved):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_network_that_cannot_be_evaluated_any_more_is_reported(saved, error):
     def fails(x):
-        raise RuntimeError("no such activation")
+        raise error("no such activation")
 
     analyze(saved, ["loss/mean"], model=Net(torch.tanh))
     found = analyze(saved, ["loss/mean"], model=Net(fails))

@@ -61,7 +61,10 @@ class Recorded:
                     "(to=...)"
                 )
             asked = tuple(part.provenance.get("measures", ()))
-            same = all(part.provenance.get(key) == value for key, value in provenance.items())
+            same = all(
+                _unplaced(part.provenance.get(key)) == _unplaced(value)
+                for key, value in provenance.items()
+            )
             if same:  # the last says which network it is
                 self.generation = part.provenance.get(GENERATION, 0)
             sizes, times = (part.coordinates.get(name) for name in (SIZE, MODIFIED))
@@ -132,3 +135,8 @@ class Recorded:
                 if row.generation == self.generation:
                     found[name] = row.missing.get(name)
         return found
+
+
+def _unplaced(value: Any) -> Any:
+    """The name "path/to/file.py:name" as it is given from the file's own folder."""
+    return Path(value).name if isinstance(value, str) and ".py:" in value else value
