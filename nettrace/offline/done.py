@@ -15,13 +15,14 @@ from nettrace.store import parts
 
 #: By these coordinates a checkpoint is known to be the one that was measured.
 SIZE, MODIFIED = "checkpoint_bytes", "checkpoint_modified"
-#: By this number in the provenance, what networks of one name gave that gave other values.
+#: In the provenance, how often a network of one name had been found to give other values: what an
+#: interruption left of one does not count for the next.
 GENERATION = "generation"
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What one analysis wrote of a checkpoint: of which generation, None if not as it is now."""
+    """What one analysis wrote of a checkpoint; of no generation if it is not as it was then."""
 
     asked: tuple[str, ...]
     missing: Mapping[str, str]
@@ -75,7 +76,7 @@ class Recorded:
                 one = checkpoints[place]
                 valid = same and (sizes[row], times[row]) == (one.size, one.modified)
                 layout = part.layouts[part.layout[row]]
-                on_some = {n: next(iter(why.values())) for n, why in layout.missing_on.items()}
+                on_some = {n: next(iter(why.values()), "") for n, why in layout.missing_on.items()}
                 missing = {**on_some, **layout.missing}
                 witness = {
                     name: float(part.coordinates[name][row])
