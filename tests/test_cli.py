@@ -1,8 +1,10 @@
 """The command line, on modules as a user would write them."""
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -185,7 +187,7 @@ def test_analyze_says_what_it_did_and_how_to_repeat_it(run, checkpoints):
     assert (status, err) == (0, "")
     assert "3 checkpoints: 3 measured" in out
     assert "nettrace.open('runs/x')" in out
-    data = nt.open("runs/x")
+    data = nt.open("runs/x").load()  # which is removed below
     assert data.step.values.tolist() == [0, 10, 20]
     assert {"ntk_trace", "loss_mean", "ntk_entropy"} <= set(data)
     (command,) = re.findall("repeat this by nettrace (.*)", out)
@@ -201,6 +203,78 @@ def test_analyze_says_what_it_did_and_how_to_repeat_it(run, checkpoints):
     settings = yaml.safe_load(Path("again.yaml").read_text())
     assert settings == yaml.safe_load(Path("runs/x/analyze.yaml").read_text())
     assert settings["measures"] == ["ntk/trace", "loss/mean", "ntk/entropy"]
+
+
+def test_what_is_repeated_is_what_was_done_from_any_folder(run, checkpoints, tmp_path, monkeypatch):
+    command = (
+        "analyze {} --model my_module.py:build --data my_module.py:probe --measures {} --to {}"
+    )
+    pattern = "checkpoints/step=*.pt"
+    for measures, paths in [
+        ("loss,ntk/trace", pattern),
+        ("loss", pattern),
+        ("loss", "checkpoints/step=0.pt"),
+    ]:
+        status, out, _ = run(command.format(paths, measures, "it's[1]"))
+        assert status == 0
+    (repeated,) = re.findall("repeat this by nettrace analyze --config (.*)", out)
+    assert shlex.split(repeated) == ["it's[1]/analyze-3.yaml"]
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for name, skipped in [("analyze", 3), ("analyze-2", 3), ("analyze-3", 1)]:
+        status, out, err = run(f"analyze --json --config ../it's[1]/{name}.yaml")
+        assert (status, err) == (0, "")
+        assert len(json.loads(out)["skipped"]) == skipped
+    assert len(list((tmp_path / "it's[1]").glob("*.yaml"))) == 3
+    settings = yaml.safe_load((tmp_path / "it's[1]" / "analyze.yaml").read_text())
+    assert settings["measures"] == ["loss", "ntk/trace"]
+    assert settings["model"] == str(tmp_path / "my_module.py:build")
+
+
+def test_what_failed_entirely_is_not_to_be_repeated(run, checkpoints):
+    assert run(ANALYZE + " --measures loss")[0] == 0
+    before = sorted((file.name, file.read_bytes()) for file in Path("runs/x").iterdir())
+    command = ANALYZE.replace("my_module:build", "my_module:Plain")
+    status, out, err = run(command + " --measures loss")
+    assert status == 1
+    assert "none of the checkpoints could be measured" in err
+    assert "repeat" not in out
+    assert before == sorted((file.name, file.read_bytes()) for file in Path("runs/x").iterdir())
+
+
+def test_what_is_missing_is_said_again_where_it_is_skipped(run, checkpoints):
+    command = ANALYZE + " --measures ntk/preconditioned_trace loss --json"
+    first, again = (json.loads(run(command)[1]) for _ in range(2))
+    assert again["skipped"] == [0, 10, 20]
+    assert list(again["missing"]) == ["ntk/preconditioned_trace"]
+    assert again["missing"] == first["missing"]
+
+
+@pytest.mark.parametrize("names", ["model leaving:build data my_module:probe", "import leaving.py"])
+def test_code_that_ends_the_process_is_an_error(run, checkpoints, names):
+    Path("leaving.py").write_text("import sys\nsys.exit(0)")
+    words = names.split()
+    options = " ".join(f"--{k} {v}" for k, v in zip(words[::2], words[1::2], strict=True))
+    status, _, err = run(f"{ANALYZE} {options} --measures loss")
+    assert status == 1
+    assert err.startswith("nettrace analyze: ")
+    assert "sys.exit" in err or "SystemExit" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_of_files_that_are_no_text_are_escaped(run, checkpoints, monkeypatch, encoding):
+    name = os.fsdecode(b"checkpoints/\xff-step=5.pt")
+    Path(name).write_bytes(b"broken")
+    for option in ("", " --json"):
+        data = io.BytesIO()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", io.TextIOWrapper(data, encoding=encoding))
+            status, _, err = run(ANALYZE + " --measures loss" + option)
+            assert status == 3, err
+            sys.stdout.flush()
+            out = data.getvalue().decode(encoding)
+        assert r"\udcff-step=5.pt" in out
+    assert list(json.loads(out)["failed"]) == [name]
 
 
 def test_analyze_in_part_and_not_at_all(run, checkpoints):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace import measures
-from nettrace.offline import pools, worker
+from nettrace.offline import pools, witness, worker
 from nettrace.store import parts
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
@@ -32,6 +33,8 @@ COMPARING = ["ntk/distance_first", "ntk/velocity", "weights/displacement", "loss
 ALL = [m.name for m in measures.available() if m.is_own and "precond" not in m.name]
 #: What is not the same each time it is measured, or is of one place.
 OWN = {"nettrace_seconds", "wall_time", "checkpoint_bytes", "checkpoint_modified"}
+#: What a trace of checkpoints has beside, by which the network is known.
+WITNESSES = ["witness_of_outputs", "witness_of_losses"]
 
 
 def build():
@@ -113,7 +116,7 @@ def test_what_is_found_is_what_a_tracer_found_while_training(tmp_path, make, pro
     live, offline = nt.open(tmp_path / "live"), found.trace
     assert len(live.data_vars) > 90
     assert live.ntk_velocity.notnull().sum() > 0
-    assert_same(live, offline.drop_vars(["epoch"]))
+    assert_same(live, offline.drop_vars(["epoch", *WITNESSES]))
     assert offline.epoch.values.tolist() == [0, 0, 1, 2, 4]
     assert offline.checkpoint_bytes[0] == at(tmp_path / "checkpoints", 0).stat().st_size
 
@@ -137,7 +140,7 @@ def test_what_is_found_is_what_a_callback_found_in_lightning(tmp_path, optimizer
     one = nt.open(tmp_path / "live")
     assert "ntk_preconditioned_trace" in one
     of_trainer = ["epoch", "batches", "samples"]
-    assert_same(one.drop_vars(of_trainer), found.trace.drop_vars("epoch"))
+    assert_same(one.drop_vars(of_trainer), found.trace.drop_vars(["epoch", *WITNESSES]))
 
 
 def test_without_its_states_what_needs_an_optimizer_is_missing_with_the_reason(saved):
@@ -159,7 +162,8 @@ def test_the_look_before_a_broken_checkpoint_serves_as_the_previous(tmp_path):
     found = analyze(tmp_path / "checkpoints")
     assert found.done == (0, 2, 9)
     live = nt.open(tmp_path / "live")
-    assert_same(live, found.trace.drop_vars("epoch"), without={"nettrace/spot_check"})
+    offline = found.trace.drop_vars(["epoch", *WITNESSES])
+    assert_same(live, offline, without={"nettrace/spot_check"})
     assert found.trace.ntk_velocity.attrs == live.ntk_velocity.attrs
 
 
@@ -171,6 +175,7 @@ from pathlib import Path
 import torch
 from torch import nn
 import nettrace as nt
+from nettrace.offline import pools
 
 HERE = Path(__file__).parent
 
@@ -187,6 +192,12 @@ def build():
         (HERE / "kill").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return Net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+def begin(*arguments):
+    if (HERE / "early").exists():
+        (HERE / "early").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    pools._begin(*arguments)
 
 def probe():
     return torch.randn(6, 4), torch.arange(6) % 3
@@ -209,8 +220,8 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("own_module", None)
 
 
-def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
-    tmp_path, module, saved
+def test_two_processes_find_what_one_does_and_survive_workers_that_are_killed(
+    tmp_path, module, saved, monkeypatch
 ):
     options = {
         "names": [*COMPARING, "own/norm"],
@@ -220,9 +231,11 @@ def test_two_processes_find_what_one_does_and_survive_a_worker_that_is_killed(
         "threads": 1,
     }
     one = analyze(saved, **options, to=tmp_path / "one")
-    (tmp_path / "kill").touch()
+    monkeypatch.setattr(pools, "_begin", sys.modules["own_module"].begin)
+    for when in ("early", "kill"):  # before it begins, and while it measures
+        (tmp_path / when).touch()
     two = analyze(saved, **options, to=tmp_path / "two", jobs=2)
-    assert not (tmp_path / "kill").exists()
+    assert not {"early", "kill"} & set(os.listdir(tmp_path))
     assert (two.done, two.failed) == (one.done, {})
     assert_same(one.trace, two.trace)
     assert one.trace.own_norm.notnull().sum() == 4
@@ -300,6 +313,12 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert "lack of memory" in three.failed[at(saved, 2)]
 
 
+def test_what_is_no_address_of_a_scheduler_is_refused(saved):
+    pytest.importorskip("distributed")
+    with pytest.raises(ValueError, match=r"such as tcp://host:8786, got 'bla': missing port"):
+        analyze(saved, dask="bla")
+
+
 def test_tasks_are_sent_in_runs_where_neighbours_are_compared():
     tasks = [(k, ("a",)) for k in range(70)]
     assert [len(run) for run in pools.runs(tasks, 2, True)] == [8] * 8 + [6]
@@ -331,23 +350,137 @@ def loads(monkeypatch):
     return found
 
 
-def unbuilt():
-    pytest.fail("a network was built")
-
-
-unbuilt.__module__, unbuilt.__qualname__ = smooth.__module__, smooth.__qualname__
-
-
-def test_a_rerun_does_no_work(saved, loads):
+def test_a_rerun_looks_once_and_measures_nothing(saved, loads):
     first = analyze(saved)
     assert loads == [0, 1, 2, 5, 9]
     before = content(first.trace), sorted(os.listdir(first.folder))
     loads.clear()
-    again = analyze(saved, model=unbuilt)
-    assert (again.done, again.skipped) == ((), (0, 1, 2, 5, 9))
-    assert loads == []
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    again = analyze(saved)
+    assert (again.done, again.skipped, again.anew) == ((), (0, 1, 2, 5, 9), None)
+    assert loads == [0]
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), str(np.random.get_state()))
     assert before == (content(again.trace), sorted(os.listdir(first.folder)))
     assert "5 done before" in str(again)
+
+
+class Net(nn.Sequential):
+    """Its activation is not seen in its `repr`."""
+
+    def __init__(self, activation, stops_at=None):
+        super().__init__(*smooth())
+        self.activation, self.stops_at = activation, stops_at
+
+    def forward(self, x):
+        if self.stops_at is not None and torch.equal(self[2].bias.detach(), self.stops_at):
+            raise KeyboardInterrupt
+        return self[2](self.activation(self[0](x)))
+
+
+def likely(factor=1, scale=1, x=X):
+    """Probes whose functions have the same names."""
+    return nt.Probe(
+        x,
+        Y[: len(x)],
+        forward=lambda model, inputs: scale * model(inputs),
+        losses=lambda f, y: factor * nn.functional.cross_entropy(f, y, reduction="none"),
+        likelihood="categorical",
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"model": Net(torch.tanh)}, {"model": Net(torch.relu)}),
+        ({"model": lambda: Net(torch.tanh)}, {"model": lambda: Net(torch.relu)}),
+        ({"probe": likely()}, {"probe": likely(factor=10)}),
+        ({"probe": likely()}, {"probe": likely(scale=3)}),
+        (
+            {"probe": {"a": likely(), "b": likely(x=X[:4])}},
+            {"probe": {"a": likely(), "b": likely(10, x=X[:4])}},
+        ),
+        (
+            {"probe": SEVERAL, "model": Net(torch.tanh), "names": ["ntk/cross"]},
+            {"probe": SEVERAL, "model": Net(torch.relu), "names": ["ntk/cross"]},
+        ),
+    ],
+    ids=["object", "function", "losses", "forward", "several", "pair"],
+)
+def test_what_gives_other_values_under_the_same_name_is_measured_anew(
+    saved, tmp_path, before, after
+):
+    options = {"names": ["loss/mean", "ntk/velocity"]}
+    first = analyze(saved, **{**options, **before})
+    assert (first.done, first.anew) == ((0, 1, 2, 5, 9), None)
+    fresh = analyze(saved, to=tmp_path / "fresh", **{**options, **after})
+    names = after.get("names", ["loss/mean"])
+    found = analyze(saved, **{**options, **after, "names": names})
+    assert (found.done, found.skipped) == ((0, 1, 2, 5, 9), ())
+    assert "measured anew: the network, its forward or its losses give other" in str(found)
+    assert_same(found.trace, fresh.trace)
+    assert analyze(saved, **{**options, **after}).done == ()
+    back = analyze(saved, **{**options, **before})
+    assert len(back.done) == 5
+    assert analyze(saved, **{**options, **before}).done == ()
+
+
+def test_a_file_that_is_edited_is_measured_anew(saved, module):
+    options = {"names": ["loss/mean"], "model": f"{module}:build"}
+    analyze(saved, **options)
+    assert analyze(saved, **options).done == ()
+    Path(module).write_text(MODULE.replace("nn.Tanh()", "nn.ReLU()") + "# other\n")
+    sys.modules.pop("own_module")
+    assert len(analyze(saved, **options).done) == 5
+
+
+def test_what_an_interruption_left_of_another_network_is_measured_anew(saved, tmp_path):
+    names = ["loss/mean"]
+    analyze(saved, names, model=Net(torch.tanh))
+    stops_at = torch.load(at(saved, 2))["state_dict"]["2.bias"]
+    with pytest.raises(KeyboardInterrupt):
+        analyze(saved, names, model=Net(torch.relu, stops_at))
+    found = analyze(saved, names, model=Net(torch.relu))
+    assert (found.done, found.skipped) == ((2, 5, 9), (0, 1))
+    assert_same(found.trace, analyze(saved, names, model=Net(torch.relu), to=tmp_path / "x").trace)
+
+
+def test_what_was_measured_otherwise_in_between_is_measured_anew(saved):
+    for seed, done in [(0, 5), (1, 5), (0, 5), (0, 0)]:
+        assert len(analyze(saved, ["fisher/trace_mc"], seed=seed).done) == done
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_network_that_cannot_be_evaluated_any_more_is_reported(saved, error):
+    def fails(x):
+        raise error("no such activation")
+
+    analyze(saved, ["loss/mean"], model=Net(torch.tanh))
+    found = analyze(saved, ["loss/mean"], model=Net(fails))
+    assert (found.done, found.skipped, len(found.failed)) == ((), (), 5)
+    assert "no such activation" in found.failed[at(saved, 0)]
+
+
+def test_traces_without_witnesses_are_believed(saved, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(worker, "together", lambda several: {})
+        before = analyze(saved, ["loss/mean"], model=Net(torch.tanh))
+    assert "witness_of_outputs" not in before.trace.coords
+    found = analyze(saved, ["loss/mean"], model=Net(torch.relu))
+    assert (len(found.skipped), found.anew) == (5, None)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.complex64])
+def test_a_network_is_known_to_a_thousandth(kind):
+    outputs = torch.randn(2**19, 5, dtype=kind, generator=torch.Generator().manual_seed(0))
+    seen = [witness.seen(PROBE, o) for o in (outputs, outputs * (1 + 1e-5), outputs * 1.1)]
+    now, near, far = (witness.together([one, one]) for one in seen)
+    recorded = {name: total for name, (total, _) in now.items()}
+    assert np.isnan(recorded["witness_of_losses"])
+    assert witness.agree(near, recorded)
+    assert not witness.agree(far, recorded)
+    outputs[0, 0] = float("inf")
+    assert not witness.agree(witness.together([witness.seen(PROBE, outputs)]), recorded)
 
 
 def test_a_measure_that_is_added_is_computed_alone(saved, tmp_path):
@@ -376,7 +509,8 @@ def test_what_is_missing_is_tried_again_only_if_that_is_asked_for(saved):
     for options, done in [({}, 5), ({}, 0), ({"retry": True}, 5)]:
         found = analyze(saved, ["loss/mean", "ntk/cross"], **options)
         assert len(found.done) == done
-        assert set(found.missing) == ({"ntk/cross"} if done else set())
+        assert set(found.missing) == {"ntk/cross"}  # also where it was found before
+        assert "there is one" in found.missing["ntk/cross"]
     assert [part.provenance["measures"] for part in parts(found.folder)][1] == ["ntk/cross"]
 
 
@@ -442,6 +576,40 @@ def test_a_probe_that_does_not_fit_fails_each_checkpoint_and_writes_nothing(save
     assert len(found.failed) == 5
     assert "cannot be multiplied" in found.failed[at(saved, 0)]
     assert not found.folder.exists() or parts(found.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("folders", "given", "says"),
+    [
+        ("seed-1 seed-2", "", r"in 2 folders.*of one run.*{}/seed-1, {}/seed-2; or"),
+        ("seed-1 seed-2", "seed-1 seed-2", None),
+        ("seed-1 seed-2", "seed-*/*.pt", None),
+        (". old", "", r"'{}/step=\*.pt', {}/old; or"),
+        ("step-5 step-6", "", None),
+        ("epoch_1 epoch_2", "", None),
+        ("a/step-5 b/step-6", "", r"{}/a, {}/b; or"),
+    ],
+)
+def test_one_folder_holds_one_run(tmp_path, folders, given, says):
+    for number, folder in enumerate(folders.split()):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        name = "model.pt" if "-" in folder and "seed" not in folder else f"step={number}.pt"
+        torch.save(smooth().state_dict(), tmp_path / folder / name)
+    paths = [tmp_path / path for path in given.split(" ")]
+    if says is None:
+        assert len(analyze(paths, ["loss/mean"]).done) == 2
+    else:
+        with pytest.raises(ValueError, match=says.format(tmp_path, tmp_path)):
+            analyze(paths, ["loss/mean"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"checkpoints": ""}, {"checkpoints": ["a.pt", ""]}, {"to": ""}]
+)
+def test_a_path_that_is_empty_is_refused(saved, monkeypatch, options):
+    monkeypatch.chdir(saved)
+    with pytest.raises(ValueError, match="got an empty text: is it a variable of the shell"):
+        analyze(**{"checkpoints": saved, **options})
 
 
 def test_samples_that_are_drawn_anew_each_time_are_refused(saved, tmp_path, module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -46,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = "nettrace"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _shown
             parser = make_parser()
             options = configured(parser, given)
             command = f"nettrace {options.command}"
-            for module in getattr(options, "modules", ()):
-                locate.import_module(module)
-            status: int = options.run(options)
+            status = _run(options)
             sys.stdout.flush()
             return status
     except (UsageError, locate.LocateError) as error:
@@ -69,6 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = locate.told(error)
     print(wrapped(f"{command}: {message}"), file=sys.stderr)
     return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        UsageError: if code of the user's ends the process, with whatever status.
+    """
+    try:
+        for module in getattr(options, "modules", ()):
+            locate.import_module(module)
+        status: int = options.run(options)
+    except SystemExit as error:
+        raise UsageError(
+            f"code that it loaded ended the process, by sys.exit({error.code!r}): guard what a "
+            "script does by if __name__ == '__main__':"
+        ) from error
+    return status
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from nettrace import offline
@@ -120,13 +122,12 @@ def run(options: argparse.Namespace) -> int:
             )
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
-    if found.folder.is_dir():
-        options.to, options.measures = str(found.folder), asked
-        configuration.save(options, options.parser, found.folder / "analyze.yaml")
+    can_be_repeated = bool(found.done or found.skipped)
+    file = _saved(options, asked, found.folder) if can_be_repeated else None
     if options.json:
         print_json(_document(found))
     elif not options.quiet:
-        _report(found)
+        _report(found, file)
     if options.json or options.quiet:
         for path, reason in found.failed.items():
             print(wrapped(f"failed: {path}: {reason}"), file=sys.stderr)
@@ -142,12 +143,26 @@ def _document(found: Analysis) -> dict[str, Any]:
         "skipped": found.skipped,
         "failed": {str(path): reason for path, reason in found.failed.items()},
         "missing": dict(found.missing),
+        "anew": found.anew,
         "seconds": found.seconds,
     }
 
 
-def _report(found: Analysis) -> None:
+def _saved(options: argparse.Namespace, measures: list[str], folder: Path) -> Path:
+    """The file that repeats this, from any folder; options of other analyses stay in theirs."""
+    lasting = argparse.Namespace(**vars(options))
+    lasting.checkpoints = [configuration.absolute(path) for path in options.checkpoints]
+    lasting.data = configuration.absolute_name(options.data)
+    lasting.model = options.model and configuration.absolute_name(options.model)
+    lasting.modules = [
+        configuration.absolute(name) if name.endswith(".py") else name for name in options.modules
+    ]
+    lasting.measures, lasting.to = measures, str(folder.absolute())
+    return configuration.save(lasting, options.parser, folder)
+
+
+def _report(found: Analysis, file: Path | None) -> None:
     print(wrapped(str(found)))
-    if found.folder.is_dir():
+    if file is not None:
         print(f"open it by nettrace.open({str(found.folder)!r})")
-        print(f"repeat this by nettrace analyze --config {found.folder / 'analyze.yaml'}")
+        print(f"repeat this by nettrace analyze --config {shlex.quote(str(file))}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,8 +45,11 @@ def require(action: argparse.Action) -> None:
     action.needed = True  # type: ignore[attr-defined]
 
 
-def save(options: argparse.Namespace, command: argparse.ArgumentParser, file: Path) -> None:
-    """Writes options that are set as a file for `--config`."""
+def save(options: argparse.Namespace, command: argparse.ArgumentParser, folder: Path) -> Path:
+    """Writes options that are set as a file for `--config`, unless there is one that says the same.
+
+    What others say is kept: the file is called as the command, or that with a number that is free.
+    """
     found = {}
     for action in command._actions:
         value = getattr(options, action.dest, None)
@@ -56,9 +60,28 @@ def save(options: argparse.Namespace, command: argparse.ArgumentParser, file: Pa
         ):
             found[_key(action)] = value
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+    text = f"# Options of nettrace {options.command}, for --config.\n{text}"
+    file, number = folder / f"{options.command}.yaml", 1
+    while file.exists():
+        if file.read_text(encoding="utf-8", errors="replace") == text:
+            return file
+        number += 1
+        file = folder / f"{options.command}-{number}.yaml"
     new = file.with_name(f".{file.name}")
-    new.write_text(f"# nettrace {options.command} --config {file}\n{text}", encoding="utf-8")
-    new.replace(file)
+    new.write_text(text, encoding="utf-8")
+    return new.replace(file)
+
+
+def absolute(path: str) -> str:
+    """A path or pattern that means the same in any folder."""
+    here = str(Path.cwd())
+    return str(Path(here if Path(path).exists() else glob.escape(here)) / path)
+
+
+def absolute_name(where: str) -> str:
+    """A name as for `nettrace.locate` that means the same in any folder, if it is in a file."""
+    file, colon, name = where.rpartition(":")
+    return f"{absolute(file)}{colon}{name}" if file.endswith(".py") else where
 
 
 def _arguments(

@@ -41,7 +41,7 @@ def wrapped(text: str, label: str = "") -> str:
 
 def print_json(document: Any) -> None:
     """Prints one JSON document."""
-    json.dump(document, sys.stdout, indent=2, ensure_ascii=False, default=str)
+    json.dump(document, sys.stdout, indent=2, default=str)  # ASCII, whatever names files have
     print()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +19,13 @@ from torch import nn
 
 from nettrace import checkpoints as saved
 from nettrace import locate
-from nettrace.checkpoints import Checkpoint
+from nettrace.checkpoints import Checkpoint, CheckpointError, reading
 from nettrace.checkpoints.building import Model
 from nettrace.differentiate import parse_bytes
 from nettrace.measures import resolve
 from nettrace.offline import pools
-from nettrace.offline.done import MODIFIED, SIZE, left_to_do
+from nettrace.offline.done import GENERATION, MODIFIED, SIZE, Recorded
+from nettrace.offline.witness import agree
 from nettrace.offline.worker import Outcome, Plan
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.store import TraceWriter
@@ -45,6 +48,7 @@ class Analysis:
         failed: by checkpoint, why it could not be measured.
         missing: by measure, why it is missing where it is, at the first such step.
         seconds: how long it took.
+        anew: why nothing that was measured before counts as done, if that is so.
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class Analysis:
     failed: Mapping[Path, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    anew: str | None = None
 
     @property
     def trace(self) -> xr.Dataset:
@@ -68,6 +73,7 @@ class Analysis:
             f"{total} checkpoint{'s' * (total != 1)}: {', '.join(counts)}",
             f"the trace is in {self.folder}",
         ]
+        lines += [f"measured anew: {self.anew}"] * (self.anew is not None)
         lines += [f"failed: {path}: {reason}" for path, reason in self.failed.items()]
         lines += [f"missing: {name}: {reason}" for name, reason in self.missing.items()]
         return "\n".join(lines)
@@ -101,17 +107,20 @@ def analyze(
     checkpoint's states.
 
     What is done is not done again: what was asked for of a checkpoint of the same step, size and
-    time of modification, with the same samples, likelihood, seed and network by name. Where any of
-    these is another, all that was ever asked for of that checkpoint is measured anew. A checkpoint
-    that cannot be measured is reported, and the others go on. What is written stays, whatever ends
-    the analysis.
+    time of modification, with the same samples, likelihood, seed and network by name, if that still
+    gives the same. Where any of these is another, all that was ever asked for of that checkpoint is
+    measured anew. Whether the network, the probe's forward and its losses give what they gave is
+    seen by a look at the first checkpoint that is done, to a thousandth: by a sum of the outputs
+    and one of the losses, which the trace has beside each step. A checkpoint that cannot be
+    measured is reported, and the others go on. What is written stays, whatever ends the analysis.
 
     In a process, one checkpoint is measured at a time, since that sets random states and modes of
     the whole process: an executor of threads, or a worker of Dask that has several, gains nothing
     over one.
 
     Args:
-        checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`.
+        checkpoints: files, folders and patterns, as for `nettrace.checkpoints.find`. All are of one
+            run, as one that was resumed elsewhere; so a folder that is searched may hold one alone.
         probe: the samples, or several by name; or a name as for `nettrace.locate.probe`.
         measures: names of measures or of groups of them.
         model: a network to load the weights into, which is left as it is; a class or function that
@@ -138,10 +147,10 @@ def analyze(
         modules: those that define measures of one's own, for workers to import.
 
     Raises:
-        CheckpointError: if there are no checkpoints.
+        CheckpointError: if there are no checkpoints, or those in a folder are of several runs.
         LocateError: if a name stands for nothing.
-        ValueError: if a measure is unknown; if the trace is of another probe; or if what is given
-            cannot be sent to workers.
+        ValueError: if a path is empty; if a measure is unknown; if the trace is of another probe;
+            or if what is given cannot be sent to workers.
         OSError: if the trace cannot be written.
 
     Example:
@@ -161,8 +170,13 @@ def analyze(
     for module in modules:
         locate.import_module(module)
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    if "" in (*paths, to):
+        raise ValueError(
+            "expected a path, got an empty text: is it a variable of the shell that is not set?"
+        )
     found, broken = saved.find(paths, allow_pickle)
-    failed = {path: str(error).removeprefix(f"{path} ") for path, error in broken.items()}
+    _check_one_run(map(Path, paths), [*(one.path for one in found), *broken])
+    failed = {path: _why(path, str(error)) for path, error in broken.items()}
     samples = locate.probe(probe) if isinstance(probe, str) else probe
     check_probes(samples)
     names = [measure.name for measure in chosen(measures, samples)]
@@ -175,11 +189,6 @@ def analyze(
         "model": _named(model),
         "seed": seed,
     }
-    todo = left_to_do(folder, found, names, provenance, retry)
-    tasks = [(place, left) for place, left in enumerate(todo) if left]
-    skipped = tuple(c.step for c, left in zip(found, todo, strict=True) if not left)
-    if not tasks:
-        return Analysis(folder, (), skipped, failed, {}, time.perf_counter() - start)
     if threads is None and jobs > 1:
         threads = max(1, _cores() // jobs)
     plan = Plan(
@@ -194,9 +203,23 @@ def analyze(
         allow_pickle,
         modules,
     )
-    outcomes = _run(plan, tasks, jobs, executor, dask)
+    shared = pools.Shared(plan)
+    recorded = Recorded(folder, found, provenance)
+    anew, lost = _looked(recorded, shared)
+    failed |= {found[place].path: _why(found[place].path, text) for place, text in lost.items()}
+    todo = recorded.left(names, retry)
+    tasks = [(place, left) for place, left in enumerate(todo) if left and place not in lost]
+    skipped = tuple(
+        found[place].step for place, left in enumerate(todo) if not left and place not in lost
+    )
+    missing = recorded.missing(todo, names)
+    if not tasks:
+        seconds = time.perf_counter() - start
+        return Analysis(folder, (), skipped, failed, _first(missing), seconds, anew)
+    outcomes = _run(shared, plan, tasks, jobs, executor, dask)
     told: dict[str, Any] = {
         **provenance,
+        GENERATION: recorded.generation,
         "data": probe if isinstance(probe, str) else repr(samples),
         "checkpoints": str(Path(first).parent),
     }
@@ -205,39 +228,58 @@ def analyze(
     attempt = uuid.uuid4().hex
     writers: dict[tuple[str, ...], TraceWriter] = {}
     done: list[int] = []
-    missing: dict[str, str] = {}
     try:
         for outcome in _shown(outcomes, len(tasks), progress):
             checkpoint, asked = found[outcome.position], todo[outcome.position]
             if outcome.failure is not None:
-                failed[checkpoint.path] = outcome.failure.removeprefix(f"{checkpoint.path} ")
+                failed[checkpoint.path] = _why(checkpoint.path, outcome.failure)
                 continue
             if asked not in writers:  # each part says what was asked for at all of its steps
                 writers[asked] = TraceWriter(
                     folder, attempt, start=None, measures=list(asked), **told
                 )
-            writers[asked].write(outcome.records, _coordinates(checkpoint))
+            writers[asked].write(outcome.records, _coordinates(checkpoint, outcome))
             done.append(checkpoint.step)
-            for record in outcome.records:
-                for reason in filter(None, [record.missing, *record.missing_on.values()]):
-                    missing.setdefault(record.name, reason)
+            missing += [
+                (checkpoint.step, record.name, reason)
+                for record in outcome.records
+                for reason in filter(None, [record.missing, *record.missing_on.values()])
+            ]
     finally:
         outcomes.close()
         for writer in writers.values():
             writer.sync()
             writer.close()
     seconds = time.perf_counter() - start
-    return Analysis(folder, tuple(sorted(done)), skipped, failed, missing, seconds)
+    return Analysis(folder, tuple(sorted(done)), skipped, failed, _first(missing), seconds, anew)
+
+
+def _looked(recorded: Recorded, shared: pools.Shared) -> tuple[str | None, dict[int, str]]:
+    """Looks whether the network gives what it gave where something is done; if not, nothing is.
+
+    Returns:
+        Why nothing is done, and why checkpoints could not be looked at, by position.
+    """
+    lost: dict[int, str] = {}
+    for place, witness in recorded.witnesses():
+        outcome = pools.look(shared, place)
+        if outcome.failure is None:
+            if agree(outcome.witness, witness):
+                break
+            recorded.generation += 1
+            return "the network, its forward or its losses give other values than before", lost
+        lost[place] = outcome.failure
+    return None, lost
 
 
 def _run(
+    shared: pools.Shared,
     plan: Plan,
     tasks: Sequence[pools.Task],
     jobs: int,
     executor: Executor | None,
     dask: str | Client | None,
 ) -> pools.Outcomes:
-    shared = pools.Shared(plan)
     asked = {name for _, names in tasks for name in names}
     in_runs = any((m.reference or ("",))[0] == "previous" for m in resolve(asked))
     if executor is not None:
@@ -270,8 +312,54 @@ def _check(jobs: int, threads: int | None, ways: Sequence[object]) -> None:
         raise ValueError("expected one of jobs, executor and dask, got more: they do the same")
 
 
-def _coordinates(checkpoint: Checkpoint) -> dict[str, float]:
-    return {**checkpoint.coordinates, SIZE: checkpoint.size, MODIFIED: checkpoint.modified}
+def _why(path: Path, text: str) -> str:
+    """What is wrong with a checkpoint, for where its path is said already."""
+    return text.removeprefix(f"{path} ")
+
+
+def _first(missing: Iterable[tuple[int, str, str]]) -> dict[str, str]:
+    """By measure, the reason at the first step where it is missing."""
+    found: dict[str, str] = {}
+    for _, name, reason in sorted(missing, key=operator.itemgetter(0)):
+        found.setdefault(name, reason)
+    return found
+
+
+def _check_one_run(given: Iterable[Path], found: Sequence[Path]) -> None:
+    """Checks that what lies within a folder that was given lies in one folder."""
+    for folder in given:
+        within = {_holder(path): path for path in found if folder in path.parents}
+        if len(within) > 1:
+            # A folder is searched with all that lies within, so that a pattern is to be given.
+            alone = [
+                f"'{folder / re.sub('[0-9]+', '*', path.name)}'"
+                if holder == folder
+                else str(holder)
+                for holder, path in sorted(within.items())
+            ]
+            raise CheckpointError(
+                f"{folder} has checkpoints in {len(alone)} folders, and a trace is of one run: "
+                f"analyse each by itself, {', '.join(alone[:8])}{', ...' * (len(alone) > 8)}; or, "
+                "if they are of one run, as of one that was resumed, name all of them one by one"
+            )
+
+
+def _holder(checkpoint: Path) -> Path:
+    """The folder of all checkpoints of a run, each of which may have a folder of its own."""
+    name = Path(checkpoint.name)
+    for told in (reading.step_in_name, reading.epoch_in_name):
+        if told(name) is None and told(checkpoint) is not None:
+            return checkpoint.parent.parent
+    return checkpoint.parent
+
+
+def _coordinates(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, float]:
+    return {
+        **checkpoint.coordinates,
+        SIZE: checkpoint.size,
+        MODIFIED: checkpoint.modified,
+        **{name: total for name, (total, _) in outcome.witness.items()},
+    }
 
 
 def _beside(checkpoint: Path) -> Path:

@@ -115,6 +115,16 @@ def work(
         return shared.worker.measure(position, names, shunned)
 
 
+def look(shared: Shared, position: int) -> Outcome:
+    """What the network gives at a checkpoint; see `Worker.look`.
+
+    Raises:
+        Exception: whatever keeps this process from any task.
+    """
+    with _ALONE:
+        return shared.worker.look(position)
+
+
 def here(shared: Shared, tasks: Sequence[Task]) -> Outcomes:
     """In this process, one by one."""
     for task in tasks:
@@ -260,7 +270,15 @@ class _Process:
             return failed
 
     def check_started(self) -> None:
-        if self._started.exception() is not None:
+        """Checks, once this process is dead, that it did not end by itself before it began.
+
+        Raises:
+            RuntimeError: if it did.
+        """
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown()
+        killed = any((process.exitcode or 0) < 0 for process in processes)  # by a signal
+        if self._started.exception() is not None and not killed:
             raise RuntimeError(
                 "worker processes end before they begin, for the reason that they have printed: "
                 "a script has to guard what it does by if __name__ == '__main__':, because they "
@@ -313,14 +331,23 @@ def on_dask(
 
     Raises:
         ImportError: if Dask is not installed.
-        ValueError: if no worker has the memory, or there is none.
+        ValueError: if the address is none, no worker has the memory, or there is none.
     """
     try:
         from distributed import Client
+        from distributed.comm.addressing import resolve_address
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ImportError("Dask is not installed: pip install 'nettrace[scale]'") from error
     given = cluster if isinstance(cluster, Client) else None
+    if isinstance(cluster, str):
+        try:
+            resolve_address(cluster)  # a client that fails at this would never let the process end
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                "expected the address of a Dask scheduler, such as tcp://host:8786, got "
+                f"{cluster!r}: {error}"
+            ) from error
     client: Any = given or Client(cluster, set_as_default=False)  # type: ignore[no-untyped-call]
     try:
         workers = client.scheduler_info(n_workers=-1)["workers"].values()

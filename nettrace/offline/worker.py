@@ -10,8 +10,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from nettrace.checkpoints import Checkpoint, CheckpointError, Contents, build, l
 from nettrace.checkpoints.building import Model, is_fixed
 from nettrace.freeze import frozen, random_states
 from nettrace.measures import Measure, resolve
+from nettrace.offline.witness import Witness, seen, together
 from nettrace.operator import Jacobian
+from nettrace.price import TooDear
 from nettrace.probe import Probe, fingerprint
 from nettrace.record import Record
 from nettrace.statistics import Statistics, Unavailable
@@ -74,11 +76,13 @@ class Outcome:
         position: of the checkpoint in the plan.
         records: those of its step.
         failure: why there are none, if there are none.
+        witness: of what the network gives.
     """
 
     position: int
     records: tuple[Record, ...] = ()
     failure: str | None = None
+    witness: Witness = field(default_factory=dict)
 
 
 class Worker:
@@ -103,6 +107,7 @@ class Worker:
                 f"{probe} gives other samples each time: set the seed of what it draws, or pass a "
                 "Probe"
             )
+        self._several = [self.probe] if isinstance(self.probe, Probe) else [*self.probe.values()]
         self._positions = {c.step: place for place, c in enumerate(plan.checkpoints)}
         self._model = self._new(plan.checkpoints[0]) if is_fixed(plan.model) else None
         self._names: tuple[str, ...] = ()
@@ -135,22 +140,56 @@ class Worker:
             self._names, self._left = names, {}
             self._tracer = _NumberedTracer(self, names)
             self._probes = [one.probe.fingerprint() for one in self._tracer.each()]
-        checkpoint = self._plan.checkpoints[position]
         self._shunned = frozenset(shunned)
+        return self._tried(position, self._measured)
+
+    def look(self, position: int) -> Outcome:
+        """Sees what the network gives at a checkpoint, and takes no measures."""
+        return self._tried(position, self._looked_at)
+
+    def _tried(self, position: int, find: Callable[[int], Outcome]) -> Outcome:
         with _threads(self._plan.threads), self.at(position):
             try:
-                self._recall(position, first_only=False)
-                model, contents = self._load(position)
-                records = self._records(model, contents, checkpoint.step)
+                return find(position)
             except (CheckpointError, locate.LocateError) as error:
                 return Outcome(position, failure=str(error))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # of code of the user's
                 return Outcome(position, failure=_told(error))
-            failure = self._tracer.failure
-            if failure is not None:
-                return Outcome(position, failure=_told(failure))
-            self._left[position] = self._left_by(checkpoint.step)
-        return Outcome(position, tuple(records))
+
+    def _measured(self, position: int) -> Outcome:
+        step = self._plan.checkpoints[position].step
+        self._recall(position, first_only=False)
+        model, contents = self._load(position)
+        records = self._records(model, contents, step)
+        if self._tracer.failure is not None:
+            raise self._tracer.failure
+        tracers = cast("list[_NumberedTracer]", self._tracer.each())
+        witness = self._witness(model, [tracer.seen.get(step) for tracer in tracers])
+        self._left[position] = self._left_by(step)
+        return Outcome(position, tuple(records), witness=witness)
+
+    def _looked_at(self, position: int) -> Outcome:
+        model, _ = self._load(position)
+        return Outcome(position, witness=self._witness(model, [None] * len(self._several)))
+
+    def _witness(self, model: nn.Module, known: Sequence[Witness | None]) -> Witness:
+        """What the network gives on each probe, as far as it is not known from a look.
+
+        Raises:
+            Exception: what goes wrong with looking at all of them.
+        """
+        found = [one for one in known if one is not None]
+        errors = []
+        for probe, one in zip(self._several, known, strict=True):
+            if one is None:
+                try:
+                    with frozen(model):
+                        found.append(seen(probe, probe.look(model).detach()))
+                except Exception as error:
+                    errors.append(error)
+        if not found:
+            raise errors[0]
+        return together(found)
 
     @contextmanager
     def at(self, position: int) -> Iterator[None]:
@@ -276,6 +315,8 @@ class _NumberedTracer(Tracer):
         self._worker = worker
         #: By position, the signature of the tape where a spot check was passed.
         self._passed: dict[int, str | None] = {}
+        #: By its step, what the last look at which measures were taken saw.
+        self.seen: dict[int, Witness] = {}
         plan = worker._plan
         super().__init__(
             worker.probe,
@@ -291,6 +332,17 @@ class _NumberedTracer(Tracer):
         assert isinstance(twin, _NumberedTracer)
         twin._passed = {}
         return twin
+
+    def _take(
+        self,
+        measures: Sequence[Measure],
+        step: int,
+        found: Statistics | Exception,
+        refused: Mapping[str, TooDear],
+    ) -> list[Record]:
+        if isinstance(found, Statistics):
+            self.seen = {step: seen(self.probe, found.outputs)}
+        return super()._take(measures, step, found, refused)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
         position = self._worker.position(step)
