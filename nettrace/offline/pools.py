@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from multiprocessing import get_context, parent_process
@@ -30,6 +31,8 @@ Outcomes: TypeAlias = Generator[Outcome, None, None]
 Task: TypeAlias = tuple[int, tuple[str, ...]]
 #: How often workers may die during one checkpoint.
 DEATHS = 2
+#: Seconds in which a cluster without workers may get one.
+_PATIENCE = 30
 _OF_MEMORY = (
     "a common cause is the lack of memory: take a smaller probe or memory_budget, or jobs=1"
 )
@@ -171,21 +174,26 @@ def _streamed(
     lost: type[BaseException] | tuple[type[BaseException], ...] = (),
 ) -> Outcomes:
     left = deque(cut)
+    suspects: deque[Task] = deque()
     waiting: dict[Future[list[Outcome]], Sequence[Task]] = {}
     try:
-        while left or waiting:
+        while left or suspects or waiting:
             while left and len(waiting) < window:
                 run = left.popleft()
+                waiting[submit(run)] = run
+            alone = not waiting  # so that no other can have killed its worker
+            if alone:
+                run = [suspects.popleft()]
                 waiting[submit(run)] = run
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 run = waiting.pop(future)
                 try:
                     yield from future.result()
                 except lost as error:
-                    if len(run) == 1:
+                    if alone:
                         yield _died(run[0], str(error))
-                    else:  # only one of them may be at fault
-                        left.extendleft([task] for task in reversed(run))
+                    else:
+                        suspects.extend(run)
     finally:
         for future in waiting:
             future.cancel()
@@ -350,6 +358,8 @@ def on_dask(
             ) from error
     client: Any = given or Client(cluster, set_as_default=False)  # type: ignore[no-untyped-call]
     try:
+        with suppress(TimeoutError):  # as while workers that were killed are started anew
+            client.wait_for_workers(1, timeout=_PATIENCE)
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = _resources(list(workers), need)
         executor = client.get_executor(pure=False, resources=resources)
