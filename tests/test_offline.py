@@ -300,12 +300,12 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     ) as cluster:
         address = cluster.scheduler_address
         two = analyze(saved, **options, to=tmp_path / "two", dask=address)
-        kill_at(saved, 2)
-        three = analyze(saved, **options, to=tmp_path / "three", dask=address)
         with pytest.raises(
             ValueError, match=r"a worker has 3.00 GiB: pass a smaller memory_budget"
         ):
             analyze(saved, **options, to=tmp_path / "no", dask=address, memory_budget="4GiB")
+        kill_at(saved, 2)
+        three = analyze(saved, **options, to=tmp_path / "three", dask=address)
     assert not (tmp_path / "kill").exists()
     assert (two.done, two.failed) == (one.done, {})
     assert_same(one.trace, two.trace)
