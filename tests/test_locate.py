@@ -135,7 +135,7 @@ def test_a_data_module_of_lightning_gives_its_training_data_where_it_has_no_othe
 @pytest.mark.parametrize("text", ["import sys\nsys.exit(0)", "raise SystemExit"])
 def test_a_file_that_ends_the_program_is_an_error(folder, use, text):
     (folder / "my_data_script.py").write_text(text)
-    says = r'it ends the program .SystemExit.*my_data_script.py, line \d.*__name__ == "__main__"'
+    says = r'my_data_script.py .* it ends the program .SystemExit.*__name__ == "__main__"'
     with pytest.raises(locate.LocateError, match=says):
         use("my_data_script.py:build")
 

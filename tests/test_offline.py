@@ -643,7 +643,8 @@ def test_an_interruption_keeps_what_is_written(saved):
 
 
 SCRIPT = """
-import sys, torch, nettrace as nt
+import signal, sys, torch, nettrace as nt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background lack
 if __name__ == "__main__":
     probe = nt.Probe(torch.ones(6, 4), torch.arange(6) % 3)
     nt.analyze(sys.argv[1], probe, ["loss"], model=sys.argv[2], jobs=2, to=sys.argv[3])
