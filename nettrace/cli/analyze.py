@@ -56,8 +56,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="the network, or a function that builds it, as module:name or path/to/file.py:name; "
-        "not needed where checkpoints say what they are of",
+        help="the network, or a class or function that makes it, from the checkpoint's "
+        "hyper-parameters if it has arguments, as module:name or path/to/file.py:name; not needed "
+        "where checkpoints say what they are of",
     )
     configuration.require(parser.add_argument("--data", metavar="NAME", help=f"required: {DATA}"))
     default = ", ".join(_DEFAULTS["measures"].default)

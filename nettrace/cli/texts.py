@@ -85,8 +85,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a YAML file with the names of these options as keys, such as max-seconds: 10; what "
-        "the command line says comes first",
+        help="a YAML file with the names of these options as keys, such as max-seconds: 10, and "
+        "paths as seen from the current folder; what the command line says comes first",
     )
 
 
