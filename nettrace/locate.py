@@ -67,9 +67,9 @@ def probe(where: str, samples: int = 64) -> Probe | Mapping[str, Probe]:
     Raises:
         LocateError: if there is none.
     """
-    with _same_draws():  # also where the module draws some
+    with same_draws():  # also where the module draws some
         find(where)
-    with _same_draws():
+    with same_draws():
         found = load(where)
         try:
             return _probe(found, samples)
@@ -241,7 +241,8 @@ def _has_samples(dataset: Any) -> bool:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
+    """Random numbers are those of one seed meanwhile, and go on afterwards as before."""
     with random_states(set()):
         random.seed(0)
         np.random.seed(0)

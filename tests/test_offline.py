@@ -461,6 +461,18 @@ def test_a_network_that_cannot_be_evaluated_any_more_is_reported(saved, error):
     assert "no such activation" in found.failed[at(saved, 0)]
 
 
+class Noisy(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_a_network_that_draws_random_numbers_is_known_again(saved):
+    first = analyze(saved, ["loss"], model=Noisy(*smooth()))
+    assert first.done
+    again = analyze(saved, ["loss"], model=Noisy(*smooth()))
+    assert (again.done, again.skipped, again.anew) == ((), first.done, None)
+
+
 def test_traces_without_witnesses_are_believed(saved, monkeypatch):
     with monkeypatch.context() as older:
         older.setattr(worker, "together", lambda several: {})

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from nettrace.freeze import frozen, random_states
 from nettrace.measures import Measure, resolve
 from nettrace.offline.witness import Witness, seen, together
 from nettrace.operator import Jacobian
-from nettrace.price import TooDear
 from nettrace.probe import Probe, fingerprint
 from nettrace.record import Record
 from nettrace.statistics import Statistics, Unavailable
@@ -163,30 +162,26 @@ class Worker:
         records = self._records(model, contents, step)
         if self._tracer.failure is not None:
             raise self._tracer.failure
-        tracers = cast("list[_NumberedTracer]", self._tracer.each())
-        witness = self._witness(model, [tracer.seen.get(step) for tracer in tracers])
         self._left[position] = self._left_by(step)
-        return Outcome(position, tuple(records), witness=witness)
+        return Outcome(position, tuple(records), witness=self._witness(model))
 
     def _looked_at(self, position: int) -> Outcome:
         model, _ = self._load(position)
-        return Outcome(position, witness=self._witness(model, [None] * len(self._several)))
+        return Outcome(position, witness=self._witness(model))
 
-    def _witness(self, model: nn.Module, known: Sequence[Witness | None]) -> Witness:
-        """What the network gives on each probe, as far as it is not known from a look.
+    def _witness(self, model: nn.Module) -> Witness:
+        """What the network gives on all probes, with the same random draws each time.
 
         Raises:
             Exception: what goes wrong with looking at all of them.
         """
-        found = [one for one in known if one is not None]
-        errors = []
-        for probe, one in zip(self._several, known, strict=True):
-            if one is None:
-                try:
-                    with frozen(model):
-                        found.append(seen(probe, probe.look(model).detach()))
-                except Exception as error:
-                    errors.append(error)
+        found, errors = [], []
+        for probe in self._several:
+            try:
+                with frozen(model), locate.same_draws():
+                    found.append(seen(probe, probe.look(model).detach()))
+            except Exception as error:
+                errors.append(error)
         if not found:
             raise errors[0]
         return together(found)
@@ -315,8 +310,6 @@ class _NumberedTracer(Tracer):
         self._worker = worker
         #: By position, the signature of the tape where a spot check was passed.
         self._passed: dict[int, str | None] = {}
-        #: By its step, what the last look at which measures were taken saw.
-        self.seen: dict[int, Witness] = {}
         plan = worker._plan
         super().__init__(
             worker.probe,
@@ -332,17 +325,6 @@ class _NumberedTracer(Tracer):
         assert isinstance(twin, _NumberedTracer)
         twin._passed = {}
         return twin
-
-    def _take(
-        self,
-        measures: Sequence[Measure],
-        step: int,
-        found: Statistics | Exception,
-        refused: Mapping[str, TooDear],
-    ) -> list[Record]:
-        if isinstance(found, Statistics):
-            self.seen = {step: seen(self.probe, found.outputs)}
-        return super()._take(measures, step, found, refused)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
         position = self._worker.position(step)
