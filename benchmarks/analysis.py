@@ -108,7 +108,7 @@ def main(number: int, samples: int) -> None:
         values = same(one, two)
         task = float(one.trace.nettrace_seconds.median())
 
-        some = [checkpoints / f"step={step}.pt" for step in range(-(-number // 4))]
+        some = [checkpoints / f"step={step}.pt" for step in range(max(2, number // 4))]
         killer = threading.Thread(target=kill_one, args=(folder / "killed", len(some) // 3 or 1))
         killer.start()
         killed = analyze(some, probe, folder / "killed", jobs=2)
