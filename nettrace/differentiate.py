@@ -84,7 +84,7 @@ def jacobian(
     if isinstance(model_or_params, nn.Module):
         constants = chain(model_or_params.buffers(), model_or_params.parameters())
     _refuse_if_nested(parameters)
-    tape = Tape(outputs, parameters, constants)
+    tape = Tape.behind(outputs, parameters, constants)
     if not tape.nodes:
         raise ValueError(
             f"the outputs do not depend on any of the {len(parameters)} parameters given "

@@ -59,17 +59,26 @@ class Gradients(ABC):
 
     def backward(self, cotangent: Tensor) -> dict[str, Tensor]:
         """The gradient of each parameter for one cotangent, summed over samples."""
-        gradients = torch.autograd.grad(
-            self.outputs,
-            list(self.parameters.values()),
-            cotangent.view_as(self.outputs),
-            retain_graph=True,
-            allow_unused=True,
+        gradients = self._autograd(
+            list(self.parameters.values()), cotangent.view_as(self.outputs)
         )
         return {
             name: torch.zeros_like(p) if g is None else self.scaled(name, g)
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
+
+    def _autograd(
+        self, places: Sequence[Tensor | GradientEdge], cotangents: Tensor, batched: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        """Pulls one cotangent, or K if `batched`, back to places on the tape."""
+        return torch.autograd.grad(
+            self.outputs,
+            places,
+            cotangents,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
 
     def scaled(self, name: str, gradient: Tensor) -> Tensor:
         """What autograd's gradient of a parameter is here: that, unless columns are scaled."""
@@ -209,14 +218,7 @@ class TapeGradients(Gradients):
         edges = self._edges(layers)
         places = [GradientEdge(*edge) for edge in edges]
         if len(cotangents) > 1 and self._batches(layers):
-            flows = torch.autograd.grad(
-                self.outputs,
-                places,
-                cotangents,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            flows = self._autograd(places, cotangents, batched=True)
             return {
                 edge: flow.to(torch.promote_types(flow.dtype, self.dtype))
                 for edge, flow in zip(edges, flows, strict=True)
@@ -224,10 +226,7 @@ class TapeGradients(Gradients):
             }
         found: dict[Edge, Tensor] = {}
         for k, cotangent in enumerate(cotangents):
-            pulled = torch.autograd.grad(
-                self.outputs, places, cotangent, retain_graph=True, allow_unused=True
-            )
-            for edge, flow in zip(edges, pulled, strict=True):
+            for edge, flow in zip(edges, self._autograd(places, cotangent), strict=True):
                 if flow is None:
                     continue
                 dtype = torch.promote_types(flow.dtype, self.dtype)
@@ -310,7 +309,7 @@ class TapeGradients(Gradients):
 
     @cached_property
     def _owned(self) -> dict[Edge, Ownership]:
-        return attribute(self._tape, self.outputs, self._memory)
+        return attribute(self._tape, self._memory)
 
     @cached_property
     def _terms(self) -> dict[str, list[_Term]]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch.autograd.graph import Node
 
-from nettrace.tape import Tape, metadata, shape_of
+from nettrace.tape import Tape, edge_key, metadata, shape_of
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -74,8 +74,10 @@ def _derives(names: str) -> Callable[[_Derivation], _Derivation]:
 
 def layouts(tape: Tape) -> dict[tuple[Node, int], Verdict]:
     """Where the samples lie in the gradient at each edge of the tape, as far as can be derived."""
-    root = (tape.root, tape.root_nr)
-    known: dict[tuple[Node, int], Verdict] = {root: Layout(0, 1) if tape.samples > 1 else None}
+    known: dict[tuple[Node, int], Verdict] = {
+        edge_key(root.edge): Layout(0, root.inner) if tape.samples > 1 else None
+        for root in tape.roots
+    }
     for node in reversed(tape.nodes):
         if node in tape.weights:
             continue
@@ -91,7 +93,7 @@ def layouts(tape: Tape) -> dict[tuple[Node, int], Verdict]:
 
 
 def _derived(tape: Tape, node: Node, slot: int, child: Node, nr: int, output: Verdict) -> Verdict:
-    derivation = _DERIVATIONS.get(node.name())
+    derivation = _DERIVATIONS.get(node.name()) if node not in tape.held else _pointwise
     if derivation is None or not isinstance(output, Layout):
         return None
     out, operand = shape_of(node), shape_of(child, nr)

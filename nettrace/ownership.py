@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from nettrace.batch_statistics import held, is_training_norm
 from nettrace.layout import Layout, Verdict, layouts
-from nettrace.tape import Tape, Use, metadata, shape_of
+from nettrace.tape import Root, Tape, Use, metadata, shape_of
 
 #: The weights are powers of two between these; half precision has no room for more.
 _EXPONENTS = {False: (-16, 15), True: (0, 7)}
@@ -119,12 +120,11 @@ class Ownership:
         return (axis.owners == sample).to(like.dtype).view(shape)
 
 
-def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]:
+def attribute(tape: Tape, memory: int) -> dict[Edge, Ownership]:
     """Finds whose every use's cotangent is, absorbing computed weights into the tape on the way.
 
     Args:
-        tape: the tape of `outputs`.
-        outputs: (N, ...) the outputs.
+        tape: the tape, with its roots.
         memory: bytes that the pulled-back gradients may take at a time.
 
     Returns:
@@ -134,8 +134,9 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
     Raises:
         CoupledSamplesError: if some use's cotangent mixes samples and is no computed weight.
     """
-    norms = [node for node in tape.nodes if _is_training_norm(node)]
-    entries: list[_Entry] = []
+    norms = [node for node in tape.nodes if is_training_norm(node) and node not in tape.held]
+    roots = [_Entry.of(root, tape.samples, seed) for seed, root in enumerate(tape.roots)]
+    gates: list[_Entry] = []
     owned: dict[Edge, Ownership] = {}
     while True:
         nodes = list(dict.fromkeys([use.node for use in tape.uses()] + norms))
@@ -152,7 +153,7 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
         if not nodes:
             return found
         coupled: set[Node] = set()
-        for edge, ownership in _ownerships(outputs, nodes, entries, memory):
+        for edge, ownership in _ownerships([*roots, *gates], nodes, tape.held, memory):
             if ownership is None:
                 coupled.add(edge[0])
             else:
@@ -161,17 +162,17 @@ def attribute(tape: Tape, outputs: Tensor, memory: int) -> dict[Edge, Ownership]
                     raise CoupledSamplesError(_batch_norm_message(edge[0]))
         absorbable = [node for node in coupled if tape.may_absorb(node)]
         if coupled and not absorbable:
-            raise CoupledSamplesError(_diagnose(tape, outputs, entries, memory))
+            raise CoupledSamplesError(_diagnose(tape, [*roots, *gates], memory))
         if coupled:
             tape.absorb(absorbable)
-            entries = []
+            gates = []
             continue
-        if not entries:
+        if not gates:
             owned = found  # what lies behind shut gates is looked at, but carries no gradient
         behind = _behind_shut_gates(tape, found)
-        if len(behind) == len(entries):
+        if len(behind) == len(gates):
             return owned
-        entries = behind
+        gates = behind
 
 
 def _placed(
@@ -199,7 +200,8 @@ def check_rows(losses: Tensor, outputs: Tensor, memory: int) -> None:
     """
     edge = get_gradient_edge(outputs)
     numbers = torch.arange(len(losses), device=losses.device)
-    for (_, nr), owned in _ownerships(losses, [edge.node], [], memory):
+    root = _Entry.of(Root(get_gradient_edge(losses)), len(losses), 0)
+    for (_, nr), owned in _ownerships([root], [edge.node], [], memory):
         if nr != edge.output_nr:
             continue
         axis = None if owned is None else owned.axes.get(0)
@@ -213,17 +215,27 @@ def check_rows(losses: Tensor, outputs: Tensor, memory: int) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A place where a cotangent enters the tape beside the outputs."""
+    """A place where a random cotangent enters the tape."""
 
     edge: GradientEdge
     axis: Axis
+    seed: int
+
+    @classmethod
+    def of(cls, root: Root, samples: int, seed: int) -> _Entry:
+        """At a root of the tape."""
+        meta = metadata(root.edge.node)[root.edge.output_nr]
+        axis = Axis.derived(Layout(0, root.inner), meta.shape[0], samples, meta.device)
+        return cls(root.edge, axis, seed)
 
     def cotangent(self, scale: Tensor) -> Tensor:
         """A random cotangent whose slices are scaled as their samples are; `scale` is (N,)."""
         meta = metadata(self.edge.node)[self.edge.output_nr]
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator().manual_seed(self.seed)
         shape = [-1 if d == self.axis.dim else 1 for d in range(len(meta.shape))]
-        weights = torch.where(self.axis.owners < 0, 0, scale[self.axis.owners].to(meta.dtype))
+        owners = self.axis.owners
+        scale = scale.to(owners.device, meta.dtype)
+        weights = torch.where(owners < 0, 0, scale[owners])
         noise = torch.randn(tuple(meta.shape), generator=generator, dtype=torch.float64)
         cotangent: Tensor = noise.to(weights) * weights.view(shape)
         return cotangent
@@ -250,7 +262,8 @@ def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]
                 flows = bool((axis.owners != _NOBODY).any())
                 if flows and inner >= 0 and shape[inner] == out[dim]:
                     entry = Axis(inner, axis.owners, axis.samples)
-                    entries.append(_Entry(GradientEdge(child, nr), entry))
+                    seed = len(tape.roots) + len(entries)
+                    entries.append(_Entry(GradientEdge(child, nr), entry, seed))
                     break
     return entries
 
@@ -269,30 +282,27 @@ def _multiplies(use: Use) -> bool:
 
 
 def _ownerships(
-    outputs: Tensor, nodes: Sequence[Node], entries: Sequence[_Entry], memory: int
+    entries: Sequence[_Entry], nodes: Sequence[Node], constant: Sequence[Node], memory: int
 ) -> Iterator[tuple[Edge, Ownership | None]]:
-    half = any(m.dtype == torch.float16 for node in nodes for m in metadata(node))
-    code = _Code.of(outputs, *_EXPONENTS[half or outputs.dtype == torch.float16])
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-    scales = [torch.ones(len(outputs), dtype=outputs.dtype, device=outputs.device)]
-    scales += [
-        torch.exp2((digit * code.spacing + code.lowest).to(outputs.dtype)) for digit in code.digits
-    ]
+    """Asks for each output of `nodes` whose it is; the statistics of `constant` are held."""
+    places = [*nodes, *(entry.edge.node for entry in entries)]
+    half = any(m.dtype == torch.float16 for node in places for m in metadata(node))
+    axis = entries[0].axis
+    code = _Code.of(axis.samples, axis.owners.device, *_EXPONENTS[half])
+    scales = [torch.ones(axis.samples, dtype=torch.float64, device=axis.owners.device)]
+    scales += [torch.exp2((digit * code.spacing + code.lowest).double()) for digit in code.digits]
     for edges in _groups(nodes, memory // (len(scales) + 1)):
-        pulled = [
-            torch.autograd.grad(
-                [get_gradient_edge(outputs), *(entry.edge for entry in entries)],
-                [GradientEdge(node, nr) for node, nr in edges],
-                [
-                    cotangent * scale.view(-1, *(1,) * (outputs.dim() - 1)),
-                    *(entry.cotangent(scale) for entry in entries),
-                ],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for scale in scales
-        ]
+        with held(constant):
+            pulled = [
+                torch.autograd.grad(
+                    [entry.edge for entry in entries],
+                    [GradientEdge(node, nr) for node, nr in edges],
+                    [entry.cotangent(scale) for entry in entries],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                for scale in scales
+            ]
         for i, edge in enumerate(edges):
             if pulled[0][i] is not None and pulled[0][i].numel():
                 reference, *scaled = (_as_reals(p[i]) for p in pulled)
@@ -317,8 +327,7 @@ class _Code:
     digits: list[Tensor]
 
     @classmethod
-    def of(cls, outputs: Tensor, lowest: int, highest: int) -> _Code:
-        samples = len(outputs)
+    def of(cls, samples: int, device: torch.device, lowest: int, highest: int) -> _Code:
         places = 1
         while (highest - lowest + 1) ** places < samples:
             places += 1
@@ -326,7 +335,7 @@ class _Code:
         while base**places < samples:
             base += 1
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(1))
-        order = order.to(outputs.device)
+        order = order.to(device)
         number = torch.argsort(order)
         digits = [number // base**place % base for place in range(places)]
         return cls(order, base, lowest, (highest - lowest) // (base - 1), digits)
@@ -409,13 +418,6 @@ def _ownership(code: _Code, reference: Tensor, scaled: Sequence[Tensor]) -> Owne
     )
 
 
-def _is_training_norm(node: Node) -> bool:
-    name = node.name()
-    return "SyncBatchNorm" in name or (
-        "BatchNormBackward" in name and bool(getattr(node, "_saved_training", False))
-    )
-
-
 def _batch_norm_message(node: Node) -> str:
     return (
         f"the samples are coupled by batch normalisation in training mode ({node.name()}, input "
@@ -425,10 +427,10 @@ def _batch_norm_message(node: Node) -> str:
     )
 
 
-def _diagnose(tape: Tape, outputs: Tensor, entries: Sequence[_Entry], memory: int) -> str:
+def _diagnose(tape: Tape, entries: Sequence[_Entry], memory: int) -> str:
     """Names the operation in which samples meet, looking at every node of the tape."""
     nodes = [node for node in tape.nodes if node not in tape.weights]
-    verdicts = {edge: owned for edge, owned in _ownerships(outputs, nodes, entries, memory)}
+    verdicts = {edge: owned for edge, owned in _ownerships(entries, nodes, tape.held, memory)}
     coupled = {node for (node, _), owned in verdicts.items() if owned is None}
     first = next(
         node
@@ -436,8 +438,8 @@ def _diagnose(tape: Tape, outputs: Tensor, entries: Sequence[_Entry], memory: in
         if node in coupled and not coupled.intersection(tape.consumers(node))
     )
     culprits: Iterable[Node] = [first, *tape.consumers(first)]
-    if any(_is_training_norm(node) for node in culprits):
-        return _batch_norm_message(next(node for node in culprits if _is_training_norm(node)))
+    if any(is_training_norm(node) for node in culprits):
+        return _batch_norm_message(next(node for node in culprits if is_training_norm(node)))
     names = ", ".join(dict.fromkeys(node.name() for node in tape.consumers(first)))
     return (
         f"the samples are coupled: the result of {first.name()}, of shape {shape_of(first)}, is "

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from nettrace.batch_statistics import may_be_held
+
 #: Nodes through which each element of a weight passes at most once and unscaled, so that inner
 #: products of gradients are the same on both sides.
 VIEWS = frozenset(
@@ -52,6 +54,19 @@ _KEEP_OWN_INTEGERS = frozenset(
 
 
 @dataclass(frozen=True)
+class Root:
+    """An edge at which cotangents enter the tape; axis 0 counts samples.
+
+    Args:
+        edge: of the tape.
+        inner: how many slices along axis 0 belong to each sample, one after the other.
+    """
+
+    edge: GradientEdge
+    inner: int = 1
+
+
+@dataclass(frozen=True)
 class Use:
     """An edge from `node`, input number `slot`, into the weight that leaves `source`."""
 
@@ -61,28 +76,46 @@ class Use:
 
 
 class Tape:
-    """The part of an autograd graph that lies between `outputs` and `parameters`.
+    """The part of an autograd graph that lies between its roots and `parameters`.
 
     Args:
-        outputs: a tensor with a `grad_fn`; its axis 0 counts samples.
+        roots: where cotangents enter.
+        samples: how many samples there are.
         parameters: tensors that require a gradient, by name.
         constants: tensors known to hold no samples, such as a module's buffers.
+        hold: whether the statistics of batch normalisation in training mode count as constants.
+
+    Attributes:
+        held: the nodes of batch normalisation for which they do.
     """
 
     def __init__(
-        self, outputs: Tensor, parameters: Mapping[str, Tensor], constants: Iterable[Tensor]
+        self,
+        roots: Iterable[Root],
+        samples: int,
+        parameters: Mapping[str, Tensor],
+        constants: Iterable[Tensor],
+        *,
+        hold: bool = False,
     ) -> None:
-        assert outputs.grad_fn is not None
-        self.root: Node = outputs.grad_fn
-        self.root_nr: int = outputs.output_nr
-        self.samples = outputs.shape[0]
+        self.roots = list(roots)
+        self._root_nodes = {root.edge.node for root in self.roots}
+        self.samples = samples
         self._parameters = dict(parameters)
         self._edges = {edge_key(get_gradient_edge(p)): name for name, p in parameters.items()}
         self._given = constants
         self.nodes = self._walk()
+        self.held = [node for node in self.nodes if hold and may_be_held(node)]
         self._reaching = set(self.nodes)
         self.weights: set[Node] = set()
         self.absorb(())
+
+    @classmethod
+    def behind(
+        cls, outputs: Tensor, parameters: Mapping[str, Tensor], constants: Iterable[Tensor]
+    ) -> Tape:
+        """The tape of outputs (N, ...)."""
+        return cls([Root(get_gradient_edge(outputs))], len(outputs), parameters, constants)
 
     @cached_property
     def _constants(self) -> list[Tensor]:
@@ -98,7 +131,7 @@ class Tape:
         order: list[Node] = []
         leaves = self._edges
         reaches: dict[Node | None, bool] = {}
-        stack: list[tuple[Node, bool]] = [(self.root, False)]
+        stack: list[tuple[Node, bool]] = [(root.edge.node, False) for root in self.roots]
         while stack:
             node, done = stack.pop()
             if done:
@@ -128,7 +161,9 @@ class Tape:
         """Count `nodes`, and whatever is then computed from weights alone, among the weights."""
         self.weights.update(nodes)
         for node in self.nodes:
-            if node is not self.root and node not in self.weights and self._is_derived(node):
+            if node in self.weights or node in self._root_nodes:
+                continue
+            if self._is_derived(node):
                 self.weights.add(node)
 
     def _is_derived(self, node: Node) -> bool:
@@ -150,7 +185,9 @@ class Tape:
         0, 1, 2, ...; or has no axis whose length is a multiple of the number of samples. One that
         the tape does not keep looks like data if it gives the result such an axis.
         """
-        if node is self.root or not all(self._is_weight(child, nr) for child, nr in edges(node)):
+        if node in self._root_nodes:
+            return False
+        if not all(self._is_weight(child, nr) for child, nr in edges(node)):
             return False
         if node.name() in ELEMENTWISE and not self._grows(node):
             return True

@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 from nettrace.layout import Layout, layouts
-from nettrace.ownership import _ownerships
+from nettrace.ownership import _Entry, _ownerships
 from nettrace.tape import Tape
 
 N = 4
@@ -21,10 +21,11 @@ def compare(outputs, parameters, constants=()):
     Returns:
         How many layouts were derived, and of how many edges.
     """
-    tape = Tape(outputs, parameters, constants)
+    tape = Tape.behind(outputs, parameters, constants)
     derived = layouts(tape)
     nodes = [node for node in tape.nodes if node not in tape.weights]
-    found = dict(_ownerships(outputs, nodes, [], 2**30))
+    roots = [_Entry.of(root, N, 0) for root in tape.roots]
+    found = dict(_ownerships(roots, nodes, (), 2**30))
     count = 0
     for edge, owned in found.items():
         layout = derived.get(edge)
@@ -128,7 +129,7 @@ def test_nothing_false_is_derived_where_samples_move(name):
     torch.manual_seed(0)
     layer = nn.Linear(8, 8).double()
     outputs = ACROSS[name](layer(torch.randn(N, 6, 8).double())).exp()
-    tape = Tape(outputs, dict(layer.named_parameters()), ())
+    tape = Tape.behind(outputs, dict(layer.named_parameters()), ())
     (use,) = {use.node for use in tape.uses() if use.node.name() == "AddmmBackward0"}
     assert layouts(tape).get((use, 0)) != Layout(0, 6)
     compare(outputs, dict(layer.named_parameters()))

@@ -134,7 +134,7 @@ class InformationStatistics(KernelStatistics):
                 "'fisher/trace' if that is meant"
             )
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        check_piecewise_linear(Tape(self._outputs, parameters, ()))
+        check_piecewise_linear(Tape.behind(self._outputs, parameters, ()))
         return self.fisher_sqnorms
 
     @cached_property
