@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -14,10 +15,12 @@ from torch.autograd.graph import get_gradient_edge
 from nettrace.gradients import RowGradients, TapeGradients
 from nettrace.operator import Jacobian
 from nettrace.per_sample import LossJacobian
-from nettrace.tape import Tape
+from nettrace.reduction import ReducedGradients, Reduction
+from nettrace.tape import Root, Tape
 
 Parameters: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
 Coupled: TypeAlias = Literal["refuse", "rows"]
+Reduced: TypeAlias = Literal["mean", "sum"]
 
 
 def jacobian(
@@ -72,6 +75,19 @@ def jacobian(
         )
     if coupled not in ("refuse", "rows"):
         raise ValueError(f"expected coupled to be 'refuse' or 'rows', got {coupled!r}")
+    parameters, constants = _checked(outputs, model_or_params)
+    tape = Tape.behind(outputs, parameters, constants)
+    _refuse_if_independent(tape, parameters)
+    memory = parse_bytes(memory_budget)
+    if coupled == "rows":
+        return Jacobian(RowGradients(outputs, parameters), memory)
+    return Jacobian(TapeGradients(outputs, parameters, tape, memory), memory)
+
+
+def _checked(
+    outputs: Tensor, model_or_params: Parameters
+) -> tuple[dict[str, Tensor], Iterable[Tensor]]:
+    """The parameters by name, and the constants beside them, if the outputs have a tape."""
     parameters = _named(model_or_params)
     if outputs.grad_fn is None:
         raise ValueError(
@@ -84,45 +100,109 @@ def jacobian(
     if isinstance(model_or_params, nn.Module):
         constants = chain(model_or_params.buffers(), model_or_params.parameters())
     _refuse_if_nested(parameters)
-    tape = Tape.behind(outputs, parameters, constants)
+    return parameters, constants
+
+
+def _refuse_if_independent(tape: Tape, parameters: Mapping[str, Tensor]) -> None:
     if not tape.nodes:
         raise ValueError(
             f"the outputs do not depend on any of the {len(parameters)} parameters given "
             f"({_some(parameters)}): pass the module whose forward pass made them"
         )
-    memory = parse_bytes(memory_budget)
-    if coupled == "rows":
-        return Jacobian(RowGradients(outputs, parameters), memory)
-    return Jacobian(TapeGradients(outputs, parameters, tape, memory), memory)
 
 
 def loss_jacobian(
     losses: Tensor,
     model_or_params: Parameters,
     *,
+    samples: int | None = None,
+    reduction: Reduced = "mean",
     memory_budget: int | str = "2GiB",
     coupled: Coupled = "refuse",
 ) -> LossJacobian:
     """The Jacobian of per-sample losses: one gradient a sample.
 
+    The loss of a training step may be given as it is, a mean or sum over samples: the tape tells
+    what each of them contributes. The result is then such that the mean of its rows, or their sum,
+    is the gradient of that loss. What is computed of parameters alone, such as a penalty, counts as
+    part of each sample's loss. Batch normalisation in training mode, which makes samples depend on
+    each other, is taken with the statistics of the batch held constant.
+
     Args:
-        losses: (N,) the loss of each sample, not reduced (`reduction="none"`).
+        losses: (N,) the loss of each sample, not reduced (`reduction="none"`); or one number that
+            is reduced of them.
         model_or_params: as in `jacobian`.
+        samples: N, which a loss that is reduced does not tell. Where losses lie on one axis with
+            others, as those of the tokens of texts, those of a sample follow each other.
+        reduction: whether one number is the "mean" or the "sum" of the losses that are meant.
         memory_budget: as in `jacobian`.
-        coupled: as in `jacobian`.
+        coupled: as in `jacobian`; "rows" takes losses that are not reduced.
 
     Raises:
-        ValueError: if the losses are not of shape (N,), and as in `jacobian`.
+        CoupledSamplesError: if the loss is no mean or sum over samples, as far as the tape tells.
+        ValueError: if the losses are not of shape (N,) or (), or the number of samples is missing
+            or another, and as in `jacobian`.
         TypeError: as in `jacobian`.
+
+    Example:
+        >>> import torch, nettrace as nt
+        >>> model, x, y = torch.nn.Linear(3, 2), torch.randn(5, 3), torch.randint(0, 2, (5,))
+        >>> loss = torch.nn.functional.cross_entropy(model(x), y)
+        >>> nt.loss_jacobian(loss, model, samples=5).norms().shape
+        torch.Size([5])
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"expected reduction to be 'mean' or 'sum', got {reduction!r}")
+    if isinstance(losses, Tensor) and losses.dim() == 0 and samples is not None:
+        if coupled == "rows":
+            raise ValueError("coupled='rows' takes losses of shape (N,), got one number")
+        return _reduced(losses, model_or_params, operator.index(samples), reduction, memory_budget)
     if isinstance(losses, Tensor) and losses.dim() != 1:
         raise ValueError(
             f"expected one loss a sample, of shape (N,), got shape {tuple(losses.shape)}: use "
-            "reduction='none' and average over any other axes"
+            "reduction='none' and average over any other axes, or say of how many samples one "
+            "number is the mean or the sum, samples=N"
         )
+    if samples is not None and isinstance(losses, Tensor) and len(losses) != samples:
+        raise ValueError(f"expected {samples} losses, got {len(losses)}")
     return LossJacobian(
         jacobian(losses, model_or_params, memory_budget=memory_budget, coupled=coupled)
     )
+
+
+def _reduced(
+    loss: Tensor,
+    model_or_params: Parameters,
+    samples: int,
+    reduction: Reduced,
+    memory_budget: int | str,
+) -> LossJacobian:
+    """The Jacobian of what samples contribute to one number."""
+    if samples < 1:
+        raise ValueError(f"expected at least one sample, got samples={samples}")
+    parameters, given = _checked(loss, model_or_params)
+    constants = list(given)
+    whole = Tape([Root(get_gradient_edge(loss))], samples, parameters, constants)
+    _refuse_if_independent(whole, parameters)
+    reduced = Reduction.of(loss, whole)
+    flows, shared = reduced.flows(loss)
+    tape = Tape(reduced.roots, samples, parameters, constants, hold=True)
+    memory = parse_bytes(memory_budget)
+    gradients = ReducedGradients(loss, flows, parameters, tape, memory)
+    factor = samples if reduction == "mean" else 1
+    common: dict[str, Tensor] | None = None
+    if shared:
+        found = torch.autograd.grad(
+            reduced.common,
+            list(parameters.values()),
+            shared,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        each = factor / samples
+        common = {name: each * g for name, g in zip(parameters, found, strict=True)}
+    return LossJacobian(Jacobian(gradients, memory), factor, common)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -170,6 +250,8 @@ def _refuse_if_not_finite(outputs: Tensor) -> None:
     """Raises for NaN and plus infinity; minus infinity masks outputs."""
     if bool((outputs == torch.inf).any()):
         raise ValueError("the outputs hold infinity: check the input and the weights for overflow")
+    if outputs.dim() == 0:
+        raise ValueError("the loss is NaN: check the input and the weights for NaN")
     bad = outputs.isnan().reshape(len(outputs), -1).any(1)
     if bool(bad.any()):
         raise ValueError(

@@ -18,10 +18,17 @@ class LossJacobian:
         parameters: P.
     """
 
-    def __init__(self, jacobian: Jacobian) -> None:
+    # Row n is `factor` times that of `jacobian`, plus `common`, which holds each parameter's share
+    # of what is the same for all samples, if anything is.
+
+    def __init__(
+        self, jacobian: Jacobian, factor: float = 1.0, common: PerLayer | None = None
+    ) -> None:
         self.samples = jacobian.samples
         self.parameters = jacobian.parameters
         self._jacobian = jacobian
+        self._factor = factor
+        self._common = common
 
     @overload
     def norms(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -34,8 +41,13 @@ class LossJacobian:
             CoupledSamplesError: if samples are coupled.
         """
         if per_layer:
-            return {name: n[:, 0] for name, n in self._jacobian.norms(per_layer=True).items()}
-        return self._jacobian.norms()[:, 0]
+            norms = {name: n[:, 0] for name, n in self._jacobian.norms(per_layer=True).items()}
+        else:
+            norms = {"": self._jacobian.norms()[:, 0]}
+        norms = {name: self._factor * norm for name, norm in norms.items()}
+        for name, (inner, square) in self._with_common(per_layer).items():
+            norms[name] = (norms[name].square() + 2 * inner + square).clamp_min(0).sqrt()
+        return norms if per_layer else norms[""]
 
     @overload
     def gram(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -49,8 +61,13 @@ class LossJacobian:
             MemoryError: if the result alone would exceed the memory budget.
         """
         if per_layer:
-            return self._jacobian.gram(trace_outputs=True, per_layer=True)
-        return self._jacobian.gram(trace_outputs=True)
+            grams = self._jacobian.gram(trace_outputs=True, per_layer=True)
+        else:
+            grams = {"": self._jacobian.gram(trace_outputs=True)}
+        grams = {name: self._factor**2 * gram for name, gram in grams.items()}
+        for name, (inner, square) in self._with_common(per_layer).items():
+            grams[name] = grams[name] + inner + inner[:, None] + square
+        return grams if per_layer else grams[""]
 
     @overload
     def mean(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -59,9 +76,10 @@ class LossJacobian:
     def mean(self, *, per_layer: bool = False) -> Tensor | PerLayer:
         """The mean gradient over samples, (P,), or in each parameter's shape if `per_layer`."""
         weights = torch.full((self.samples, 1), 1 / self.samples, dtype=torch.float64)
-        if per_layer:
-            return self._jacobian.vjp(weights, per_layer=True)
-        return self._jacobian.vjp(weights)
+        shares = self._jacobian.vjp(weights * self._factor, per_layer=True)
+        if self._common is not None:
+            shares = {name: share + self._common[name] for name, share in shares.items()}
+        return shares if per_layer else self._jacobian._flat(shares)
 
     def rows(self, n: int) -> Tensor:
         """The gradient of sample `n`, (P,), by plain autograd: for checking.
@@ -69,7 +87,8 @@ class LossJacobian:
         Raises:
             IndexError: if there is no such sample.
         """
-        return self._jacobian.rows(n)[0]
+        row = self._factor * self._jacobian.rows(n)[0]
+        return row if self._common is None else row + self._jacobian._flat(self._common)
 
     def coverage(self) -> dict[str, str]:
         """How each parameter's per-sample gradients are found; see `Jacobian.coverage`.
@@ -78,3 +97,18 @@ class LossJacobian:
             CoupledSamplesError: if samples are coupled.
         """
         return self._jacobian.coverage()
+
+    def _with_common(self, per_layer: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """By parameter, or all together, what each sample has with `common`, and its square."""
+        if self._common is None:
+            return {}
+        inner = self._jacobian.jvp(self._common, per_layer=True)
+        found = {
+            name: (self._factor * share[:, 0], self._common[name].abs().square().sum())
+            for name, share in inner.items()
+        }
+        if per_layer:
+            return found
+        inners, squares = zip(*found.values(), strict=True)
+        return {"": (sum(inners), sum(squares))}
+

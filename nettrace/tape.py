@@ -286,6 +286,14 @@ class Tape:
         """Whether a parameter can be reached from `node` and it is not itself part of a weight."""
         return node in self._reaching and node not in self.weights
 
+    def reaches(self, edge: tuple[Node, int]) -> bool:
+        """Whether an edge flows into a parameter, or is one."""
+        return edge in self._edges or edge[0] in self._reaching
+
+    def is_common(self, node: Node) -> bool:
+        """Whether a node is, or may be taken for, computed of parameters alone."""
+        return node in self.weights or self.may_absorb(node)
+
     def is_zero(self, source: GradientEdge) -> bool:
         """Whether a weight views a parameter that is zero throughout."""
         viewed = self.view_of(source)

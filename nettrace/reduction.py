@@ -1,0 +1,208 @@
+"""From the scalar loss of a training step back to where its samples are still apart.
+
+A loss is a mean or a sum over samples, perhaps of several terms, scaled, masked or weighted. From
+the loss back, all operations are linear in what samples contribute until an operation that is not:
+its result is a *root* of the tape, where axis 0 counts samples. A gradient that enters at the roots
+as the loss's own, but for the rows of one sample alone, is pulled back to that sample's share of
+the gradient of the loss. What is computed of parameters alone, such as a penalty, has no samples:
+its gradient is *common* to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from nettrace.batch_statistics import held
+from nettrace.gradients import TapeGradients
+from nettrace.ownership import CoupledSamplesError
+from nettrace.tape import Root, Tape, edge_key, edges, shape_of
+
+_Edge = tuple[Node, int]
+#: Edges to end at, each with whether it is common to all samples; or why there are none.
+_Ends = dict[_Edge, bool] | str
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(n if n[-1].isdigit() else n + "Backward0" for n in text.split())
+
+
+#: Operations that are linear in each operand; in all of them together, but for products.
+_LINEAR = _names(
+    "Add Alias Cat Clone ConstantPadNd Expand Gather Index IndexSelect MaskedFill MaskedScatter "
+    "MaskedSelect Mean MeanBackward1 Narrow Neg Permute Repeat ReshapeAlias Rsub Select Slice "
+    "Split SplitWithSizes Squeeze SqueezeBackward1 SqueezeBackward2 Stack Sub Sum SumBackward1 T "
+    "ToCopy Trace Transpose TransposeBackward1 Unbind Unflatten UnsafeSplit UnsafeView Unsqueeze "
+    "View Where AddBackward1 DivBackward1 MulBackward1 RsubBackward1 SubBackward1 Nansum"
+)
+_PRODUCTS = _names("Mul Dot Mv Mm Div")
+#: Losses that are reduced by the operation itself; the first axis of their inputs counts samples.
+_LOSSES = _names(
+    "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss MultiMarginLoss "
+    "MultilabelMarginLoss NllLoss NllLoss2D SmoothL1Loss SoftMarginLoss"
+)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a loss is made of.
+
+    Args:
+        roots: where the samples are still apart.
+        common: edges of the tape at which what is computed of parameters alone enters the loss.
+    """
+
+    roots: list[Root]
+    common: list[GradientEdge]
+
+    @classmethod
+    def of(cls, loss: Tensor, tape: Tape) -> Reduction:
+        """Finds the roots of the loss (); `tape` is that behind it.
+
+        Raises:
+            CoupledSamplesError: if the loss is no sum over samples of what each contributes.
+        """
+        found = _ends(edge_key(get_gradient_edge(loss)), tape, _behind(loss, tape))
+        if isinstance(found, str):
+            raise CoupledSamplesError(
+                f"the loss is not a mean or sum over {tape.samples} samples, as far as can be "
+                f"seen: {found}. Take the mean or the sum of per-sample losses of shape (N,)"
+            )
+        roots = [
+            Root(GradientEdge(node, nr), shape_of(node, nr)[0] // tape.samples)
+            for (node, nr), is_common in found.items()
+            if not is_common
+        ]
+        if not roots:
+            raise CoupledSamplesError("the loss is computed of parameters alone, of no sample")
+        return cls(roots, [GradientEdge(*e) for e, is_common in found.items() if is_common])
+
+    def flows(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss's own gradients at the roots, and at the common edges."""
+        places = [*(root.edge for root in self.roots), *self.common]
+        with _ending_at({root.edge.node for root in self.roots}):
+            found = torch.autograd.grad(loss, places, retain_graph=True)
+        return list(found[: len(self.roots)]), list(found[len(self.roots) :])
+
+
+class ReducedGradients(TapeGradients):
+    """Gradients of the samples' shares in a loss (), as if it had N outputs.
+
+    Args:
+        loss: the loss.
+        flows: its gradients at the tape's roots.
+        parameters: the parameters, by name.
+        tape: from the roots on.
+        memory: bytes for pulled-back gradients.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        flows: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        tape: Tape,
+        memory: int,
+    ) -> None:
+        super().__init__(loss.expand(tape.samples), parameters, tape, memory)
+        self._flows = flows
+
+    def _autograd(
+        self, places: Sequence[Tensor | GradientEdge], cotangents: Tensor, batched: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        entering = []
+        for root, flow in zip(self._tape.roots, self._flows, strict=True):
+            weights = cotangents.to(flow).repeat_interleave(root.inner, -1)
+            entering.append(flow * weights.view(*weights.shape, *(1,) * (flow.dim() - 1)))
+        with held(self._tape.held):
+            return torch.autograd.grad(
+                [root.edge for root in self._tape.roots],
+                places,
+                entering,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+
+
+def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:
+    """What lies behind each node of the linear part of a loss."""
+    assert loss.grad_fn is not None
+    linear: dict[Node, None] = {}
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in linear and _is_linear(node, tape):
+            linear[node] = None
+            stack += [child for child, nr in edges(node) if tape.carries_samples(child)]
+    known: dict[Node, _Ends] = {}
+    for node in tape.nodes:  # inputs come before what is made of them
+        if node not in linear:
+            continue
+        found: dict[_Edge, bool] = {}
+        known[node] = found
+        for edge in _reaching(node, tape):
+            behind = _ends(edge, tape, known)
+            if isinstance(behind, str):
+                known[node] = behind
+                break
+            found |= behind
+    return known
+
+
+def _ends(edge: _Edge, tape: Tape, known: Mapping[Node, _Ends]) -> _Ends:
+    """The edges at which to end behind an edge, itself perhaps."""
+    node, nr = edge
+    name = node.name()
+    if tape.leaf(GradientEdge(node, nr)) is not None:
+        return "it adds a parameter itself to what is made of samples"
+    if tape.is_common(node):
+        return {edge: True}
+    behind = known.get(node, f"it goes through {name}, which is not linear")
+    if not isinstance(behind, str):
+        return behind
+    if _is_apart(edge, tape):
+        return {edge: False}
+    inputs = _reaching(node, tape)
+    if name in _LOSSES and all(_is_apart(e, tape) for e in inputs):
+        return dict.fromkeys(inputs, False)
+    return behind
+
+
+def _is_apart(edge: _Edge, tape: Tape) -> bool:
+    shape = shape_of(*edge)
+    return len(shape) > 0 and shape[0] > 0 and shape[0] % tape.samples == 0
+
+
+def _is_linear(node: Node, tape: Tape) -> bool:
+    """Whether a result is linear in what depends on parameters."""
+    if node.name() not in _PRODUCTS:
+        return node.name() in _LINEAR
+    inputs = _reaching(node, tape)
+    divides = node.name().startswith("Div") and node.next_functions[1] in inputs
+    return len(inputs) == 1 and not divides
+
+
+def _reaching(node: Node, tape: Tape) -> list[_Edge]:
+    """The inputs that depend on parameters."""
+    return [e for e in edges(node) if tape.reaches(e)]
+
+
+@contextmanager
+def _ending_at(nodes: Iterable[Node]) -> Iterator[None]:
+    """Lets no gradient through some nodes in the backward passes within."""
+
+    def nothing(inner: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else torch.zeros_like(g) for g in inner)
+
+    handles = [node.register_hook(nothing) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
