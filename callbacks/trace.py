@@ -13,8 +13,9 @@ from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation, PriceList
 from nettrace.probe import check_probes
+from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
-from nettrace.tracer import OnError, chosen
+from nettrace.tracer import chosen
 
 
 class Trace(Callback):

@@ -13,9 +13,10 @@ from nettrace.per_sample import LossJacobian
 from nettrace.price import TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
+from nettrace.recording import MissingMeasureWarning
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
-from nettrace.tracer import MissingMeasureWarning, Tracer
+from nettrace.tracer import Tracer
 
 __all__ = [
     "Analysis",

@@ -59,16 +59,17 @@ class Gradients(ABC):
 
     def backward(self, cotangent: Tensor) -> dict[str, Tensor]:
         """The gradient of each parameter for one cotangent, summed over samples."""
-        gradients = self._autograd(
-            list(self.parameters.values()), cotangent.view_as(self.outputs)
-        )
+        gradients = self._autograd(list(self.parameters.values()), cotangent.view_as(self.outputs))
         return {
             name: torch.zeros_like(p) if g is None else self.scaled(name, g)
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
 
     def _autograd(
-        self, places: Sequence[Tensor | GradientEdge], cotangents: Tensor, batched: bool = False
+        self,
+        places: Sequence[Tensor] | Sequence[GradientEdge],
+        cotangents: Tensor,
+        batched: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Pulls one cotangent, or K if `batched`, back to places on the tape."""
         return torch.autograd.grad(

@@ -53,9 +53,7 @@ def reduce_outputs(jacobian: Jacobian) -> tuple[Jacobian, dict[str, Tensor]]:
     left_out = {weight: rest * h.detach().double().square().sum()}
     if bias is not None:
         left_out[bias] = left_out[weight].new_tensor(rest * len(h))
-    tape = Tape.behind(
-        outputs, gradients.parameters, [*gradients._tape._constants, basis]
-    )
+    tape = Tape.behind(outputs, gradients.parameters, [*gradients._tape._constants, basis])
     reduced = TapeGradients(outputs, gradients.parameters, tape, gradients._memory)
     return type(jacobian)(reduced, jacobian._memory), left_out
 

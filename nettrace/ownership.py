@@ -247,7 +247,7 @@ def _behind_shut_gates(tape: Tape, owned: dict[Edge, Ownership]) -> list[_Entry]
     A branch multiplied by such a weight, as many are at initialisation, gets no cotangent, so that
     a coupling in it would go unseen, although the derivative by that weight depends on it.
     """
-    entries = []
+    entries: list[_Entry] = []
     for use in tape.uses():
         ownership = owned.get((use.node, 0))
         if ownership is None or not _multiplies(use) or not tape.is_zero(use.source):

@@ -111,4 +111,3 @@ class LossJacobian:
             return found
         inners, squares = zip(*found.values(), strict=True)
         return {"": (sum(inners), sum(squares))}
-

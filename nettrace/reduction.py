@@ -113,7 +113,10 @@ class ReducedGradients(TapeGradients):
         self._flows = flows
 
     def _autograd(
-        self, places: Sequence[Tensor | GradientEdge], cotangents: Tensor, batched: bool = False
+        self,
+        places: Sequence[Tensor] | Sequence[GradientEdge],
+        cotangents: Tensor,
+        batched: bool = False,
     ) -> tuple[Tensor | None, ...]:
         entering = []
         for root, flow in zip(self._tape.roots, self._flows, strict=True):

@@ -6,43 +6,37 @@ import copy
 import json
 import operator
 import time
-import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
 from nettrace.independence import check_independence
-from nettrace.measures import Measure, Value, resolve
-from nettrace.measures.registry import Numbers
+from nettrace.measures import Measure, resolve
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
+from nettrace.recording import OnError, Recorder, timed
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
-from nettrace.statistics import Inapplicable, Statistics
+from nettrace.statistics import Statistics
 from nettrace.store import TraceWriter
 from nettrace.store.provenance import of_model
 
-OnError = Literal["record", "raise"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
 
-class MissingMeasureWarning(UserWarning):
-    """A measure could not be taken; its record says why, and the training goes on."""
-
-
-class Tracer:
+class Tracer(Recorder):
     """Measures a network at scheduled steps, and leaves it exactly as it was.
 
     At the first record that rests on derivatives, at those numbered 2, 4, 8, ... and whenever the
@@ -96,15 +90,13 @@ class Tracer:
         max_seconds: float | None = 60.0,
         seed: int = 0,
     ) -> None:
-        if on_error not in ("record", "raise"):
-            raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
+        super().__init__(on_error)
         check_probes(probe)
         #: The samples, or the first of several probes.
         self.probe = probe if isinstance(probe, Probe) else next(iter(probe.values()))
         self.fingerprint = fingerprint(probe)
         self.measures = chosen(measures, probe)
         self.due = schedule(every)
-        self.on_error: OnError = on_error
         self._memory_budget = memory_budget
         self._seed = seed
         self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
@@ -119,11 +111,9 @@ class Tracer:
                     "seed": seed,
                 }
             )
-        self._warned: set[str] = set()
         self._spot_checks = SpotChecks()
         self._past = Past()
         self._prices = PriceList(max_seconds)
-        self._where = ""
         self._failure: Exception | None = None
         #: What is known of a loss that is not declared, from where it is trained.
         self.loss_check: LossCheck | None = None
@@ -211,10 +201,7 @@ class Tracer:
             found = error
             records = self._take(measures, step, error, refused)
         self._failure = found if isinstance(found, Exception) else None
-        seconds = np.asarray(time.perf_counter() - start)
-        convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-        timed = Record("nettrace/seconds", step, seconds, attributes=convention)
-        return [*records, *checks, timed]
+        return [*records, *checks, timed(step, time.perf_counter() - start)]
 
     def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
         """Keeps what measures will ask of this look, as if they were taken now, but takes none.
@@ -345,44 +332,6 @@ class Tracer:
     def _seed_at(self, step: int) -> int:
         return self._seed * 1_000_003 + step
 
-    def _take(
-        self,
-        measures: Sequence[Measure],
-        step: int,
-        found: Statistics | Exception,
-        refused: Mapping[str, TooDear],
-    ) -> list[Record]:
-        records = {}
-        # Those of others come last: what they may do to the network is undone afterwards.
-        for measure in sorted(measures, key=lambda measure: not measure.is_own):
-            try:
-                if isinstance(found, Exception):
-                    raise found
-                if measure.name in refused:
-                    raise refused[measure.name]
-                records[measure.name] = _record(measure, step, measure(found), found)
-            except Inapplicable:
-                continue
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                records[measure.name] = self._missing(measure, step, error)
-        return [records[m.name] for m in measures if m.name in records]
-
-    def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
-        reason = f"{type(error).__name__}: {error}"
-        self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
-        shape = (0,) * len(measure.dims)
-        value = np.full(shape, np.nan)
-        return Record(
-            measure.name, step, value, dims=measure.dims, attributes=_about(measure), missing=reason
-        )
-
-    def _warn(self, once: str, text: str) -> None:
-        if once not in self._warned:
-            self._warned.add(once)
-            warnings.warn(text, MissingMeasureWarning, stacklevel=5)
-
 
 def chosen(
     measures: str | Iterable[str], probe: Probe | Mapping[str, Probe] | None
@@ -402,23 +351,6 @@ def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Ref
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
 
 
-def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -> Record:
-    return Record(
-        measure.name,
-        step,
-        _array(found.value),
-        None if found.standard_error is None else _array(found.standard_error),
-        measure.dims,
-        found.coordinates,
-        {
-            **_about(measure),
-            **({"outputs": statistics.selected} if statistics.selected else {}),
-            **_loss(measure, statistics),
-            **found.attributes,
-        },
-    )
-
-
 def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
     name = "nettrace/spot_check"
     if isinstance(found, SpotCheckError):
@@ -429,25 +361,6 @@ def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
         "certificate": found.as_json(),
     }
     return Record(name, step, np.asarray(found.error), attributes=attributes)
-
-
-def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:
-    """What the loss and the distribution of the outputs were taken to be, if it matters."""
-    if not statistics.of_likelihood & set(measure.needs):
-        return {}
-    likelihood = statistics.assumed_likelihood
-    loss = "losses of the probe's own" if likelihood is None else likelihood.loss
-    known = {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
-    check = statistics.loss_check
-    return known if check is None else {**known, "loss_checked": check.text}
-
-
-def _about(measure: Measure) -> dict[str, str]:
-    return {"convention": measure.convention, "mode": "eval", "source": measure.source}
-
-
-def _array(value: Numbers) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _synchronise(model: nn.Module) -> None:

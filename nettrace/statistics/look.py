@@ -173,6 +173,21 @@ class Look:
             return LossCheck(f"not checked: {type(error).__name__}: {error}")
         return self._loss_check or LossCheck("not checked: the network returned no loss of its own")
 
+    def about(self, needs: Iterable[str]) -> dict[str, str]:
+        """What to note beside a measure that needs some statistics.
+
+        The mode, which outputs were measured, and what their distribution and the loss were taken
+        to be, if it matters.
+        """
+        found = {"mode": "eval"} | ({"outputs": self.selected} if self.selected else {})
+        if not self.of_likelihood & set(needs):
+            return found
+        likelihood = self.assumed_likelihood
+        found["likelihood"] = "unknown" if likelihood is None else likelihood.name
+        found["loss"] = "losses of the probe's own" if likelihood is None else likelihood.loss
+        check = self.loss_check
+        return found if check is None else {**found, "loss_checked": check.text}
+
     def _check_loss(self) -> None:
         if self.loss_check is not None and not self.loss_check.agrees:
             raise Unavailable(self.loss_check.text)
