@@ -24,6 +24,7 @@ from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
+from nettrace.callbacks.steps import STEPS, Steps, asked
 from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound
@@ -72,7 +73,10 @@ class Session:
         self._writers: dict[tuple[Path, str], TraceWriter] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
+        self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
         for callback in callbacks:
+            if callback.of_steps:
+                continue
             key: object = (_shared(callback), callback.on_error, callback.max_seconds)
             if any(_compare_apart(callback, other) for other in self._sharing(key)):
                 key = (key, id(callback))
@@ -115,10 +119,25 @@ class Session:
             self._samples += len(first) * self._trainer.world_size
         with _silenced(self._module):
             self._first_batch.evaluate(batch)
+        self._steps.begin_batch(batch, self._trainer.global_step)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Measures the training step whose loss this is, for the callbacks that are due."""
+        self._steps.measure(loss, self._is_due)
 
     def end_batch(self, returned: Any) -> None:
-        """Sees what the training step returned."""
+        """Sees what the training step returned, and writes what its tape told."""
         self._first_batch.compare(returned)
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what was measured of a training step."""
+        due, records = self._steps.taken()
+        if records:
+            self._unfired = [callback for callback in self._unfired if callback not in due]
+            self._write(due, records, self._position, STEPS)
+            begun = self._position["batches"] > 0
+            self._log(due, records, loggers_step(self._trainer) + begun)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples were seen, and what looks left for measures that compare them.
@@ -335,7 +354,8 @@ def _compare_apart(one: Trace, other: Trace) -> bool:
 def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
     """The records that a callback asked for, and those about the measurement itself."""
     names = {measure.name for measure in callback.measures}
-    return {r.name: r for r in records if r.name in names or r.name.startswith("nettrace/")}
+    own = ("nettrace/", "nettrace_")
+    return {r.name: r for r in records if asked(r.name) in names or r.name.startswith(own)}
 
 
 def _flat(loaders: Any) -> list[Any]:

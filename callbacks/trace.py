@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nettrace import Probe, Tracer
 from nettrace.callbacks.lightning import Callback
@@ -15,6 +15,7 @@ from nettrace.explanation import Explanation, PriceList
 from nettrace.probe import check_probes
 from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
+from nettrace.statistics import StepStatistics
 from nettrace.tracer import chosen
 
 
@@ -48,6 +49,9 @@ class Trace(Callback):
     Raises:
         ValueError: if a measure is unknown, or the schedule never fires.
     """
+
+    #: Whether the training's own steps are measured, rather than a probe.
+    of_steps = False
 
     def __init__(
         self,
@@ -113,6 +117,11 @@ class Trace(Callback):
         if self._session is not None:
             self._session.begin_batch(batch)
 
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Measures the training step, where that is asked for."""
+        if self._session is not None:
+            self._session.before_backward(loss)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -150,6 +159,7 @@ class Trace(Callback):
 
     def _leave(self) -> None:
         if self._session is not None:
+            self._session.flush()
             self._past = self._session.state_dict()
             self._session = None
 
@@ -177,3 +187,46 @@ class CollectiveVariables(Trace):
 
     def __init__(self, measures: str | Iterable[str] = "collective", **options: Any) -> None:
         super().__init__(measures, **options)
+
+
+class GradientStatistics(Trace):
+    """The gradients of single samples in the training's own steps, read off the tapes of its loss.
+
+    Needs no probe, no configuration and no forward pass: before the backward pass of a step that is
+    due, the tape of its loss tells what each sample of the batch contributes. Works for any loss
+    that is a mean or sum over the samples of the batch, whose number is the length of the first
+    tensor in it. In batch normalisation, the statistics of the batch are held constant. Values at
+    step k are those of the batch of the update after the k-th. Of several backward passes of a
+    batch, as in manual optimisation, the second and later have names of their own, such as
+    "gradients_backward_2/noise".
+
+    Args:
+        measures: names of measures of the group "gradients".
+        every: as in `Trace`.
+        to: as in `Trace`.
+        log: as in `Trace`.
+        prefix: as in `Trace`.
+        on_error: as in `Trace`.
+
+    Raises:
+        ValueError: if a measure is unknown or none of a training step, or the schedule never fires.
+    """
+
+    of_steps = True
+
+    def __init__(
+        self,
+        measures: str | Iterable[str] = "gradients",
+        *,
+        every: Every = 100,
+        to: str | Path | None = None,
+        log: bool = True,
+        prefix: str = "",
+        on_error: OnError = "record",
+    ) -> None:
+        super().__init__(measures, every=every, to=to, log=log, prefix=prefix, on_error=on_error)
+        others = [m.name for m in self.measures if not set(m.needs) <= StepStatistics.known()]
+        if others:
+            raise ValueError(
+                f"{others[0]!r} is not measured in training steps, but on a probe: pass it to Trace"
+            )

@@ -15,8 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 from nettrace.gradients import RowGradients, TapeGradients
 from nettrace.operator import Jacobian
 from nettrace.per_sample import LossJacobian
-from nettrace.reduction import ReducedGradients, Reduction
-from nettrace.tape import Root, Tape
+from nettrace.reduction import ReducedGradients, Reduction, tape_of
+from nettrace.tape import Tape
 
 Parameters: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor
 Coupled: TypeAlias = Literal["refuse", "rows"]
@@ -156,7 +156,9 @@ def loss_jacobian(
     if isinstance(losses, Tensor) and losses.dim() == 0 and samples is not None:
         if coupled == "rows":
             raise ValueError("coupled='rows' takes losses of shape (N,), got one number")
-        return _reduced(losses, model_or_params, operator.index(samples), reduction, memory_budget)
+        return reduced_jacobian(
+            losses, model_or_params, operator.index(samples), reduction, memory_budget
+        )
     if isinstance(losses, Tensor) and losses.dim() != 1:
         raise ValueError(
             f"expected one loss a sample, of shape (N,), got shape {tuple(losses.shape)}: use "
@@ -170,26 +172,36 @@ def loss_jacobian(
     )
 
 
-def _reduced(
+def reduced_jacobian(
     loss: Tensor,
     model_or_params: Parameters,
     samples: int,
     reduction: Reduced,
     memory_budget: int | str,
+    scale: float = 1.0,
 ) -> LossJacobian:
-    """The Jacobian of what samples contribute to one number."""
+    """The Jacobian of what samples contribute to one number; see `loss_jacobian`.
+
+    Args:
+        loss: () `scale` times the loss that is meant.
+        model_or_params: as in `jacobian`.
+        samples: how many.
+        reduction: as in `loss_jacobian`.
+        memory_budget: as in `jacobian`.
+        scale: gradients are pulled back so scaled, and divided by it in the end.
+    """
     if samples < 1:
         raise ValueError(f"expected at least one sample, got samples={samples}")
     parameters, given = _checked(loss, model_or_params)
     constants = list(given)
-    whole = Tape([Root(get_gradient_edge(loss))], samples, parameters, constants)
+    whole = tape_of(loss, samples, parameters, constants)
     _refuse_if_independent(whole, parameters)
     reduced = Reduction.of(loss, whole)
     flows, shared = reduced.flows(loss)
     tape = Tape(reduced.roots, samples, parameters, constants, hold=True)
     memory = parse_bytes(memory_budget)
     gradients = ReducedGradients(loss, flows, parameters, tape, memory)
-    factor = samples if reduction == "mean" else 1
+    factor = (samples if reduction == "mean" else 1) / scale
     common: dict[str, Tensor] | None = None
     if shared:
         found = torch.autograd.grad(
@@ -202,7 +214,7 @@ def _reduced(
         )
         each = factor / samples
         common = {name: each * g for name, g in zip(parameters, found, strict=True)}
-    return LossJacobian(Jacobian(gradients, memory), factor, common)
+    return LossJacobian(Jacobian(gradients, memory), factor, common, bool(tape.held))
 
 
 def parse_bytes(size: int | str) -> int:

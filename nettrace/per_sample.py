@@ -16,19 +16,26 @@ class LossJacobian:
     Attributes:
         samples: N.
         parameters: P.
+        holds_statistics: whether statistics of the batch were held constant, in batch normalisation
+            in training mode.
     """
 
     # Row n is `factor` times that of `jacobian`, plus `common`, which holds each parameter's share
     # of what is the same for all samples, if anything is.
 
     def __init__(
-        self, jacobian: Jacobian, factor: float = 1.0, common: PerLayer | None = None
+        self,
+        jacobian: Jacobian,
+        factor: float = 1.0,
+        common: PerLayer | None = None,
+        holds_statistics: bool = False,
     ) -> None:
         self.samples = jacobian.samples
         self.parameters = jacobian.parameters
         self._jacobian = jacobian
         self._factor = factor
         self._common = common
+        self.holds_statistics = holds_statistics
 
     @overload
     def norms(self, *, per_layer: Literal[False] = ...) -> Tensor: ...
@@ -81,6 +88,25 @@ class LossJacobian:
             shares = {name: share + self._common[name] for name, share in shares.items()}
         return shares if per_layer else self._jacobian._flat(shares)
 
+    def jvp(self, u: PerLayer) -> PerLayer:
+        """By parameter, the inner products (N,) of the gradients with a vector.
+
+        Args:
+            u: a tensor for each parameter by name, in its shape.
+
+        Raises:
+            CoupledSamplesError: if samples are coupled.
+            ValueError: if `u` has the wrong names or shapes.
+        """
+        found = {
+            name: self._factor * share[:, 0]
+            for name, share in self._jacobian.jvp(u, per_layer=True).items()
+        }
+        if self._common is not None:
+            for name, share in self._common.items():
+                found[name] = found[name] + (share.conj() * u[name]).real.sum()
+        return found
+
     def rows(self, n: int) -> Tensor:
         """The gradient of sample `n`, (P,), by plain autograd: for checking.
 
@@ -102,10 +128,9 @@ class LossJacobian:
         """By parameter, or all together, what each sample has with `common`, and its square."""
         if self._common is None:
             return {}
-        inner = self._jacobian.jvp(self._common, per_layer=True)
         found = {
             name: (self._factor * share[:, 0], self._common[name].abs().square().sum())
-            for name, share in inner.items()
+            for name, share in self._jacobian.jvp(self._common, per_layer=True).items()
         }
         if per_layer:
             return found

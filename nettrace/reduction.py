@@ -41,6 +41,11 @@ _LINEAR = _names(
     "View Where AddBackward1 DivBackward1 MulBackward1 RsubBackward1 SubBackward1 Nansum"
 )
 _PRODUCTS = _names("Mul Dot Mv Mm Div")
+#: What makes one number of others that are added, scaled perhaps.
+_ADDITIONS = _names(
+    "Add Sub Rsub Neg Mul Div ToCopy AddBackward1 SubBackward1 RsubBackward1 MulBackward1 "
+    "DivBackward1"
+)
 #: Losses that are reduced by the operation itself; the first axis of their inputs counts samples.
 _LOSSES = _names(
     "BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss MseLoss MultiMarginLoss "
@@ -88,6 +93,63 @@ class Reduction:
         with _ending_at({root.edge.node for root in self.roots}):
             found = torch.autograd.grad(loss, places, retain_graph=True)
         return list(found[: len(self.roots)]), list(found[len(self.roots) :])
+
+
+@dataclass(frozen=True)
+class Term:
+    """A number that is added to others to make up a loss.
+
+    Args:
+        name: of the operation that it comes from; "penalty" for all that is computed of parameters
+            alone.
+        edges: where it enters.
+        flows: () the loss's derivatives by it.
+    """
+
+    name: str
+    edges: list[GradientEdge]
+    flows: list[Tensor]
+
+
+def terms_of(loss: Tensor, tape: Tape) -> list[Term]:
+    """The terms whose weighted sum a loss () is, in the order in which they are added.
+
+    Args:
+        loss: the loss.
+        tape: that behind it.
+    """
+    found: dict[_Edge, None] = {}
+    stack = [edge_key(get_gradient_edge(loss))]
+    while stack:
+        edge = stack.pop()
+        inputs = _reaching(edge[0], tape)
+        adds = edge[0].name() in _ADDITIONS and _is_linear(edge[0], tape)
+        if adds and all(shape_of(*e) == () for e in inputs):
+            stack += reversed(inputs)
+        else:
+            found[edge] = None
+    places = [GradientEdge(*edge) for edge in found]
+    with _ending_at({node for node, _ in found}):
+        flows = torch.autograd.grad(loss, places, retain_graph=True)
+    terms: dict[str, Term] = {}
+    for place, flow in zip(places, flows, strict=True):
+        kind = place.node.name().removesuffix("Backward0")
+        kind = "penalty" if tape.is_common(place.node) else kind
+        name, count = kind, 1
+        while name in terms and kind != "penalty":
+            count += 1
+            name = f"{kind} {count}"
+        term = terms.setdefault(name, Term(name, [], []))
+        term.edges.append(place)
+        term.flows.append(flow)
+    return list(terms.values())
+
+
+def tape_of(
+    loss: Tensor, samples: int, parameters: Mapping[str, Tensor], constants: Iterable[Tensor]
+) -> Tape:
+    """The tape behind a loss ()."""
+    return Tape([Root(get_gradient_edge(loss))], samples, parameters, constants)
 
 
 class ReducedGradients(TapeGradients):

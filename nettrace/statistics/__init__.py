@@ -4,14 +4,14 @@ A statistic is a property of `Statistics`; a measure names those that it needs. 
 or raw arrays: measures divide, and say by what.
 """
 
-from nettrace.statistics.information import InformationStatistics
+from nettrace.statistics.gradients import ProbeGradientStatistics, StepStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.preconditioned import PreconditionedStatistics
 
 
-class Statistics(InformationStatistics, MotionStatistics, PreconditionedStatistics):
+class Statistics(ProbeGradientStatistics, MotionStatistics, PreconditionedStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 
-__all__ = ["Inapplicable", "Statistics", "Unavailable"]
+__all__ = ["Inapplicable", "Statistics", "StepStatistics", "Unavailable"]

@@ -1,0 +1,165 @@
+"""Statistics of the gradients of the samples' losses, on a probe or in a training step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from nettrace.differentiate import parse_bytes, reduced_jacobian
+from nettrace.operator import PerLayer
+from nettrace.per_sample import LossJacobian
+from nettrace.reduction import tape_of, terms_of
+from nettrace.statistics.information import InformationStatistics
+from nettrace.statistics.look import Inapplicable
+
+
+class GradientStatistics(ABC):
+    """Inner products of per-sample loss gradients."""
+
+    samples: int
+    #: Above this number of samples, the inner products of all pairs by layer are not made.
+    most_pairs = 512
+
+    @property
+    @abstractmethod
+    def loss_gradients(self) -> LossJacobian:
+        """The Jacobian of the samples' losses."""
+
+    @property
+    def gradient_layer_squares(self) -> PerLayer:
+        """By parameter, (N,) squared norms of the loss gradients."""
+        return self._squares_and_overlaps[0]
+
+    @property
+    def gradient_layer_overlaps(self) -> PerLayer:
+        """By parameter, (N,) inner products of the loss gradients with their mean."""
+        return self._squares_and_overlaps[1]
+
+    @cached_property
+    def gradient_gram(self) -> Tensor:
+        """(N, N) inner products of the loss gradients."""
+        if self.samples <= self.most_pairs:
+            return torch.stack([gram.double() for gram in self._layer_grams.values()]).sum(0)
+        return self.loss_gradients.gram().double()
+
+    @property
+    def term_products(self) -> tuple[list[str], PerLayer]:
+        """The names of a step's loss terms, and by parameter the products of their gradients."""
+        raise Inapplicable("the terms of a loss are seen in a training step")
+
+    @cached_property
+    def _layer_grams(self) -> PerLayer:
+        return self.loss_gradients.gram(per_layer=True)
+
+    @cached_property
+    def _squares_and_overlaps(self) -> tuple[PerLayer, PerLayer]:
+        if self.samples <= self.most_pairs:
+            grams = {name: gram.double() for name, gram in self._layer_grams.items()}
+            squares = {name: gram.diagonal() for name, gram in grams.items()}
+            return squares, {name: gram.mean(1) for name, gram in grams.items()}
+        gradients = self.loss_gradients
+        norms = gradients.norms(per_layer=True)
+        squares = {name: norm.double().square() for name, norm in norms.items()}
+        return squares, gradients.jvp(gradients.mean(per_layer=True))
+
+
+class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
+    """Those of the losses at the probe's own targets."""
+
+    @cached_property
+    def loss_gradients(self) -> LossJacobian:
+        """The Jacobian of the samples' losses."""
+        return LossJacobian(self.jacobian.project(self.scores.unsqueeze(0)))
+
+
+class StepStatistics(GradientStatistics):
+    """Those of the loss of a training step.
+
+    Args:
+        loss: () the loss, with its tape.
+        model: the network.
+        samples: how many samples make up the loss.
+        step: how many updates the weights have had.
+        scale: by what the loss is multiplied, as against the underflow of half precision.
+        memory_budget: as in `nettrace.jacobian`.
+
+    Raises:
+        CoupledSamplesError: if the loss is no mean or sum over samples.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        model: nn.Module,
+        samples: int,
+        step: int,
+        scale: float = 1.0,
+        memory_budget: int | str = "2GiB",
+    ) -> None:
+        self._loss = loss
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._constants = list(model.buffers())
+        self._scale = scale
+        self._memory = parse_bytes(memory_budget)
+        self._gradients = reduced_jacobian(loss, model, samples, "mean", self._memory, scale)
+        self.samples = samples
+        self.step = step
+
+    @classmethod
+    def known(cls) -> frozenset[str]:
+        """The statistics that a training step has."""
+        named = {n for n in dir(cls) if isinstance(getattr(cls, n), (property, cached_property))}
+        return frozenset({"samples", "step"} | named)
+
+    @property
+    def loss_gradients(self) -> LossJacobian:
+        """The Jacobian of what the samples contribute: its rows' mean is the step's gradient."""
+        return self._gradients
+
+    @cached_property
+    def term_products(self) -> tuple[list[str], PerLayer]:
+        """The names of the loss's terms, and by parameter the (K, K) products of their gradients.
+
+        Raises:
+            Inapplicable: if there is but one.
+            MemoryError: if their gradients take more than the memory budget.
+        """
+        parameters = self._parameters
+        tape = tape_of(self._loss, self.samples, parameters, self._constants)
+        terms = terms_of(self._loss, tape)
+        if len(terms) < 2:
+            raise Inapplicable("the loss is made of one term")
+        size = len(terms) * sum(p.numel() * p.element_size() for p in parameters.values())
+        if size > self._memory:
+            raise MemoryError(
+                f"the gradients of {len(terms)} terms of the loss take {size:.3g} bytes, above the "
+                f"memory budget of {self._memory:.3g} bytes"
+            )
+        gradients = [
+            torch.autograd.grad(
+                term.edges,
+                list(parameters.values()),
+                term.flows,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            for term in terms
+        ]
+        products = {}
+        for name, several in zip(parameters, zip(*gradients, strict=True), strict=True):
+            rows = torch.stack([g.flatten() for g in several]) / self._scale
+            rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+            products[name] = rows.double() @ rows.double().mT
+        return [term.name for term in terms], products
+
+    def about(self, needs: Iterable[str]) -> dict[str, str]:
+        """What to note beside a measure: the mode, and what was held constant."""
+        found = {"mode": "training step", "batch": f"{self.samples} samples"}
+        if self._gradients.holds_statistics:
+            found["batch_statistics"] = "held constant at those of this batch"
+        return found
