@@ -354,8 +354,7 @@ def _compare_apart(one: Trace, other: Trace) -> bool:
 def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
     """The records that a callback asked for, and those about the measurement itself."""
     names = {measure.name for measure in callback.measures}
-    own = ("nettrace/", "nettrace_")
-    return {r.name: r for r in records if asked(r.name) in names or r.name.startswith(own)}
+    return {r.name: r for r in records if asked(r.name) in names or r.name.startswith("nettrace/")}
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -33,7 +33,7 @@ class Steps:
         self._trainer = trainer
         self._module = module
         self.callbacks = list(callbacks)
-        self._tracers = {c.on_error: StepTracer(c.on_error, " of the training") for c in callbacks}
+        self._tracers = {c.on_error: StepTracer(c.on_error) for c in callbacks}
         self._samples = 0
         #: How many updates the weights had had before this batch, and how many backward passes it
         #: has had since.
@@ -83,12 +83,11 @@ class Steps:
 
 def asked(name: str) -> str:
     """The name by which a record was asked for."""
-    return re.sub(r"_backward_\d+/", "/", name)
+    return re.sub(r"_backward_\d+$", "", name)
 
 
 def _numbered(record: Record, passes: int) -> Record:
     """Under a name of its own, from the second backward pass of a batch on."""
     if passes == 1:
         return record
-    group, _, quantity = record.name.partition("/")
-    return replace(record, name=f"{group}_backward_{passes}/{quantity}")
+    return replace(record, name=f"{record.name}_backward_{passes}")

@@ -198,7 +198,7 @@ class GradientStatistics(Trace):
     tensor in it. In batch normalisation, the statistics of the batch are held constant. Values at
     step k are those of the batch of the update after the k-th. Of several backward passes of a
     batch, as in manual optimisation, the second and later have names of their own, such as
-    "gradients_backward_2/noise".
+    "gradients/noise_backward_2".
 
     Args:
         measures: names of measures of the group "gradients".

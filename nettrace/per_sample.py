@@ -16,11 +16,12 @@ class LossJacobian:
     Attributes:
         samples: N.
         parameters: P.
+        shares: an (N, 1) x P Jacobian, of which the rows are multiples but for what is common.
         holds_statistics: whether statistics of the batch were held constant, in batch normalisation
             in training mode.
     """
 
-    # Row n is `factor` times that of `jacobian`, plus `common`, which holds each parameter's share
+    # Row n is `factor` times that of `shares`, plus `common`, which holds each parameter's share
     # of what is the same for all samples, if anything is.
 
     def __init__(
@@ -32,7 +33,7 @@ class LossJacobian:
     ) -> None:
         self.samples = jacobian.samples
         self.parameters = jacobian.parameters
-        self._jacobian = jacobian
+        self.shares = jacobian
         self._factor = factor
         self._common = common
         self.holds_statistics = holds_statistics
@@ -48,9 +49,9 @@ class LossJacobian:
             CoupledSamplesError: if samples are coupled.
         """
         if per_layer:
-            norms = {name: n[:, 0] for name, n in self._jacobian.norms(per_layer=True).items()}
+            norms = {name: n[:, 0] for name, n in self.shares.norms(per_layer=True).items()}
         else:
-            norms = {"": self._jacobian.norms()[:, 0]}
+            norms = {"": self.shares.norms()[:, 0]}
         norms = {name: self._factor * norm for name, norm in norms.items()}
         for name, (inner, square) in self._with_common(per_layer).items():
             norms[name] = (norms[name].square() + 2 * inner + square).clamp_min(0).sqrt()
@@ -68,9 +69,9 @@ class LossJacobian:
             MemoryError: if the result alone would exceed the memory budget.
         """
         if per_layer:
-            grams = self._jacobian.gram(trace_outputs=True, per_layer=True)
+            grams = self.shares.gram(trace_outputs=True, per_layer=True)
         else:
-            grams = {"": self._jacobian.gram(trace_outputs=True)}
+            grams = {"": self.shares.gram(trace_outputs=True)}
         grams = {name: self._factor**2 * gram for name, gram in grams.items()}
         for name, (inner, square) in self._with_common(per_layer).items():
             grams[name] = grams[name] + inner + inner[:, None] + square
@@ -83,10 +84,10 @@ class LossJacobian:
     def mean(self, *, per_layer: bool = False) -> Tensor | PerLayer:
         """The mean gradient over samples, (P,), or in each parameter's shape if `per_layer`."""
         weights = torch.full((self.samples, 1), 1 / self.samples, dtype=torch.float64)
-        shares = self._jacobian.vjp(weights * self._factor, per_layer=True)
+        shares = self.shares.vjp(weights * self._factor, per_layer=True)
         if self._common is not None:
             shares = {name: share + self._common[name] for name, share in shares.items()}
-        return shares if per_layer else self._jacobian._flat(shares)
+        return shares if per_layer else self.shares._flat(shares)
 
     def jvp(self, u: PerLayer) -> PerLayer:
         """By parameter, the inner products (N,) of the gradients with a vector.
@@ -100,7 +101,7 @@ class LossJacobian:
         """
         found = {
             name: self._factor * share[:, 0]
-            for name, share in self._jacobian.jvp(u, per_layer=True).items()
+            for name, share in self.shares.jvp(u, per_layer=True).items()
         }
         if self._common is not None:
             for name, share in self._common.items():
@@ -113,8 +114,8 @@ class LossJacobian:
         Raises:
             IndexError: if there is no such sample.
         """
-        row = self._factor * self._jacobian.rows(n)[0]
-        return row if self._common is None else row + self._jacobian._flat(self._common)
+        row = self._factor * self.shares.rows(n)[0]
+        return row if self._common is None else row + self.shares._flat(self._common)
 
     def coverage(self) -> dict[str, str]:
         """How each parameter's per-sample gradients are found; see `Jacobian.coverage`.
@@ -122,7 +123,7 @@ class LossJacobian:
         Raises:
             CoupledSamplesError: if samples are coupled.
         """
-        return self._jacobian.coverage()
+        return self.shares.coverage()
 
     def _with_common(self, per_layer: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """By parameter, or all together, what each sample has with `common`, and its square."""
@@ -130,7 +131,7 @@ class LossJacobian:
             return {}
         found = {
             name: (self._factor * share[:, 0], self._common[name].abs().square().sum())
-            for name, share in self._jacobian.jvp(self._common, per_layer=True).items()
+            for name, share in self.shares.jvp(self._common, per_layer=True).items()
         }
         if per_layer:
             return found

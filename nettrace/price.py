@@ -131,6 +131,43 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return rows(pieces, 1, ("scores",))
 
 
+@prices("loss_gradients")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("jacobian", "scores"))
+
+
+@prices("_gradient_products")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """By layer, the Gram matrix of the loss gradients; of many samples, products with the mean."""
+    if pieces.samples > Statistics.most_pairs:
+        found = rows(pieces, 3, ("loss_gradients",))
+        return replace(found, seconds=found.seconds + pieces.vjp, passes=4)
+    kept = pieces.layers * pieces.samples**2 * pieces.item
+    seconds = pieces.pull + pieces.gram() / pieces.outputs**2
+    fresh = pieces.pulled(1) + pieces.written(1) + pieces.one_pass
+    instead = "take fewer samples"
+    return Work(seconds, 1, 3 * kept, fresh, of=("loss_gradients",), instead=instead)
+
+
+@prices("gradient_layer_squares", "gradient_layer_overlaps")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("_gradient_products",))
+
+
+@prices("gradient_gram")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    if pieces.samples <= Statistics.most_pairs:
+        return Work(of=("_gradient_products",))
+    kept = 2 * pieces.samples**2 * pieces.item
+    seconds = pieces.pull + pieces.gram() / pieces.outputs**2
+    return Work(seconds, 1, kept, pieces.pulled(1) + pieces.one_pass, of=("loss_gradients",))
+
+
+@prices("term_products")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work()  # of training steps alone
+
+
 @prices("drawn_sqnorms")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return rows(pieces, pieces.draws)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from nettrace.certificate import Certificate, SpotCheckError
 from nettrace.measures import Measure, Value
 from nettrace.measures.registry import Numbers
 from nettrace.record import Record
@@ -90,10 +91,24 @@ class Recorder:
             warnings.warn(text, MissingMeasureWarning, stacklevel=5)
 
 
-def timed(step: int, seconds: float) -> Record:
+def timed(step: int, seconds: float, name: str = "nettrace/seconds") -> Record:
     """The record of what a measurement took."""
     convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-    return Record("nettrace/seconds", step, np.asarray(seconds), attributes=convention)
+    return Record(name, step, np.asarray(seconds), attributes=convention)
+
+
+def spot_check(
+    step: int, found: Certificate | SpotCheckError, name: str = "nettrace/spot_check"
+) -> Record:
+    """The record of a spot check, whether it passed or not."""
+    if isinstance(found, SpotCheckError):
+        return Record(name, step, np.asarray(np.nan), missing=f"SpotCheckError: {found}")
+    attributes = {
+        "convention": "largest difference from plain autograd in a few entries of the Jacobian, "
+        "over the norms of its rows",
+        "certificate": found.as_json(),
+    }
+    return Record(name, step, np.asarray(found.error), attributes=attributes)
 
 
 def _record(measure: Measure, step: int, found: Value, measured: Measured) -> Record:

@@ -10,7 +10,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -26,7 +25,7 @@ from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
-from nettrace.recording import OnError, Recorder, timed
+from nettrace.recording import OnError, Recorder, spot_check, timed
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Statistics
@@ -305,10 +304,10 @@ class Tracer(Recorder):
             try:
                 certificate = self._spot_check(jacobian, step)
             except SpotCheckError as error:
-                checks.append(_spot_check(step, error))
+                checks.append(spot_check(step, error))
                 raise
             if certificate is not None:
-                checks.append(_spot_check(step, certificate))
+                checks.append(spot_check(step, certificate))
 
         found = Statistics(
             model,
@@ -349,18 +348,6 @@ def chosen(
 def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
     """The earlier looks that measures which are not refused compare with."""
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
-
-
-def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
-    name = "nettrace/spot_check"
-    if isinstance(found, SpotCheckError):
-        return Record(name, step, np.asarray(np.nan), missing=f"SpotCheckError: {found}")
-    attributes = {
-        "convention": "largest difference from plain autograd in a few entries of the Jacobian, "
-        "over the norms of its rows",
-        "certificate": found.as_json(),
-    }
-    return Record(name, step, np.asarray(found.error), attributes=attributes)
 
 
 def _synchronise(model: nn.Module) -> None:
