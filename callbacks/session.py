@@ -24,7 +24,7 @@ from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
-from nettrace.callbacks.steps import STEPS, Steps, asked
+from nettrace.callbacks.steps import Steps, asked
 from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound
@@ -70,7 +70,8 @@ class Session:
         self._unfired = list(callbacks)
         self._warned: set[str] = set()
         self._attempt = uuid.uuid4().hex
-        self._writers: dict[tuple[Path, str], TraceWriter] = {}
+        #: By folder and the fingerprint of the probe, None for the training's own steps.
+        self._writers: dict[tuple[Path, str | None], TraceWriter] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
@@ -135,7 +136,7 @@ class Session:
         due, records = self._steps.taken()
         if records:
             self._unfired = [callback for callback in self._unfired if callback not in due]
-            self._write(due, records, self._position, STEPS)
+            self._write(due, records, self._position, None)
             begun = self._position["batches"] > 0
             self._log(due, records, loggers_step(self._trainer) + begun)
 
@@ -238,7 +239,7 @@ class Session:
         callbacks: Sequence[Trace],
         records: Sequence[Record],
         position: Mapping[str, float],
-        fingerprint: str,
+        fingerprint: str | None,
     ) -> None:
         if not self._trainer.is_global_zero:
             return
@@ -256,9 +257,11 @@ class Session:
             except (OSError, TypeError, ValueError) as error:
                 self._report(callbacks[0], f"cannot write the trace to {folder}", error)
 
-    def _writer(self, folder: Path, fingerprint: str) -> TraceWriter:
+    def _writer(self, folder: Path, fingerprint: str | None) -> TraceWriter:
         trainer, module = self._trainer, self._module
         about: dict[str, Any] = of_model(module)
+        if fingerprint is not None:
+            about["probe"] = fingerprint
         configuration = {
             "callbacks": [
                 {
@@ -278,7 +281,6 @@ class Session:
             folder,
             self._attempt,
             start=self._start,
-            probe=fingerprint,
             configuration=json.dumps(configuration, default=str),
             **about,
         )

@@ -16,9 +16,6 @@ from nettrace.training_step import StepTracer
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
 
-#: What stands for a probe in traces of training steps.
-STEPS = "the batches of the training"
-
 
 class Steps:
     """What some callbacks measure of the training's own steps.

@@ -22,6 +22,7 @@ from torch import Tensor
 from nettrace.jackknife import delete_one_error
 from nettrace.measures.registry import Value, measure
 from nettrace.operator import PerLayer
+from nettrace.statistics import Inapplicable
 from nettrace.statistics.kernel import spectrum_of
 
 _SOURCE = "McCandlish et al. 2018, arXiv:1812.06162, appendix A"
@@ -128,14 +129,14 @@ def covariance_spectrum(gradient_gram: Tensor) -> Tensor:
     "gradients/tail_index",
     needs=_PARTS,
     convention="Hill's estimate of the exponent a of P(|g_n - g| > x) ~ x^-a, from the largest "
-    "sqrt(N) norms of N; standard error a / sqrt(k - 2) of k norms",
+    "sqrt(N) norms of N, at least 16; standard error a / sqrt(k - 2) of k norms",
     source="Hill 1975; of gradient noise: Simsekli et al. 2019, arXiv:1901.06053",
 )
 def tail_index(gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer) -> Value:
     """How heavy the tail of the gradient noise is: smaller is heavier."""
     squares, overlaps = _total(gradient_layer_squares), _total(gradient_layer_overlaps)
     if len(squares) < _FEWEST:
-        raise ValueError(f"a tail index takes at least {_FEWEST} samples, got {len(squares)}")
+        raise Inapplicable(f"a tail index takes at least {_FEWEST} samples, got {len(squares)}")
     distances = (squares - 2 * overlaps + overlaps.mean()).clamp_min(0)
     count = math.isqrt(len(squares))
     largest = distances.sort(descending=True).values[: count + 1].log() / 2

@@ -220,7 +220,8 @@ class TraceWriter:
                 continue
             together = found.attempt == self._attempt or None in (self._began, found.start)
             theirs, ours = found.provenance.get("probe"), self.provenance.get("probe")
-            if together and theirs != ours:
+            # What is measured without a probe, as in training steps, goes with any.
+            if together and None not in (theirs, ours) and theirs != ours:
                 raise ValueError(
                     f"{self.folder} holds the trace of another probe: give each probe a folder of "
                     "its own"

@@ -1,0 +1,356 @@
+"""Statistics of the training's own steps, with nothing to configure, on modules of many styles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import training
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import nettrace as nt
+from nettrace.callbacks import GradientStatistics, NTKTrace, Trace
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
+
+SAMPLES, BATCH, STEPS = 12, 4, 3
+
+
+class Data(Dataset[Any]):
+    """Samples of some shape: a function from x (4,), a class and a text of tokens."""
+
+    def __init__(self, make: Callable[[Tensor, int, Tensor], Any]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(SAMPLES, 4, generator=generator)
+        self.tokens = torch.randint(0, 9, (SAMPLES, 5), generator=generator)
+        self.make = make
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, n: int) -> Any:
+        return self.make(self.x[n], n % 3, self.tokens[n])
+
+
+class Base(pl.LightningModule):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+class Plain(Base):
+    """As tutorials write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+
+class OwnArithmetic(Base):
+    """A loss written out, with a penalty, returned in a dictionary; the weights are no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(4, 7) / 2)
+        self.w2 = nn.Parameter(torch.randn(7, 3) / 2)
+
+    def training_step(self, batch: Any, index: int) -> dict[str, Tensor]:
+        logits = (batch["x"] @ self.w1).sin() @ self.w2
+        p = logits.exp() / logits.exp().sum(1, keepdim=True)
+        hits = p[torch.arange(len(p)), batch["label"]]
+        penalty = sum(w.abs().sum() for w in (self.w1, self.w2))
+        return {"loss": -torch.log(hits).sum() / len(hits) + 0.01 * penalty}
+
+
+class SeveralTerms(Base):
+    """Reconstruction, prediction and a penalty on the code, with weights that change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.LayerNorm(6))
+        self.decoder, self.classifier = nn.Linear(6, 4), nn.Linear(6, 3)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        (x, _), y = batch["input"], batch["target"]
+        code = self.encoder(x)
+        terms = {
+            "reconstruction": F.mse_loss(self.decoder(code), x),
+            "prediction": F.cross_entropy(self.classifier(code), y, label_smoothing=0.1),
+            "sparsity": code.abs().mean(),
+        }
+        return sum(0.5**i * term for i, term in enumerate(terms.values()))
+
+
+class Texts(Base):
+    """The next token, over all tokens of all texts, by a recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6)
+        self.memory = nn.GRU(6, 6, batch_first=True)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        features, _ = self.memory(self.embedding(batch))
+        logits = features @ self.embedding.weight.T
+        return F.cross_entropy(logits[:, :-1].reshape(-1, 9), batch[:, 1:].reshape(-1))
+
+
+class Adversaries(Base):
+    """Two networks with an optimizer each, manually."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Linear(4, 4)
+        self.critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def losses(self, x: Tensor) -> list[Callable[[], Tensor]]:
+        def of_critic() -> Tensor:
+            real, made = self.critic(x), self.critic(self.generator(x).detach())
+            return F.softplus(made).mean() + F.softplus(-real).mean()
+
+        return [of_critic, lambda: F.softplus(-self.critic(self.generator(x))).mean()]
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer, loss in zip(self.optimizers(), self.losses(batch[0]), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        parts = (self.critic, self.generator)
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in parts]
+
+
+class HuggingFace(Base):
+    """A transformer that computes its own loss, from a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        size = {"vocab_size": 9, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0)
+        self.model = GPT2LMHeadModel(GPT2Config(**size, **dropout))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+
+STYLES: dict[str, tuple[type[Base], Callable[..., Any], Callable[[Any, int], Any]]] = {
+    "plain": (Plain, lambda x, y, t: (x, y), lambda b, n: [part[n : n + 1] for part in b]),
+    "own arithmetic": (
+        OwnArithmetic,
+        lambda x, y, t: {"x": x, "label": y},
+        lambda b, n: {k: v[n : n + 1] for k, v in b.items()},
+    ),
+    "several terms": (
+        SeveralTerms,
+        lambda x, y, t: {"input": (x, t), "target": y},
+        lambda b, n: {
+            "input": [part[n : n + 1] for part in b["input"]],
+            "target": b["target"][n : n + 1],
+        },
+    ),
+    "texts": (Texts, lambda x, y, t: t, lambda b, n: b[n : n + 1]),
+    "Hugging Face": (HuggingFace, lambda x, y, t: t, lambda b, n: b[n : n + 1]),
+}
+
+
+@dataclass
+class Seen:
+    """The weights and the batch of a step."""
+
+    step: int
+    state: dict[str, Tensor]
+    batch: Any
+
+
+class Witness(pl.Callback):
+    """Remembers with which weights each batch is seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        self.seen.append(Seen(trainer.global_step, state, batch))
+
+
+def fit(
+    module: Any, make: Any, to: Any, *callbacks: Any, every: Any = 1, **options: Any
+) -> list[Seen]:
+    witness = Witness()
+    statistics = GradientStatistics(["gradients", "gradients/gram"], every=every, to=to)
+    settings = {"max_steps": STEPS, **options}
+    training.fit(
+        [witness, statistics, *callbacks], module, DataLoader(Data(make), BATCH), **settings
+    )
+    return witness.seen
+
+
+def rows_of(losses: list[Callable[[], Tensor]], module: nn.Module) -> np.ndarray:
+    found = []
+    for loss in losses:
+        gradients = torch.autograd.grad(
+            loss(), list(module.parameters()), allow_unused=True, materialize_grads=True
+        )
+        found.append(torch.cat([g.flatten() for g in gradients]).double().numpy())
+    return np.stack(found)
+
+
+def returned(found: Any) -> Tensor:
+    return found["loss"] if isinstance(found, dict) else found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("style", STYLES)
+def test_any_module_is_measured_without_configuration(
+    style: str, accumulate: int, tmp_path: Any
+) -> None:
+    if style == "Hugging Face":
+        pytest.importorskip("transformers")
+    kind, make, take = STYLES[style]
+    torch.manual_seed(0)
+    module = kind().double() if style != "Hugging Face" else kind()
+    seen = fit(
+        module,
+        (lambda x, y, t: make(x.double(), y, t)) if style != "Hugging Face" else make,
+        tmp_path,
+        accumulate_grad_batches=accumulate,
+        max_epochs=-1,
+    )
+    trace = nt.open(tmp_path)
+    assert trace.step.values.tolist() == list(range(STEPS))
+    assert not any("missing" in variable.attrs for variable in trace.values())
+    assert float(trace.nettrace_step_spot_check.max()) < 1e-4
+    assert trace.gradients_norms.attrs["mode"] == "training step"
+    tolerance = 1e-9 if style != "Hugging Face" else 1e-4
+    for step in range(STEPS):
+        first = next(one for one in seen if one.step == step)
+        module.load_state_dict(first.state)
+        alone = [take(first.batch, n) for n in range(BATCH)]
+        rows = rows_of(
+            [lambda one=one: returned(module.training_step(one, 0)) for one in alone], module
+        )
+        now = trace.sel(step=step)
+        gram = rows @ rows.T
+        scale = tolerance * abs(gram).max()
+        assert now.gradients_gram.values == pytest.approx(gram, abs=scale)
+        assert now.gradients_norms.values == pytest.approx(
+            np.linalg.norm(rows, axis=1), rel=tolerance
+        )
+        noise = np.trace(np.cov(rows.T))
+        assert float(now.gradients_noise) == pytest.approx(noise, rel=tolerance)
+
+
+def test_each_backward_pass_of_manual_optimisation_has_its_own_values(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    module = Adversaries().double()
+    seen = fit(module, lambda x, y, t: (x.double(), y), tmp_path, every=[0])
+    trace = nt.open(tmp_path)
+    module.load_state_dict(seen[0].state)
+    x = seen[0].batch[0]
+    alone = [module.losses(x[n : n + 1]) for n in range(BATCH)]
+    rows = rows_of([critic for critic, _ in alone], module)
+    assert trace.gradients_norms.values[0] == pytest.approx(np.linalg.norm(rows, axis=1))
+    optimizer = torch.optim.SGD(module.critic.parameters(), 0.1)
+    optimizer.zero_grad()
+    module.losses(x)[0]().backward()
+    optimizer.step()  # the second is measured after the first's update
+    alone = [module.losses(x[n : n + 1]) for n in range(BATCH)]
+    rows = rows_of([generator for _, generator in alone], module)
+    second = trace["gradients_norms_backward_2"]
+    assert second.attrs["name"] == "gradients/norms_backward_2"
+    assert second.values[0] == pytest.approx(np.linalg.norm(rows, axis=1))
+
+
+class Normalised(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_statistics_held_constant_are_noted(tmp_path: Any) -> None:
+    fit(Normalised(), lambda x, y, t: (x, y), tmp_path)
+    noise = nt.open(tmp_path).gradients_noise
+    assert noise.attrs["batch_statistics"] == "held constant at those of this batch"
+    assert np.isfinite(noise.values).all()
+
+
+class Contrastive(Plain):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        z = F.normalize(self.net(batch[0]), dim=1)
+        return F.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+
+class Opaque(torch.autograd.Function):
+    """Cross-entropy, as fused kernels compute it: only the sum is on the tape."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(logits.softmax(1) - F.one_hot(y, 3))
+        return F.cross_entropy(logits, y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g * ctx.saved_tensors[0] / len(ctx.saved_tensors[0]), None
+
+
+class Fused(Plain):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return Opaque.apply(self.net(batch[0]), batch[1])
+
+
+UNSEEN = {"contrasts": (Contrastive, "samples are coupled"), "fused": (Fused, "OpaqueBackward")}
+
+
+@pytest.mark.parametrize("why", UNSEEN)
+def test_what_cannot_be_told_apart_is_missing_with_the_reason(why: str, tmp_path: Any) -> None:
+    kind, words = UNSEEN[why]
+    with pytest.warns(nt.MissingMeasureWarning, match=words) as warned:
+        fit(kind(), lambda x, y, t: (x, y), tmp_path)
+    ours = [w for w in warned if w.category is nt.MissingMeasureWarning]
+    assert len(ours) == 1
+    trace = nt.open(tmp_path)
+    assert words in trace.gradients_noise.attrs["missing"]
+    assert trace.step.values.tolist() == list(range(STEPS))
+    statistics = GradientStatistics(on_error="raise")
+    with pytest.raises(nt.CoupledSamplesError, match=words):
+        training.fit([statistics], kind(), DataLoader(Data(lambda x, y, t: (x, y)), BATCH))
+
+
+def test_it_shares_a_folder_and_the_loggers_with_measures_of_a_probe(tmp_path: Any) -> None:
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets, forward=lambda model, x: model.net(x))
+    kernel = NTKTrace("ntk/trace", every=2, probe=probe, to=tmp_path)
+    fit(Plain(), lambda x, y, t: (x, y), tmp_path, kernel)
+    trace = nt.open(tmp_path)
+    assert trace.step.values.tolist() == [0, 1, 2]
+    assert np.isfinite(trace.ntk_trace.values).tolist() == [True, False, True]
+    assert np.isfinite(trace.gradients_noise.values).all()
+
+
+def test_measures_of_a_probe_are_refused() -> None:
+    with pytest.raises(ValueError, match="'ntk/trace' is not measured in training steps"):
+        GradientStatistics(["gradients", "ntk/trace"])
+
+
+def test_a_probes_gradients_have_the_same_names(tmp_path: Any) -> None:
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets)
+    trace = Trace("gradients", every=1, probe=probe, to=tmp_path)
+    training.fit([trace], max_steps=2)
+    found = nt.open(tmp_path)
+    assert np.isfinite(found.gradients_noise_scale.values).all()
+    assert "gradients_conflict" not in found
