@@ -197,7 +197,9 @@ def _run(folder: Path, label: str, attempt: int | None) -> Run:
     for part in found:
         new = {"start": part.start, "created": part.provenance.get("created"), "records": 0}
         of_attempts.setdefault(part.attempt, new)["records"] += len(part.steps)
-    last: Mapping[str, Any] = counted.parts[-1].provenance if counted.parts else {}
+    last: dict[str, Any] = {}
+    for part in counted.parts:  # of the last attempt, several parts may know different things
+        last = part.provenance | (last if part.attempt == counted.parts[-1].attempt else {})
     return Run(
         label, folder, counted, {**last, "folder": str(folder), "attempts": [*of_attempts.values()]}
     )

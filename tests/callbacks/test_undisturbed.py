@@ -19,7 +19,13 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 import nettrace as nt
 from nettrace import freeze
-from nettrace.callbacks import CollectiveVariables, FisherTrace, NTKTrace, Trace
+from nettrace.callbacks import (
+    CollectiveVariables,
+    FisherTrace,
+    GradientStatistics,
+    NTKTrace,
+    Trace,
+)
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
@@ -80,6 +86,7 @@ def test_training_is_bitwise_the_same_with_callbacks(
     callbacks = [kind(**options) for kind in (NTKTrace, FisherTrace, CollectiveVariables, Trace)]
     optimizer_sees = {**options, "every": range(1, 100)}
     callbacks += [Trace("weights", **options), Trace("ntk/preconditioned_trace", **optimizer_sees)]
+    callbacks += [GradientStatistics(every=1, to=tmp_path / "trace")]
     validate = probe != "training"
     found = outcome(namespace, optimizer, callbacks, tmp_path, validate=validate)
     assert training.differences(bare(namespace, optimizer, validate), found) == []
