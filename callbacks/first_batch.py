@@ -74,10 +74,7 @@ class FirstBatch:
                     tracer.loss_check = _unchecked(str(error))
 
     def _outputs(self, like: Probe, batch: Any) -> tuple[Probe, Tensor]:
-        modes = [(module, module.training) for module in self._module.modules()]
-        with frozen(self._module):
-            for module, training in modes:
-                module.training = training
+        with frozen(self._module, evaluating=False):
             probe = Probe.from_batch(
                 batch, forward=like.forward, class_axis=like.class_axis, select=like.select
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -28,4 +30,17 @@ def loggers_step(trainer: Any) -> int:
     return int(trainer.global_step if steps is None else steps)
 
 
-__all__ = ["Callback", "loggers_step"]
+@contextmanager
+def silenced(module: Any) -> Iterator[None]:
+    """Keeps a forward that logs from logging what it makes of the probe."""
+    talkers = [m for m in module.modules() if hasattr(m, "log_dict") and "log" not in vars(m)]
+    for m in talkers:
+        vars(m)["log"] = vars(m)["log_dict"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for m in talkers:
+            del vars(m)["log"], vars(m)["log_dict"]
+
+
+__all__ = ["Callback", "loggers_step", "silenced"]

@@ -7,8 +7,8 @@ import json
 import math
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from nettrace import MissingMeasureWarning, Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
-from nettrace.callbacks.lightning import loggers_step
+from nettrace.callbacks.lightning import loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.callbacks.steps import Steps, asked
 from nettrace.freeze import frozen, private_copy, random_states
@@ -111,20 +111,23 @@ class Session:
     def _sharing(self, key: object) -> list[Trace]:
         return self._groups[key][1] if key in self._groups else []
 
-    def begin_batch(self, batch: Any) -> None:
+    def begin_batch(self, batch: Any, index: int) -> None:
         """Sees a batch before its training step."""
         first = next(tensors(batch), None)
         if first is None or first.dim() == 0:
             self._samples = math.nan
         else:
             self._samples += len(first) * self._trainer.world_size
-        with _silenced(self._module):
+        with silenced(self._module):
             self._first_batch.evaluate(batch)
-        self._steps.begin_batch(batch, self._trainer.global_step)
+        self._steps.begin_batch(batch, index, self._trainer.global_step, self._is_due)
 
     def before_backward(self, loss: Tensor) -> None:
         """Measures the training step whose loss this is, for the callbacks that are due."""
-        self._steps.measure(loss, self._is_due)
+        try:
+            self._steps.measure(loss)
+        except Exception as error:
+            self._report(self._steps.callbacks[0], "cannot measure the training step", error)
 
     def end_batch(self, returned: Any) -> None:
         """Sees what the training step returned, and writes what its tape told."""
@@ -200,7 +203,7 @@ class Session:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
                 self._measured |= dict.fromkeys(due, step)
                 measures = {m.name: m for callback in due for m in callback.measures}
-                with _silenced(self._module):
+                with silenced(self._module):
                     records = tracer.measure(
                         self._module, step, list(measures.values()), self._trainer.optimizers
                     )
@@ -396,16 +399,3 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     except Exception:  # what cannot be copied is used as it is
         return value
     return twin
-
-
-@contextmanager
-def _silenced(module: Any) -> Iterator[None]:
-    """Keeps a forward that logs from logging what it makes of the probe."""
-    talkers = [m for m in module.modules() if hasattr(m, "log_dict") and "log" not in vars(m)]
-    for m in talkers:
-        vars(m)["log"] = vars(m)["log_dict"] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        for m in talkers:
-            del vars(m)["log"], vars(m)["log_dict"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,10 @@ from torch import Tensor
 
 from nettrace import Record
 from nettrace.batch import tensors
+from nettrace.callbacks.lightning import silenced
+from nettrace.freeze import frozen, random_streams
+from nettrace.statistics import StepStatistics
+from nettrace.tape import opaque
 from nettrace.training_step import StepTracer
 
 if TYPE_CHECKING:
@@ -31,45 +37,77 @@ class Steps:
         self._module = module
         self.callbacks = list(callbacks)
         self._tracers = {c.on_error: StepTracer(c.on_error) for c in callbacks}
+        self._arguments: tuple[Any, ...] | None = None
         self._samples = 0
         #: How many updates the weights had had before this batch, and how many backward passes it
         #: has had since.
         self._step, self._passes = -1, 0
         self._measured = -1
+        self._put_back: Callable[[], None] | None = None
         self._due: list[Trace] = []
         self._records: list[Record] = []
 
-    def begin_batch(self, batch: Any, step: int) -> None:
-        """Sees a batch before its training step."""
+    def begin_batch(
+        self, batch: Any, index: int, step: int, is_due: Callable[[Trace, int], bool]
+    ) -> None:
+        """Sees a batch before its training step.
+
+        Of gradients that are accumulated over several batches, those of the first are measured.
+        """
+        self._due = [c for c in self.callbacks if step != self._measured and is_due(c, step)]
+        if not self._due:
+            return
+        self._measured = self._step = step
+        self._passes = 0
         first = next(tensors(batch), None)
         self._samples = 0 if first is None or first.dim() == 0 else len(first)
         self._samples = getattr(batch, "num_graphs", self._samples)  # whose first axis is of nodes
-        self._step, self._passes = step, 0
+        takes_index = len(inspect.signature(self._module.training_step).parameters) > 1
+        self._arguments = (batch, index) if takes_index else (batch,)
+        self._put_back = random_streams({p.device for p in self._module.parameters()})
 
-    def measure(self, loss: Tensor, is_due: Callable[[Trace, int], bool]) -> None:
+    def measure(self, loss: Tensor) -> None:
         """Measures the loss of a step before its backward pass.
 
-        Of gradients that are accumulated over several batches, those of the first are measured; of
-        an optimizer that evaluates a batch several times, the first evaluation.
+        Of an optimizer that evaluates a batch several times, the first evaluation.
         """
         automatic = self._module.automatic_optimization
         self._passes += 1
-        if self._passes == 1:
-            new = self._step != self._measured
-            self._due = [c for c in self.callbacks if new and is_due(c, self._step)]
-        elif automatic:
+        if not self._due or (automatic and self._passes > 1):
             return
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if automatic:
             scale /= self._trainer.accumulate_grad_batches
+        model, samples, step = self._module, self._samples, self._step
+        hidden = opaque(loss)
+        if hidden is None or not automatic:
+            self._take(lambda: StepStatistics(loss, model, samples, step, scale))
+            return
+        with frozen(model, evaluating=False), silenced(model):
+            self._take(lambda: self._again(float(loss.detach()) / scale, hidden))
+
+    def _again(self, loss: float, hidden: str) -> StepStatistics:
+        """The step evaluated anew with a tape that hides nothing, from the same random states."""
+        assert self._put_back is not None
+        assert self._arguments is not None
+        start = time.perf_counter()
+        self._put_back()
+        with self._trainer.precision_plugin.train_step_context():
+            returned = self._module.training_step(*self._arguments)
+        again = returned["loss"] if isinstance(returned, Mapping) else returned
+        seconds = time.perf_counter() - start
+        evaluated = (
+            f"again, as {hidden} hides parameters from the tape, in {seconds:.2g} s more; its loss "
+            f"is {float(again.detach()):.6g}, that of the training {loss:.6g}"
+        )
+        return StepStatistics(again, self._module, self._samples, self._step, evaluated=evaluated)
+
+    def _take(self, look: Callable[[], StepStatistics]) -> None:
         for on_error, tracer in self._tracers.items():
             measures = {m.name: m for c in self._due if c.on_error == on_error for m in c.measures}
             if measures:
-                self._measured = self._step
-                records = tracer.measure(
-                    loss, self._module, self._samples, self._step, list(measures.values()), scale
-                )
+                records = tracer.measure(look, self._module, self._step, list(measures.values()))
                 self._records += [_numbered(record, self._passes) for record in records]
 
     def taken(self) -> tuple[list[Trace], list[Record]]:

@@ -115,7 +115,7 @@ class Trace(Callback):
     ) -> None:
         """Evaluates the first batch, where the loss is not declared."""
         if self._session is not None:
-            self._session.begin_batch(batch)
+            self._session.begin_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Measures the training step, where that is asked for."""

@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ _INTERNALS = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
     """Evaluates `model` in eval mode and with gradients, and undoes all traces of it.
 
     What comes back as it was: parameters' values, `.grad` and `requires_grad`; every module's mode,
@@ -26,6 +26,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
     the random states of Python, NumPy and torch on all devices that the model lives on. Buffers and
     attributes are swapped for copies rather than written back, so that a training step's tape that
     refers to them stays valid.
+
+    Args:
+        model: the network.
+        evaluating: whether modules are in eval mode; else they stay in the modes that they have.
     """
     with ExitStack() as stack:
         # First: tensors made under inference mode cannot take part in autograd.
@@ -37,7 +41,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         stack.enter_context(random_states(devices))
         stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
-        stack.enter_context(_modes(model))
+        stack.enter_context(_modes(model, evaluating))
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -81,14 +85,26 @@ def private_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
 @contextmanager
 def random_states(devices: set[torch.device]) -> Iterator[None]:
     """Puts back the random states of Python, NumPy and torch, on the CPU and some devices."""
-    cuda = [d for d in devices if d.type == "cuda"]
-    python, numpy = random.getstate(), np.random.get_state()
+    put_back = random_streams(devices)
     try:
-        with torch.random.fork_rng(cuda):
-            yield
+        yield
     finally:
+        put_back()
+
+
+def random_streams(devices: set[torch.device]) -> Callable[[], None]:
+    """What sets the random states of Python, NumPy and torch to what they are now."""
+    python, numpy, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+
+    def put_back() -> None:
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.set_rng_state(torchs)
+        for device, state in cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return put_back
 
 
 @contextmanager
@@ -111,11 +127,11 @@ def _parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
+def _modes(model: nn.Module, evaluating: bool) -> Iterator[None]:
     # Flags are set one by one: a module's own train() may do more than set them.
     found = [(module, module.training) for module in model.modules()]
-    for module, _ in found:
-        module.training = False
+    for module, training in found:
+        module.training = training and not evaluating
     try:
         yield
     finally:

@@ -322,6 +322,15 @@ def signature(outputs: Tensor, parameters: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def opaque(outputs: Tensor) -> str | None:
+    """The name of an operation behind `outputs` that hides a part of a network from the tape.
+
+    Reentrant checkpoints keep no tape of what they call; compiled code has one operation for all.
+    """
+    names = ("CheckpointFunction", "CompiledFunction")
+    return next((n.name() for n in _reachable(outputs) if n.name().startswith(names)), None)
+
+
 def precision(outputs: Tensor) -> float:
     """The distance from 1 to the next number in the coarsest arithmetic on the tape of `outputs`.
 

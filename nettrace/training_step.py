@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import random_states
@@ -32,22 +32,18 @@ class StepTracer(Recorder):
 
     def measure(
         self,
-        loss: Tensor,
+        look: Callable[[], StepStatistics],
         model: nn.Module,
-        samples: int,
         step: int,
         measures: Sequence[Measure],
-        scale: float = 1.0,
     ) -> list[Record]:
         """Takes some measures of a step.
 
         Args:
-            loss: () `scale` times the loss of the step, before its backward pass.
+            look: gives the statistics of the step.
             model: the network.
-            samples: how many samples make up the loss.
             step: how many updates the weights have had.
             measures: of the statistics of a step.
-            scale: by what the loss was multiplied.
 
         Raises:
             Exception: whatever goes wrong, if `on_error="raise"`.
@@ -62,7 +58,7 @@ class StepTracer(Recorder):
             stack.enter_context(torch.enable_grad())
             checks: list[Record] = []
             try:
-                found = StepStatistics(loss, model, samples, step, scale)
+                found = look()
                 checks = self._check(found, step)
             except Exception as error:
                 if isinstance(error, SpotCheckError):

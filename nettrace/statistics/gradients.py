@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from nettrace.differentiate import parse_bytes, reduced_jacobian
 from nettrace.operator import PerLayer
+from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
 from nettrace.reduction import tape_of, terms_of
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable
+from nettrace.tape import opaque
 
 
 class GradientStatistics(ABC):
@@ -85,10 +87,12 @@ class StepStatistics(GradientStatistics):
         samples: how many samples make up the loss.
         step: how many updates the weights have had.
         scale: by what the loss is multiplied, as against the underflow of half precision.
+        evaluated: how the loss was computed, if it is not the training's own.
         memory_budget: as in `nettrace.jacobian`.
 
     Raises:
-        CoupledSamplesError: if the loss is no mean or sum over samples.
+        CoupledSamplesError: if the loss is no mean or sum over samples, or some of the network is
+            hidden from its tape.
     """
 
     def __init__(
@@ -98,9 +102,16 @@ class StepStatistics(GradientStatistics):
         samples: int,
         step: int,
         scale: float = 1.0,
+        evaluated: str = "",
         memory_budget: int | str = "2GiB",
     ) -> None:
+        if hidden := opaque(loss):
+            raise CoupledSamplesError(
+                f"what is behind {hidden} is hidden from the tape of the loss, so that the samples "
+                "in it cannot be told apart"
+            )
         self._loss = loss
+        self._evaluated = evaluated
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._constants = list(model.buffers())
         self._scale = scale
@@ -162,4 +173,6 @@ class StepStatistics(GradientStatistics):
         found = {"mode": "training step", "batch": f"{self.samples} samples"}
         if self._gradients.holds_statistics:
             found["batch_statistics"] = "held constant at those of this batch"
+        if self._evaluated:
+            found["evaluated"] = self._evaluated
         return found

@@ -199,7 +199,8 @@ def _run(folder: Path, label: str, attempt: int | None) -> Run:
         of_attempts.setdefault(part.attempt, new)["records"] += len(part.steps)
     last: dict[str, Any] = {}
     for part in counted.parts:  # of the last attempt, several parts may know different things
-        last = part.provenance | (last if part.attempt == counted.parts[-1].attempt else {})
+        if part.attempt == counted.parts[-1].attempt:
+            last |= part.provenance
     return Run(
         label, folder, counted, {**last, "folder": str(folder), "attempts": [*of_attempts.values()]}
     )

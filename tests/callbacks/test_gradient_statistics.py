@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import training
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import nettrace as nt
@@ -286,6 +288,59 @@ def test_statistics_held_constant_are_noted(tmp_path: Any) -> None:
     noise = nt.open(tmp_path).gradients_noise
     assert noise.attrs["batch_statistics"] == "held constant at those of this batch"
     assert np.isfinite(noise.values).all()
+
+
+class Hidden(Plain):
+    """A part of the network leaves no tape."""
+
+    def __init__(self, hides: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.head, self.hides = nn.Linear(8, 3), hides
+        self.dropout = nn.Dropout(0.3)
+        self.part = (
+            torch.compile(self.net[2:], backend="aot_eager") if hides == "compiled" else None
+        )
+
+    def training_step(self, batch: Any) -> Tensor:  # which takes no index
+        h = self.dropout(self.net[:2](batch[0]))
+        if self.hides == "plain":
+            h = self.net[2:](h)
+        elif self.part is not None:
+            h = self.part(h)
+        else:
+            h = checkpoint(self.net[2:], h, use_reentrant=self.hides == "reentrant")
+        loss = F.cross_entropy(self.head(h), batch[1])
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+@pytest.mark.parametrize("hides", ["compiled", "reentrant", "not reentrant"])
+def test_what_is_hidden_is_evaluated_again_and_noted(hides: str, tmp_path: Any) -> None:
+    found = {}
+    for kind in ("plain", hides):
+        torch.manual_seed(0)
+        module = Hidden(kind)
+        torch.manual_seed(1)
+        fit(module, lambda x, y, t: (x, y), tmp_path / kind)
+        found[kind] = nt.open(tmp_path / kind).gradients_gram
+        weights = [p.detach().clone() for p in module.parameters()]
+        torch.manual_seed(0)
+        alone = Hidden(kind)
+        torch.manual_seed(1)
+        training.fit([], alone, DataLoader(Data(lambda x, y, t: (x, y)), BATCH), max_steps=STEPS)
+        assert all(map(torch.equal, weights, (p.detach() for p in alone.parameters())))
+    plain, hidden = found["plain"], found[hides]
+    assert hidden.values == pytest.approx(plain.values, rel=1e-4)
+    assert "evaluated" not in plain.attrs
+    if hides == "not reentrant":
+        assert "evaluated" not in hidden.attrs
+    else:
+        one, other = re.findall(
+            r"its loss is (\S+), that of the training (\S+)", str(hidden.attrs)
+        )[0]
+        assert float(one) == pytest.approx(float(other.strip("'},")), rel=1e-5)
 
 
 class Contrastive(Plain):
