@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -19,15 +18,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
-from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.freeze import frozen, private_copy, random_states
+from nettrace.missing import warn_missing
 from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound
-from nettrace.store import TraceWriter
+from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Session:
         self._unfired = list(callbacks)
         self._warned: set[str] = set()
         self._attempt = uuid.uuid4().hex
-        self._writers: dict[tuple[Path, str], TraceWriter] = {}
+        self._writers: dict[tuple[Path, str], Journal] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         for callback in callbacks:
@@ -207,11 +207,9 @@ class Session:
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
-            warnings.warn(
+            warn_missing(
                 f"{type(callback).__name__} never measured: its schedule did not fire in the "
-                f"{self._trainer.global_step} steps of this training; choose a smaller every=",
-                MissingMeasureWarning,
-                stacklevel=2,
+                f"{self._trainer.global_step} steps of this training; choose a smaller every="
             )
 
     def _write(
@@ -235,9 +233,10 @@ class Session:
                     self._writers[key] = self._writer(folder, fingerprint)
                 self._writers[key].write(list(named.values()), position)
             except (OSError, TypeError, ValueError) as error:
-                self._report(callbacks[0], f"cannot write the trace to {folder}", error)
+                what = f"cannot write the trace to {folder}"
+                self._report(callbacks[0], what, error, UNWRITTEN)
 
-    def _writer(self, folder: Path, fingerprint: str) -> TraceWriter:
+    def _writer(self, folder: Path, fingerprint: str) -> Journal:
         trainer, module = self._trainer, self._module
         about: dict[str, Any] = of_model(module)
         configuration = {
@@ -255,7 +254,7 @@ class Session:
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
         }
-        return TraceWriter(
+        return Journal(
             folder,
             self._attempt,
             start=self._start,
@@ -280,14 +279,14 @@ class Session:
                 except Exception as error:
                     self._report(callbacks[0], f"cannot log to {type(logger).__name__}", error)
 
-    def _report(self, callback: Trace, what: str, error: Exception) -> None:
+    def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
         """Raises or, once, warns."""
         if callback.on_error == "raise":
             raise error
         if what not in self._warned:
             self._warned.add(what)
             text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
-            warnings.warn(text, MissingMeasureWarning, stacklevel=2)
+            warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=2)
 
     def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
         """The callback's probes, or one of the trainer's data, where and as the module needs it."""

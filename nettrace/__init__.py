@@ -6,6 +6,7 @@ from nettrace.estimators import Estimate
 from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
+from nettrace.missing import MissingMeasureWarning
 from nettrace.offline import Analysis, analyze
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -15,7 +16,7 @@ from nettrace.probe import Probe
 from nettrace.record import Record
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
-from nettrace.tracer import MissingMeasureWarning, Tracer
+from nettrace.tracer import Tracer
 
 __all__ = [
     "Analysis",

@@ -95,9 +95,9 @@ def random_states(devices: set[torch.device]) -> Iterator[None]:
 def _parameters(model: nn.Module) -> Iterator[None]:
     # Some forwards write to weights, such as that of nn.Embedding with max_norm.
     found = [(p, p.grad, p.requires_grad, p.data, p.detach().clone()) for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = None
     try:
+        for p in model.parameters():
+            p.grad = None
         yield
     finally:
         for p, grad, requires_grad, data, value in found:
@@ -114,9 +114,9 @@ def _parameters(model: nn.Module) -> Iterator[None]:
 def _modes(model: nn.Module) -> Iterator[None]:
     # Flags are set one by one: a module's own train() may do more than set them.
     found = [(module, module.training) for module in model.modules()]
-    for module, _ in found:
-        module.training = False
     try:
+        for module, _ in found:
+            module.training = False
         yield
     finally:
         for module, training in found:
@@ -131,11 +131,11 @@ def _attributes(model: nn.Module) -> Iterator[None]:
         holders += [vars(module), module._buffers, module._parameters, module._modules]
     found = [(holder, dict(holder)) for holder in holders]
     memo: dict[int, Any] = {}
-    for module in modules:
-        for holder in (vars(module), module._buffers):
-            for name in holder.keys() - _INTERNALS:
-                holder[name] = private_copy(holder[name], memo)
-    try:
+    try:  # memory may run out in copying
+        for module in modules:
+            for holder in (vars(module), module._buffers):
+                for name in holder.keys() - _INTERNALS:
+                    holder[name] = private_copy(holder[name], memo)
         yield
     finally:
         for holder, content in found:

@@ -6,8 +6,9 @@ import copy
 import json
 import operator
 import time
-import warnings
+import traceback
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,30 +17,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nettrace.allowance import Allowance, is_out_of_memory
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
 from nettrace.independence import check_independence
 from nettrace.measures import Measure, Value, resolve
 from nettrace.measures.registry import Numbers
+from nettrace.missing import regardless_of_numbers, warn_missing
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
-from nettrace.price import TooDear
+from nettrace.price import TooDear, size
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
-from nettrace.store import TraceWriter
+from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 
 OnError = Literal["record", "raise"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
-
-
-class MissingMeasureWarning(UserWarning):
-    """A measure could not be taken; its record says why, and the training goes on."""
 
 
 class Tracer:
@@ -58,6 +57,9 @@ class Tracer:
     At the first record, and whenever the operations on the tape change, the price of each measure
     is predicted (see `explain`). One that is too dear is not taken; its record is missing, with the
     price, the limit and what would do instead.
+
+    Where memory runs out, what was asked for is tried again within a quarter of the memory budget,
+    down to a 64th, and so are later records; the attribute "memory_budget" then has the bytes.
 
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
@@ -106,8 +108,9 @@ class Tracer:
         self.due = schedule(every)
         self.on_error: OnError = on_error
         self._memory_budget = memory_budget
+        self._allowance = Allowance(memory_budget)
         self._seed = seed
-        self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
+        self._writer = None if to is None else Journal(to, probe=self.fingerprint)
         if self._writer is not None:
             self._writer.provenance["configuration"] = json.dumps(
                 {
@@ -173,11 +176,12 @@ class Tracer:
                 if "model" not in self._writer.provenance:
                     self._writer.provenance |= of_model(model)
                 self._writer.write(records, coordinates)
-            except (OSError, TypeError) as error:
+            except (OSError, TypeError, ValueError) as error:
                 if self.on_error == "raise":
                     raise
                 self._warn(
-                    "cannot write", f"cannot write the trace to {self._writer.folder}: {error}"
+                    "cannot write",
+                    f"cannot write the trace to {self._writer.folder}: {error}; {UNWRITTEN}",
                 )
         return records
 
@@ -192,9 +196,29 @@ class Tracer:
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
         start = time.perf_counter()
-        records: list[Record] = []
+        records: dict[str, Record] = {}
         checks: list[Record] = []
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+        left = measures
+        while left := self._attempt(model, step, left, optimizers, records, checks):
+            self._allowance.reduce()
+        taken = [records[m.name] for m in measures if m.name in records]
+        seconds = np.asarray(time.perf_counter() - start)
+        convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
+        timed = Record("nettrace/seconds", step, seconds, attributes=convention)
+        return [*taken, *checks, timed]
+
+    def _attempt(
+        self,
+        model: nn.Module,
+        step: int,
+        measures: Sequence[Measure],
+        optimizers: Sequence[Optimizer],
+        records: dict[str, Record],
+        checks: list[Record],
+    ) -> list[Measure]:
+        """Adds the records of one look; returns what to try again within less memory."""
+        left: list[Measure] = []
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
         try:
@@ -203,18 +227,18 @@ class Tracer:
                     found, refused = self._see(model, step, measures, optimizers, checks)
                 except Exception as error:
                     found = error
-                records = self._take(measures, step, found, refused)
+                left = self._take(measures, step, found, refused, records)
                 if not isinstance(found, Exception):
-                    self._past.keep(found, _references(measures, refused))
+                    done = [measure for measure in measures if measure not in left]
+                    self._past.keep(found, _references(done, refused))
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             found = error
-            records = self._take(measures, step, error, refused)
+            left = self._take(measures, step, error, refused, records)
         self._failure = found if isinstance(found, Exception) else None
-        seconds = np.asarray(time.perf_counter() - start)
-        convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-        timed = Record("nettrace/seconds", step, seconds, attributes=convention)
-        return [*records, *checks, timed]
+        if self._failure is not None:  # which would keep the look and its tape until the next
+            traceback.clear_frames(self._failure.__traceback__)
+        return left
 
     def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
         """Keeps what measures will ask of this look, as if they were taken now, but takes none.
@@ -302,7 +326,9 @@ class Tracer:
         Raises:
             Exception: the reason, if `on_error="raise"`.
         """
-        return self._take(measures, step, error, {})
+        records: dict[str, Record] = {}
+        self._take(measures, step, error, {}, records)
+        return [records[m.name] for m in measures if m.name in records]
 
     def _see(
         self,
@@ -315,13 +341,15 @@ class Tracer:
         """A look that has been examined, and which measures are too dear; adds to `checks`."""
 
         def check(jacobian: Jacobian) -> None:
+            if checks and checks[0].missing is None:
+                return  # it passed before memory ran out
             try:
                 certificate = self._spot_check(jacobian, step)
             except SpotCheckError as error:
-                checks.append(_spot_check(step, error))
+                checks[:] = [_spot_check(step, error)]
                 raise
             if certificate is not None:
-                checks.append(_spot_check(step, certificate))
+                checks[:] = [_spot_check(step, certificate)]
 
         found = Statistics(
             model,
@@ -331,7 +359,7 @@ class Tracer:
             past=self._past,
             optimizers=optimizers,
             seed=self._seed_at(step),
-            memory_budget=self._memory_budget,
+            memory_budget=self._allowance.bytes,
             check=check,
             loss_check=self.loss_check,
         )
@@ -351,8 +379,10 @@ class Tracer:
         step: int,
         found: Statistics | Exception,
         refused: Mapping[str, TooDear],
-    ) -> list[Record]:
-        records = {}
+        records: dict[str, Record],
+    ) -> list[Measure]:
+        """Adds a record of each measure; returns those for which memory ran out, to try again."""
+        left = []
         # Those of others come last: what they may do to the network is undone afterwards.
         for measure in sorted(measures, key=lambda measure: not measure.is_own):
             try:
@@ -360,18 +390,29 @@ class Tracer:
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
-                records[measure.name] = _record(measure, step, measure(found), found)
+                record = _record(measure, step, measure(found), found)
+                if self._allowance.is_reduced:
+                    reduced = {"memory_budget": self._allowance.bytes}
+                    record = replace(record, attributes={**record.attributes, **reduced})
+                records[measure.name] = record
             except Inapplicable:
                 continue
             except Exception as error:
+                if self._allowance.may_help(error):
+                    left.append(measure)
+                    continue
                 if self.on_error == "raise":
                     raise
                 records[measure.name] = self._missing(measure, step, error)
-        return [records[m.name] for m in measures if m.name in records]
+        return left
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
+        if is_out_of_memory(error):
+            within = size(self._allowance.bytes)
+            reason += f" (also within memory_budget={within}: take a smaller probe)"
+        once = regardless_of_numbers(reason)
+        self._warn(once, f"{measure.name} is missing at step {step}{self._where}: {reason}")
         shape = (0,) * len(measure.dims)
         value = np.full(shape, np.nan)
         return Record(
@@ -381,7 +422,7 @@ class Tracer:
     def _warn(self, once: str, text: str) -> None:
         if once not in self._warned:
             self._warned.add(once)
-            warnings.warn(text, MissingMeasureWarning, stacklevel=5)
+            warn_missing(text, stacklevel=5)
 
 
 def chosen(
