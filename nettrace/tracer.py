@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nettrace.allowance import Allowance, is_out_of_memory
@@ -22,8 +22,7 @@ from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certif
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
 from nettrace.independence import check_independence
-from nettrace.measures import Measure, Value, resolve
-from nettrace.measures.registry import Numbers
+from nettrace.measures import Measure, resolve
 from nettrace.missing import regardless_of_numbers, warn_missing
 from nettrace.operator import Jacobian
 from nettrace.own_loss import LossCheck
@@ -31,6 +30,7 @@ from nettrace.past import Past, Reference
 from nettrace.price import TooDear, size
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
+from nettrace.recording import missing, recorded, spot_check
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
@@ -346,10 +346,10 @@ class Tracer:
             try:
                 certificate = self._spot_check(jacobian, step)
             except SpotCheckError as error:
-                checks[:] = [_spot_check(step, error)]
+                checks[:] = [spot_check(step, error)]
                 raise
             if certificate is not None:
-                checks[:] = [_spot_check(step, certificate)]
+                checks[:] = [spot_check(step, certificate)]
 
         found = Statistics(
             model,
@@ -390,7 +390,7 @@ class Tracer:
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
-                record = _record(measure, step, measure(found), found)
+                record = recorded(measure, step, measure(found), found)
                 if self._allowance.is_reduced:
                     reduced = {"memory_budget": self._allowance.bytes}
                     record = replace(record, attributes={**record.attributes, **reduced})
@@ -413,11 +413,7 @@ class Tracer:
             reason += f" (also within memory_budget={within}: take a smaller probe)"
         once = regardless_of_numbers(reason)
         self._warn(once, f"{measure.name} is missing at step {step}{self._where}: {reason}")
-        shape = (0,) * len(measure.dims)
-        value = np.full(shape, np.nan)
-        return Record(
-            measure.name, step, value, dims=measure.dims, attributes=_about(measure), missing=reason
-        )
+        return missing(measure, step, reason)
 
     def _warn(self, once: str, text: str) -> None:
         if once not in self._warned:
@@ -441,54 +437,6 @@ def chosen(
 def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
     """The earlier looks that measures which are not refused compare with."""
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
-
-
-def _record(measure: Measure, step: int, found: Value, statistics: Statistics) -> Record:
-    return Record(
-        measure.name,
-        step,
-        _array(found.value),
-        None if found.standard_error is None else _array(found.standard_error),
-        measure.dims,
-        found.coordinates,
-        {
-            **_about(measure),
-            **({"outputs": statistics.selected} if statistics.selected else {}),
-            **_loss(measure, statistics),
-            **found.attributes,
-        },
-    )
-
-
-def _spot_check(step: int, found: Certificate | SpotCheckError) -> Record:
-    name = "nettrace/spot_check"
-    if isinstance(found, SpotCheckError):
-        return Record(name, step, np.asarray(np.nan), missing=f"SpotCheckError: {found}")
-    attributes = {
-        "convention": "largest difference from plain autograd in a few entries of the Jacobian, "
-        "over the norms of its rows",
-        "certificate": found.as_json(),
-    }
-    return Record(name, step, np.asarray(found.error), attributes=attributes)
-
-
-def _loss(measure: Measure, statistics: Statistics) -> dict[str, str]:
-    """What the loss and the distribution of the outputs were taken to be, if it matters."""
-    if not statistics.of_likelihood & set(measure.needs):
-        return {}
-    likelihood = statistics.assumed_likelihood
-    loss = "losses of the probe's own" if likelihood is None else likelihood.loss
-    known = {"likelihood": "unknown" if likelihood is None else likelihood.name, "loss": loss}
-    check = statistics.loss_check
-    return known if check is None else {**known, "loss_checked": check.text}
-
-
-def _about(measure: Measure) -> dict[str, str]:
-    return {"convention": measure.convention, "mode": "eval", "source": measure.source}
-
-
-def _array(value: Numbers) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def _synchronise(model: nn.Module) -> None:
