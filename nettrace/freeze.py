@@ -6,13 +6,15 @@ import copy
 import random
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 _INTERNALS = frozenset(vars(nn.Module()))
 
@@ -38,6 +40,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model))
+        stack.enter_context(_no_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -108,6 +111,17 @@ def _parameters(model: nn.Module) -> Iterator[None]:
             if p.requires_grad != requires_grad:
                 p.requires_grad_(requires_grad)
             p.grad = grad
+
+
+@contextmanager
+def _no_reentrant_checkpoints() -> Iterator[None]:
+    """Calls what is checkpointed, which would hide the parameters in it from the tape."""
+
+    def call(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
+        return function(*inputs)
+
+    with patch.object(CheckpointFunction, "apply", call):
+        yield
 
 
 @contextmanager
