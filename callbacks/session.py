@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 
 _FEW = 1000  # longer lists are data
+#: What to do about it, for warnings.
+_UNLOGGED = (
+    "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
+    "logs nothing"
+)
 
 
 class Session:
@@ -96,7 +101,7 @@ class Session:
             if looks and compares:
                 try:
                     tracer.load_state_dict(looks)
-                except ValueError as error:
+                except Exception as error:  # whatever a checkpoint of others may hold
                     self._report(compares[0], "cannot compare with the run before", error)
         tracers = [
             (t, [m for c in group for m in c.measures]) for t, group in self._groups.values()
@@ -232,7 +237,7 @@ class Session:
                 if key not in self._writers:
                     self._writers[key] = self._writer(folder, fingerprint)
                 self._writers[key].write(list(named.values()), position)
-            except (OSError, TypeError, ValueError) as error:
+            except Exception as error:  # of the disk, or of hyper-parameters that cannot be told
                 what = f"cannot write the trace to {folder}"
                 self._report(callbacks[0], what, error, UNWRITTEN)
 
@@ -277,7 +282,8 @@ class Session:
                 try:
                     send(logger, found, prefix, step)
                 except Exception as error:
-                    self._report(callbacks[0], f"cannot log to {type(logger).__name__}", error)
+                    what = f"cannot log to {type(logger).__name__}"
+                    self._report(callbacks[0], what, error, _UNLOGGED)
 
     def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
         """Raises or, once, warns."""

@@ -411,8 +411,10 @@ class Tracer:
         if is_out_of_memory(error):
             within = size(self._allowance.bytes)
             reason += f" (also within memory_budget={within}: take a smaller probe)"
-        once = regardless_of_numbers(reason)
-        self._warn(once, f"{measure.name} is missing at step {step}{self._where}: {reason}")
+        # Amounts of memory come in several units.
+        once = "out of memory" if is_out_of_memory(error) else regardless_of_numbers(reason)
+        what = f"{measure.name} is missing at step {step}{self._where}: {reason}"
+        self._warn(once, f"{what}. The training goes on without; on_error='raise' would raise this")
         return missing(measure, step, reason)
 
     def _warn(self, once: str, text: str) -> None:
