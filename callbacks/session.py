@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -19,16 +18,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
-from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.callbacks.steps import Steps, asked
 from nettrace.freeze import frozen, private_copy, random_states
+from nettrace.missing import warn_missing
 from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound
-from nettrace.store import TraceWriter
+from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 
 _FEW = 1000  # longer lists are data
+#: What to do about it, for warnings.
+_UNLOGGED = (
+    "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
+    "logs nothing"
+)
 
 
 class Session:
@@ -71,7 +76,7 @@ class Session:
         self._warned: set[str] = set()
         self._attempt = uuid.uuid4().hex
         #: By folder and the fingerprint of the probe, None for the training's own steps.
-        self._writers: dict[tuple[Path, str | None], TraceWriter] = {}
+        self._writers: dict[tuple[Path, str | None], Journal] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
@@ -101,7 +106,7 @@ class Session:
             if looks and compares:
                 try:
                     tracer.load_state_dict(looks)
-                except ValueError as error:
+                except Exception as error:  # whatever a checkpoint of others may hold
                     self._report(compares[0], "cannot compare with the run before", error)
         tracers = [
             (t, [m for c in group for m in c.measures]) for t, group in self._groups.values()
@@ -230,11 +235,9 @@ class Session:
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
-            warnings.warn(
+            warn_missing(
                 f"{type(callback).__name__} never measured: its schedule did not fire in the "
-                f"{self._trainer.global_step} steps of this training; choose a smaller every=",
-                MissingMeasureWarning,
-                stacklevel=2,
+                f"{self._trainer.global_step} steps of this training; choose a smaller every="
             )
 
     def _write(
@@ -257,10 +260,11 @@ class Session:
                 if key not in self._writers:
                     self._writers[key] = self._writer(folder, fingerprint)
                 self._writers[key].write(list(named.values()), position)
-            except (OSError, TypeError, ValueError) as error:
-                self._report(callbacks[0], f"cannot write the trace to {folder}", error)
+            except Exception as error:  # of the disk, or of hyper-parameters that cannot be told
+                what = f"cannot write the trace to {folder}"
+                self._report(callbacks[0], what, error, UNWRITTEN)
 
-    def _writer(self, folder: Path, fingerprint: str | None) -> TraceWriter:
+    def _writer(self, folder: Path, fingerprint: str | None) -> Journal:
         trainer, module = self._trainer, self._module
         about: dict[str, Any] = of_model(module)
         if fingerprint is not None:
@@ -280,7 +284,7 @@ class Session:
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
         }
-        return TraceWriter(
+        return Journal(
             folder,
             self._attempt,
             start=self._start,
@@ -302,16 +306,17 @@ class Session:
                 try:
                     send(logger, found, prefix, step)
                 except Exception as error:
-                    self._report(callbacks[0], f"cannot log to {type(logger).__name__}", error)
+                    what = f"cannot log to {type(logger).__name__}"
+                    self._report(callbacks[0], what, error, _UNLOGGED)
 
-    def _report(self, callback: Trace, what: str, error: Exception) -> None:
+    def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
         """Raises or, once, warns."""
         if callback.on_error == "raise":
             raise error
         if what not in self._warned:
             self._warned.add(what)
             text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
-            warnings.warn(text, MissingMeasureWarning, stacklevel=2)
+            warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=2)
 
     def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
         """The callback's probes, or one of the trainer's data, where and as the module needs it."""

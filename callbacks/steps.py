@@ -82,12 +82,12 @@ class Steps:
         model, samples, step = self._module, self._samples, self._step
         hidden = opaque(loss)
         if hidden is None or not automatic:
-            self._take(lambda: StepStatistics(loss, model, samples, step, scale))
+            self._take(lambda memory: StepStatistics(loss, model, samples, step, memory, scale))
             return
         with frozen(model, evaluating=False), silenced(model):
-            self._take(lambda: self._again(float(loss.detach()) / scale, hidden))
+            self._take(lambda memory: self._again(float(loss.detach()) / scale, hidden, memory))
 
-    def _again(self, loss: float, hidden: str) -> StepStatistics:
+    def _again(self, loss: float, hidden: str, memory: int) -> StepStatistics:
         """The step evaluated anew with a tape that hides nothing, from the same random states."""
         assert self._put_back is not None
         assert self._arguments is not None
@@ -101,9 +101,11 @@ class Steps:
             f"again, as {hidden} hides parameters from the tape, in {seconds:.2g} s more; its loss "
             f"is {float(again.detach()):.6g}, that of the training {loss:.6g}"
         )
-        return StepStatistics(again, self._module, self._samples, self._step, evaluated=evaluated)
+        return StepStatistics(
+            again, self._module, self._samples, self._step, memory, evaluated=evaluated
+        )
 
-    def _take(self, look: Callable[[], StepStatistics]) -> None:
+    def _take(self, look: Callable[[int], StepStatistics]) -> None:
         for on_error, tracer in self._tracers.items():
             measures = {m.name: m for c in self._due if c.on_error == on_error for m in c.measures}
             if measures:

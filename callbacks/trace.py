@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,33 @@ from nettrace import Probe, Tracer
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation, PriceList
+from nettrace.missing import warn_missing
 from nettrace.probe import check_probes
 from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
 from nettrace.statistics import StepStatistics
 from nettrace.tracer import chosen
+
+
+def _spared(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook of which an error that nobody foresaw ends the measuring, but not the training."""
+
+    @wraps(hook)
+    def spared(self: Trace, trainer: Any, *arguments: Any) -> None:
+        try:
+            hook(self, trainer, *arguments)
+        except Exception as error:
+            if any(peer.on_error == "raise" for peer in _peers(trainer)):
+                raise
+            self._session = None
+            warn_missing(
+                f"{type(self).__name__} measures no more in this training: {hook.__name__} failed "
+                f"by {type(error).__name__}: {error}. Report it, please, with the traceback that "
+                "on_error='raise' gives",
+                stacklevel=2,
+            )
+
+    return spared
 
 
 class Trace(Callback):
@@ -101,6 +124,7 @@ class Trace(Callback):
         names = [measure.name for measure in self.measures]
         return Tracer(self.probe, names, max_seconds=self.max_seconds).explain(model)
 
+    @_spared
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the probe, together with the trainer's other callbacks of this kind."""
         peers = _peers(trainer)
@@ -110,6 +134,7 @@ class Trace(Callback):
             self._session = Session(trainer, pl_module, peers, past)
             self._session.measure(trainer.global_step, batches=0)
 
+    @_spared
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -117,11 +142,13 @@ class Trace(Callback):
         if self._session is not None:
             self._session.begin_batch(batch, batch_idx)
 
+    @_spared
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Measures the training step, where that is asked for."""
         if self._session is not None:
             self._session.before_backward(loss)
 
+    @_spared
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -130,6 +157,7 @@ class Trace(Callback):
             self._session.end_batch(outputs)
             self._session.measure(trainer.global_step, batches=batch_idx + 1)
 
+    @_spared
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Measures last where that is asked for, and says which callbacks never measured."""
         if self._session is not None:
@@ -143,6 +171,7 @@ class Trace(Callback):
 
     # Not in `state_dict`, which is one callback's own: what peers share is saved once.
 
+    @_spared
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Saves what measures need of earlier looks as "nettrace", and the trace's files."""
         if _peers(trainer)[0] is not self:

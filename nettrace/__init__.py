@@ -6,6 +6,7 @@ from nettrace.estimators import Estimate
 from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 from nettrace.measures import Value, measure
+from nettrace.missing import MissingMeasureWarning
 from nettrace.offline import Analysis, analyze
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -13,7 +14,6 @@ from nettrace.per_sample import LossJacobian
 from nettrace.price import TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
-from nettrace.recording import MissingMeasureWarning
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
 from nettrace.tracer import Tracer

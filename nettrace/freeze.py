@@ -9,10 +9,12 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 _INTERNALS = frozenset(vars(nn.Module()))
 
@@ -42,6 +44,7 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model, evaluating))
+        stack.enter_context(_no_reentrant_checkpoints())
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -111,9 +114,9 @@ def random_streams(devices: set[torch.device]) -> Callable[[], None]:
 def _parameters(model: nn.Module) -> Iterator[None]:
     # Some forwards write to weights, such as that of nn.Embedding with max_norm.
     found = [(p, p.grad, p.requires_grad, p.data, p.detach().clone()) for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = None
     try:
+        for p in model.parameters():
+            p.grad = None
         yield
     finally:
         for p, grad, requires_grad, data, value in found:
@@ -127,12 +130,23 @@ def _parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _no_reentrant_checkpoints() -> Iterator[None]:
+    """Calls what is checkpointed, which would hide the parameters in it from the tape."""
+
+    def call(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
+        return function(*inputs)
+
+    with patch.object(CheckpointFunction, "apply", call):
+        yield
+
+
+@contextmanager
 def _modes(model: nn.Module, evaluating: bool) -> Iterator[None]:
     # Flags are set one by one: a module's own train() may do more than set them.
     found = [(module, module.training) for module in model.modules()]
-    for module, training in found:
-        module.training = training and not evaluating
     try:
+        for module, training in found:
+            module.training = training and not evaluating
         yield
     finally:
         for module, training in found:
@@ -147,11 +161,11 @@ def _attributes(model: nn.Module) -> Iterator[None]:
         holders += [vars(module), module._buffers, module._parameters, module._modules]
     found = [(holder, dict(holder)) for holder in holders]
     memo: dict[int, Any] = {}
-    for module in modules:
-        for holder in (vars(module), module._buffers):
-            for name in holder.keys() - _INTERNALS:
-                holder[name] = private_copy(holder[name], memo)
-    try:
+    try:  # memory may run out in copying
+        for module in modules:
+            for holder in (vars(module), module._buffers):
+                for name in holder.keys() - _INTERNALS:
+                    holder[name] = private_copy(holder[name], memo)
         yield
     finally:
         for holder, content in found:

@@ -23,6 +23,10 @@ PerLayer: TypeAlias = dict[str, Tensor]
 _ALL = ""
 
 
+class OverBudgetError(MemoryError):
+    """A result alone would take more than the memory budget: more memory free would not help."""
+
+
 class Jacobian(Approximations):
     """An implicit (N, C) x P matrix of derivatives; made by `jacobian`.
 
@@ -448,7 +452,7 @@ class Jacobian(Approximations):
         copies = len(self._gradients.parameters) if per_layer else 1
         size = torch.Size(shape).numel() * copies * self._gradients.dtype.itemsize
         if size > self._memory:
-            raise MemoryError(
+            raise OverBudgetError(
                 f"the result, of shape {shape}{' for each layer' if per_layer else ''}, takes "
                 f"{size:.3g} bytes, above the memory budget of {self._memory:.3g} bytes: take "
                 "fewer samples, raise memory_budget, or sum over outputs with "

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from nettrace.allowance import Allowance, is_out_of_memory
 from nettrace.certificate import Certificate, SpotCheckError
 from nettrace.measures import Measure, Value
 from nettrace.measures.registry import Numbers
+from nettrace.missing import regardless_of_numbers, warn_missing
+from nettrace.price import TooDear, size
 from nettrace.record import Record
 from nettrace.statistics import Inapplicable
 
 OnError = Literal["record", "raise"]
-
-
-class MissingMeasureWarning(UserWarning):
-    """A measure could not be taken; its record says why, and the training goes on."""
 
 
 class Measured(Protocol):
@@ -34,16 +33,18 @@ class Recorder:
 
     Args:
         on_error: "record" notes why a measure is missing, warns once and goes on; "raise" raises.
+        memory_budget: as in `nettrace.jacobian`; less, once memory ran out.
         where: what is measured, for warnings.
 
     Raises:
-        ValueError: if `on_error` is neither.
+        ValueError: if `on_error` is neither, or the budget cannot be read.
     """
 
-    def __init__(self, on_error: OnError, where: str = "") -> None:
+    def __init__(self, on_error: OnError, memory_budget: int | str, where: str = "") -> None:
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
         self.on_error: OnError = on_error
+        self._allowance = Allowance(memory_budget)
         self._where = where
         self._warned: set[str] = set()
 
@@ -52,14 +53,11 @@ class Recorder:
         measures: Sequence[Measure],
         step: int,
         found: Any,
-        refused: Mapping[str, Exception],
-    ) -> list[Record]:
-        """The records of some measures of statistics, or of why there are none.
-
-        Raises:
-            Exception: whatever goes wrong, if `on_error="raise"`.
-        """
-        records = {}
+        refused: Mapping[str, TooDear],
+        records: dict[str, Record],
+    ) -> list[Measure]:
+        """Adds a record of each measure; returns those for which memory ran out, to try again."""
+        left = []
         # Those of others come last: what they may do to the network is undone afterwards.
         for measure in sorted(measures, key=lambda measure: not measure.is_own):
             try:
@@ -67,40 +65,64 @@ class Recorder:
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
-                records[measure.name] = _record(measure, step, measure(found), found)
+                record = recorded(measure, step, measure(found), found)
+                if self._allowance.is_reduced:
+                    reduced = {"memory_budget": self._allowance.bytes}
+                    record = replace(record, attributes={**record.attributes, **reduced})
+                records[measure.name] = record
             except Inapplicable:
                 continue
             except Exception as error:
+                if self._allowance.may_help(error):
+                    left.append(measure)
+                    continue
                 if self.on_error == "raise":
                     raise
                 records[measure.name] = self._missing(measure, step, error)
-        return [records[m.name] for m in measures if m.name in records]
+        return left
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        self._warn(reason, f"{measure.name} is missing at step {step}{self._where}: {reason}")
-        shape = (0,) * len(measure.dims)
-        value = np.full(shape, np.nan)
-        return Record(
-            measure.name, step, value, dims=measure.dims, attributes=_about(measure), missing=reason
-        )
+        if is_out_of_memory(error):
+            within = size(self._allowance.bytes)
+            reason += f" (also within memory_budget={within}: take a smaller probe)"
+        # Amounts of memory come in several units.
+        once = "out of memory" if is_out_of_memory(error) else regardless_of_numbers(reason)
+        what = f"{measure.name} is missing at step {step}{self._where}: {reason}"
+        self._warn(once, f"{what}. The training goes on without; on_error='raise' would raise this")
+        return missing(measure, step, reason)
 
     def _warn(self, once: str, text: str) -> None:
         if once not in self._warned:
             self._warned.add(once)
-            warnings.warn(text, MissingMeasureWarning, stacklevel=5)
+            warn_missing(text, stacklevel=5)
 
 
-def timed(step: int, seconds: float, name: str = "nettrace/seconds") -> Record:
-    """The record of what a measurement took."""
-    convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-    return Record(name, step, np.asarray(seconds), attributes=convention)
+def recorded(measure: Measure, step: int, found: Value, measured: Measured) -> Record:
+    """The record of a value, and of what it rests on."""
+    return Record(
+        measure.name,
+        step,
+        _array(found.value),
+        None if found.standard_error is None else _array(found.standard_error),
+        measure.dims,
+        found.coordinates,
+        {**_about(measure), **measured.about(measure.needs), **found.attributes},
+    )
+
+
+def missing(measure: Measure, step: int, reason: str) -> Record:
+    """The record of a measure that could not be taken."""
+    value = np.full((0,) * len(measure.dims), np.nan)
+    return Record(
+        measure.name, step, value, dims=measure.dims, attributes=_about(measure), missing=reason
+    )
 
 
 def spot_check(
     step: int, found: Certificate | SpotCheckError, name: str = "nettrace/spot_check"
 ) -> Record:
-    """The record of a spot check, whether it passed or not."""
+    """The record of a spot check, passed or not."""
     if isinstance(found, SpotCheckError):
         return Record(name, step, np.asarray(np.nan), missing=f"SpotCheckError: {found}")
     attributes = {
@@ -111,16 +133,10 @@ def spot_check(
     return Record(name, step, np.asarray(found.error), attributes=attributes)
 
 
-def _record(measure: Measure, step: int, found: Value, measured: Measured) -> Record:
-    return Record(
-        measure.name,
-        step,
-        _array(found.value),
-        None if found.standard_error is None else _array(found.standard_error),
-        measure.dims,
-        found.coordinates,
-        {**_about(measure), **measured.about(measure.needs), **found.attributes},
-    )
+def timed(step: int, seconds: float, name: str = "nettrace/seconds") -> Record:
+    """The record of what a measurement took."""
+    convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
+    return Record(name, step, np.asarray(seconds), attributes=convention)
 
 
 def _about(measure: Measure) -> dict[str, str]:

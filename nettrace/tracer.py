@@ -6,6 +6,7 @@ import copy
 import json
 import operator
 import time
+import traceback
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +30,7 @@ from nettrace.recording import OnError, Recorder, spot_check, timed
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Statistics
-from nettrace.store import TraceWriter
+from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
@@ -51,6 +52,9 @@ class Tracer(Recorder):
     At the first record, and whenever the operations on the tape change, the price of each measure
     is predicted (see `explain`). One that is too dear is not taken; its record is missing, with the
     price, the limit and what would do instead.
+
+    Where memory runs out, what was asked for is tried again within a quarter of the memory budget,
+    down to a 64th, and so are later records; the attribute "memory_budget" then has the bytes.
 
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
@@ -89,7 +93,7 @@ class Tracer(Recorder):
         max_seconds: float | None = 60.0,
         seed: int = 0,
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(on_error, memory_budget)
         check_probes(probe)
         #: The samples, or the first of several probes.
         self.probe = probe if isinstance(probe, Probe) else next(iter(probe.values()))
@@ -98,7 +102,7 @@ class Tracer(Recorder):
         self.due = schedule(every)
         self._memory_budget = memory_budget
         self._seed = seed
-        self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
+        self._writer = None if to is None else Journal(to, probe=self.fingerprint)
         if self._writer is not None:
             self._writer.provenance["configuration"] = json.dumps(
                 {
@@ -162,11 +166,12 @@ class Tracer(Recorder):
                 if "model" not in self._writer.provenance:
                     self._writer.provenance |= of_model(model)
                 self._writer.write(records, coordinates)
-            except (OSError, TypeError) as error:
+            except (OSError, TypeError, ValueError) as error:
                 if self.on_error == "raise":
                     raise
                 self._warn(
-                    "cannot write", f"cannot write the trace to {self._writer.folder}: {error}"
+                    "cannot write",
+                    f"cannot write the trace to {self._writer.folder}: {error}; {UNWRITTEN}",
                 )
         return records
 
@@ -181,9 +186,26 @@ class Tracer(Recorder):
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
         start = time.perf_counter()
-        records: list[Record] = []
+        records: dict[str, Record] = {}
         checks: list[Record] = []
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+        left = measures
+        while left := self._attempt(model, step, left, optimizers, records, checks):
+            self._allowance.reduce()
+        taken = [records[m.name] for m in measures if m.name in records]
+        return [*taken, *checks, timed(step, time.perf_counter() - start)]
+
+    def _attempt(
+        self,
+        model: nn.Module,
+        step: int,
+        measures: Sequence[Measure],
+        optimizers: Sequence[Optimizer],
+        records: dict[str, Record],
+        checks: list[Record],
+    ) -> list[Measure]:
+        """Adds the records of one look; returns what to try again within less memory."""
+        left: list[Measure] = []
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
         try:
@@ -192,15 +214,18 @@ class Tracer(Recorder):
                     found, refused = self._see(model, step, measures, optimizers, checks)
                 except Exception as error:
                     found = error
-                records = self._take(measures, step, found, refused)
+                left = self._take(measures, step, found, refused, records)
                 if not isinstance(found, Exception):
-                    self._past.keep(found, _references(measures, refused))
+                    done = [measure for measure in measures if measure not in left]
+                    self._past.keep(found, _references(done, refused))
                 _synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             found = error
-            records = self._take(measures, step, error, refused)
+            left = self._take(measures, step, error, refused, records)
         self._failure = found if isinstance(found, Exception) else None
-        return [*records, *checks, timed(step, time.perf_counter() - start)]
+        if self._failure is not None:  # which would keep the look and its tape until the next
+            traceback.clear_frames(self._failure.__traceback__)
+        return left
 
     def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
         """Keeps what measures will ask of this look, as if they were taken now, but takes none.
@@ -288,7 +313,9 @@ class Tracer(Recorder):
         Raises:
             Exception: the reason, if `on_error="raise"`.
         """
-        return self._take(measures, step, error, {})
+        records: dict[str, Record] = {}
+        self._take(measures, step, error, {}, records)
+        return [records[m.name] for m in measures if m.name in records]
 
     def _see(
         self,
@@ -301,13 +328,15 @@ class Tracer(Recorder):
         """A look that has been examined, and which measures are too dear; adds to `checks`."""
 
         def check(jacobian: Jacobian) -> None:
+            if checks and checks[0].missing is None:
+                return  # it passed before memory ran out
             try:
                 certificate = self._spot_check(jacobian, step)
             except SpotCheckError as error:
-                checks.append(spot_check(step, error))
+                checks[:] = [spot_check(step, error)]
                 raise
             if certificate is not None:
-                checks.append(spot_check(step, certificate))
+                checks[:] = [spot_check(step, certificate)]
 
         found = Statistics(
             model,
@@ -317,7 +346,7 @@ class Tracer(Recorder):
             past=self._past,
             optimizers=optimizers,
             seed=self._seed_at(step),
-            memory_budget=self._memory_budget,
+            memory_budget=self._allowance.bytes,
             check=check,
             loss_check=self.loss_check,
         )

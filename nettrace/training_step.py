@@ -26,13 +26,13 @@ class StepTracer(Recorder):
     is compared with plain autograd as `nettrace.Tracer` does, as "nettrace/step_spot_check".
     """
 
-    def __init__(self, on_error: OnError = "record") -> None:
-        super().__init__(on_error, " of the training")
+    def __init__(self, on_error: OnError = "record", memory_budget: int | str = "2GiB") -> None:
+        super().__init__(on_error, memory_budget, " of the training")
         self._spot_checks = SpotChecks()
 
     def measure(
         self,
-        look: Callable[[], StepStatistics],
+        look: Callable[[int], StepStatistics],
         model: nn.Module,
         step: int,
         measures: Sequence[Measure],
@@ -40,7 +40,7 @@ class StepTracer(Recorder):
         """Takes some measures of a step.
 
         Args:
-            look: gives the statistics of the step.
+            look: gives the statistics of the step, within so many bytes.
             model: the network.
             step: how many updates the weights have had.
             measures: of the statistics of a step.
@@ -49,29 +49,37 @@ class StepTracer(Recorder):
             Exception: whatever goes wrong, if `on_error="raise"`.
         """
         start = time.perf_counter()
-        found: StepStatistics | Exception
+        records: dict[str, Record] = {}
+        checks: list[Record] = []
         devices = {p.device for p in model.parameters()}
+        left = measures
         with ExitStack() as stack:
             for kind in {"cpu"} | {d.type for d in devices}:
                 stack.enter_context(torch.autocast(device_type=kind, enabled=False))
             stack.enter_context(random_states(devices))
             stack.enter_context(torch.enable_grad())
-            checks: list[Record] = []
-            try:
-                found = look()
-                checks = self._check(found, step)
-            except Exception as error:
-                if isinstance(error, SpotCheckError):
-                    checks = [spot_check(step, error, _CHECK)]
-                found = error
-            records = self._take(measures, step, found, {})
-        return [*records, *checks, timed(step, time.perf_counter() - start, _SECONDS)]
+            while left := self._attempt(look, step, left, records, checks):
+                self._allowance.reduce()
+        taken = [records[m.name] for m in measures if m.name in records]
+        return [*taken, *checks, timed(step, time.perf_counter() - start, _SECONDS)]
 
-    def _check(self, found: StepStatistics, step: int) -> list[Record]:
-        """A certificate, if one is due.
-
-        Raises:
-            SpotCheckError: if it is, and cannot be given.
-        """
-        certificate = self._spot_checks(found.loss_gradients.shares, step)
-        return [] if certificate is None else [spot_check(step, certificate, _CHECK)]
+    def _attempt(
+        self,
+        look: Callable[[int], StepStatistics],
+        step: int,
+        measures: Sequence[Measure],
+        records: dict[str, Record],
+        checks: list[Record],
+    ) -> list[Measure]:
+        """Adds the records of one look; returns what to try again within less memory."""
+        found: StepStatistics | Exception
+        try:
+            found = look(self._allowance.bytes)
+            certificate = self._spot_checks(found.loss_gradients.shares, step)
+            if certificate is not None:
+                checks[:] = [spot_check(step, certificate, _CHECK)]
+        except Exception as error:
+            if isinstance(error, SpotCheckError):
+                checks[:] = [spot_check(step, error, _CHECK)]
+            found = error
+        return self._take(measures, step, found, {}, records)

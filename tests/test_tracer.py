@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import nettrace as nt
 
@@ -149,3 +150,16 @@ def test_an_uninitialised_network_is_missing_until_it_is():
         assert tracer(model, 0)[0].missing
     model(x)
     assert tracer(model, 1)[0].missing is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_checkpointed_is_measured_as_what_is_not(reentrant):
+    def checkpointed(m, x):
+        x = x.detach().requires_grad_()
+        return m.gate + 1 + checkpoint(m.linear, x, use_reentrant=reentrant).tanh()
+
+    found = []
+    for mix in (checkpointed, lambda m, x: m.gate + 1 + m.linear(x).tanh()):
+        torch.manual_seed(0)
+        found.append(measure(Net(mix)))
+    assert found[0] == found[1] > N * 3  # which is the gate's share

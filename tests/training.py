@@ -6,7 +6,7 @@ import csv
 import json
 import random
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -122,6 +122,15 @@ def loader(dataset: Any = None, **options: Any) -> DataLoader:
     return DataLoader(Samples() if dataset is None else dataset, **{"batch_size": 4, **options})
 
 
+def trainer(callbacks: Any, *, namespace: str = NAMESPACES[0], **options: Any) -> Any:
+    """A trainer for four steps that says and writes nothing that is not asked for."""
+    quiet = dict.fromkeys(
+        ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False
+    )
+    settings = {"accelerator": "cpu", "max_steps": 4, "log_every_n_steps": 1, **quiet, **options}
+    return import_module(namespace).Trainer(callbacks=callbacks, **settings)
+
+
 def fit(
     callbacks: Any,
     model: Any = None,
@@ -132,25 +141,17 @@ def fit(
     ckpt_path: Any = None,
     **options: Any,
 ) -> Any:
-    """Trains for four steps, saying and writing nothing that is not asked for.
-
-    Returns:
-        The trainer.
-    """
-    quiet = dict.fromkeys(
-        ("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False
-    )
-    settings = {"accelerator": "cpu", "max_steps": 4, "log_every_n_steps": 1, **quiet, **options}
-    trainer = import_module(namespace).Trainer(callbacks=callbacks, **settings)
+    """Trains as `trainer` says, and returns that."""
+    its = trainer(callbacks, namespace=namespace, **options)
     model = network(namespace)() if model is None else model
     data = loader() if data is None else data
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
     try:
-        trainer.fit(model, data, validation, ckpt_path=ckpt_path)
+        its.fit(model, data, validation, ckpt_path=ckpt_path)
     finally:
         torch.set_num_threads(threads)
-    return trainer
+    return its
 
 
 def seed(number: int = 0) -> None:
@@ -187,6 +188,33 @@ def state(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def result(trainer: Any, model: nn.Module) -> dict[str, Any]:
+    """All that came of a training: the network, its optimizers, and what was logged of it.
+
+    What we add to the logs has "/" in its name.
+    """
+    logged: dict[str, Any] = {"trainer": _own(trainer.callback_metrics)}
+    for number, logger in enumerate(trainer.loggers):
+        path = Path(getattr(logger, "log_dir", None) or "") / "metrics.csv"
+        if path.is_file():
+            with path.open() as file:
+                names = sorted(_own(dict.fromkeys(next(csv.reader(file)))).keys() - {"step"})
+            logged[f"logger {number}"] = {name: column(path.parent, name) for name in names}
+    return {
+        **state(model),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "scaler": dict(trainer.precision_plugin.state_dict()),
+        "progress": (trainer.global_step, trainer.current_epoch),
+        "logged": logged,
+        "course": getattr(model, "notes", []),
+        "hooks": hooks(model),
+    }
+
+
+def _own(logged: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in logged.items() if "/" not in name}
+
+
 def hooks(model: nn.Module) -> int:
     """How many hooks there are on a network's modules and parameters."""
     return sum(_hooks(owner) for owner in (*model.modules(), *model.parameters()))
@@ -216,6 +244,39 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
 def _bits(tensor: Tensor) -> tuple[Any, ...]:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return tensor.dtype, tuple(tensor.shape), flat.numpy().tobytes()
+
+
+def write_grad(model: nn.Module) -> None:
+    model.net[0].weight.grad = torch.ones_like(model.net[0].weight)
+
+
+def write_buffer(model: nn.Module) -> None:
+    model.net[1].running_mean.add_(1)
+
+
+def write_weight(model: nn.Module) -> None:
+    model.net[0].weight.data.add_(1e-7)
+
+
+#: What a careless measurement may do to a `delicate` network, and where it shows.
+CARELESS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "draws from torch": (lambda model: torch.rand(()), "random torch"),
+    "draws from numpy": (lambda model: np.random.rand(), "random numpy"),
+    "draws from python": (lambda model: random.random(), "random python"),
+    "calls train()": (lambda model: model.train(), "mode net.5"),
+    "calls eval()": (lambda model: model.eval(), "mode net.3"),
+    "writes a buffer": (write_buffer, "buffer net.1.running_mean"),
+    "writes .grad": (write_grad, "grad net.0.weight"),
+    "writes a weight": (write_weight, "weight net.0.weight"),
+    "freezes a weight": (
+        lambda model: model.net[0].weight.requires_grad_(False),
+        "requires_grad net.0.weight",
+    ),
+    "leaves a hook": (
+        lambda model: model.net[0].register_forward_hook(lambda *_: None),
+        "hooks net.0",
+    ),
+}
 
 
 def column(folder: str | Path, name: str) -> dict[int, str]:

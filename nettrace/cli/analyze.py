@@ -22,8 +22,8 @@ from nettrace.cli.texts import (
     split,
     wrapped,
 )
+from nettrace.missing import MissingMeasureWarning
 from nettrace.offline import Analysis
-from nettrace.recording import MissingMeasureWarning
 
 _ABOUT = "measure checkpoints as a callback would have measured the network in training"
 _EXAMPLES = """

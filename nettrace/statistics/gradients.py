@@ -86,9 +86,9 @@ class StepStatistics(GradientStatistics):
         model: the network.
         samples: how many samples make up the loss.
         step: how many updates the weights have had.
+        memory_budget: as in `nettrace.jacobian`.
         scale: by what the loss is multiplied, as against the underflow of half precision.
         evaluated: how the loss was computed, if it is not the training's own.
-        memory_budget: as in `nettrace.jacobian`.
 
     Raises:
         CoupledSamplesError: if the loss is no mean or sum over samples, or some of the network is
@@ -101,9 +101,9 @@ class StepStatistics(GradientStatistics):
         model: nn.Module,
         samples: int,
         step: int,
+        memory_budget: int | str = "2GiB",
         scale: float = 1.0,
         evaluated: str = "",
-        memory_budget: int | str = "2GiB",
     ) -> None:
         if hidden := opaque(loss):
             raise CoupledSamplesError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -50,14 +51,7 @@ def outcome(
         accumulate_grad_batches=2,
         logger=logger,
     )
-    logged = ["loss_step", "loss_epoch", *(["val_loss"] if validate else [])]
-    return {
-        **training.state(model),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "logged": {name: training.column(logger.log_dir, name) for name in logged},
-        "course": model.notes,
-        "hooks": training.hooks(model),
-    }
+    return training.result(trainer, model)
 
 
 @pytest.fixture(scope="module")
@@ -102,43 +96,11 @@ def test_a_training_is_bitwise_the_same_without_callbacks(bare: Any, tmp_path: A
     assert training.differences(bare("pytorch_lightning", "AdamW"), again) == []
 
 
-def write_grad(model: nn.Module) -> None:
-    model.net[0].weight.grad = torch.ones_like(model.net[0].weight)
-
-
-def write_buffer(model: nn.Module) -> None:
-    model.net[1].running_mean.add_(1)
-
-
-def write_weight(model: nn.Module) -> None:
-    model.net[0].weight.data.add_(1e-7)
-
-
-CARELESS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "draws from torch": (lambda model: torch.rand(()), "random torch"),
-    "draws from numpy": (lambda model: np.random.rand(), "random numpy"),
-    "draws from python": (lambda model: random.random(), "random python"),
-    "calls train()": (lambda model: model.train(), "mode net.5"),
-    "calls eval()": (lambda model: model.eval(), "mode net.3"),
-    "writes a buffer": (write_buffer, "buffer net.1.running_mean"),
-    "writes .grad": (write_grad, "grad net.0.weight"),
-    "writes a weight": (write_weight, "weight net.0.weight"),
-    "freezes a weight": (
-        lambda model: model.net[0].weight.requires_grad_(False),
-        "requires_grad net.0.weight",
-    ),
-    "leaves a hook": (
-        lambda model: model.net[0].register_forward_hook(lambda *_: None),
-        "hooks net.0",
-    ),
-}
-
-
-@pytest.mark.parametrize("deed", CARELESS)
+@pytest.mark.parametrize("deed", training.CARELESS)
 def test_one_careless_deed_in_one_measurement_is_found(
     deed: str, bare: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disturb, where = CARELESS[deed]
+    disturb, where = training.CARELESS[deed]
     measure = nt.Tracer.measure
 
     def careless(self: Any, model: Any, step: int, *options: Any) -> Any:
@@ -156,7 +118,7 @@ def test_deeds_within_a_measurement_are_undone(bare: Any, tmp_path: Any) -> None
     def careless(model: Any, x: Tensor) -> Tensor:
         torch.rand(()), np.random.rand(), random.random()
         model.net[1].num_batches_tracked.add_(1)
-        write_grad(model)
+        training.write_grad(model)
         outputs = model(x)
         model.net[3].train()
         model.net[5].train()
@@ -231,6 +193,26 @@ def test_what_a_wild_forward_does_is_undone(ends: str) -> None:
     assert training.differences(before, everything(model)) == []
     assert model.linear.weight.grad is gradient
     assert model.gain is gain
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_what_memory_did_not_suffice_to_copy_is_left_alone(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Wild()
+    before = {name: id(value) for name, value in [*vars(model).items(), *model.named_buffers()]}
+    copies, copy = itertools.count(1), freeze.private_copy
+
+    def short(*arguments: Any) -> Any:
+        if next(copies) == number:
+            raise MemoryError
+        return copy(*arguments)
+
+    monkeypatch.setattr(freeze, "private_copy", short)
+    with pytest.raises(MemoryError), freeze.frozen(model):
+        pytest.fail("there was memory")
+    found = {name: id(value) for name, value in [*vars(model).items(), *model.named_buffers()]}
+    assert found == before
 
 
 PARTS = {
