@@ -14,7 +14,7 @@ from torch import Tensor
 from nettrace import Record
 from nettrace.batch import tensors
 from nettrace.callbacks.lightning import silenced
-from nettrace.freeze import frozen, random_streams
+from nettrace.freeze import random_streams
 from nettrace.statistics import StepStatistics
 from nettrace.tape import opaque
 from nettrace.training_step import StepTracer
@@ -84,7 +84,7 @@ class Steps:
         if hidden is None or not automatic:
             self._take(lambda memory: StepStatistics(loss, model, samples, step, memory, scale))
             return
-        with frozen(model, evaluating=False), silenced(model):
+        with silenced(model):
             self._take(lambda memory: self._again(float(loss.detach()) / scale, hidden, memory))
 
     def _again(self, loss: float, hidden: str, memory: int) -> StepStatistics:
@@ -98,8 +98,8 @@ class Steps:
         again = returned["loss"] if isinstance(returned, Mapping) else returned
         seconds = time.perf_counter() - start
         evaluated = (
-            f"again, as {hidden} hides parameters from the tape, in {seconds:.2g} s more; its loss "
-            f"is {float(again.detach()):.6g}, that of the training {loss:.6g}"
+            f"again, as {hidden} hides a part of the network from the tape, in {seconds:.2g} s "
+            f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
         )
         return StepStatistics(
             again, self._module, self._samples, self._step, memory, evaluated=evaluated

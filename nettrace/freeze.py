@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 _INTERNALS = frozenset(vars(nn.Module()))
@@ -44,7 +45,7 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         stack.enter_context(_parameters(model))
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model, evaluating))
-        stack.enter_context(_no_reentrant_checkpoints())
+        stack.enter_context(_no_checkpoints())
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -130,13 +131,19 @@ def _parameters(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_reentrant_checkpoints() -> Iterator[None]:
-    """Calls what is checkpointed, which would hide the parameters in it from the tape."""
+def _no_checkpoints() -> Iterator[None]:
+    """Calls what is checkpointed, which would be hidden from the tape, or computed at each look."""
 
     def call(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
         return function(*inputs)
 
-    with patch.object(CheckpointFunction, "apply", call):
+    def around(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    with (
+        patch.object(CheckpointFunction, "apply", call),
+        patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around),
+    ):
         yield
 
 

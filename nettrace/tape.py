@@ -323,12 +323,22 @@ def signature(outputs: Tensor, parameters: Mapping[str, Tensor]) -> str:
 
 
 def opaque(outputs: Tensor) -> str | None:
-    """The name of an operation behind `outputs` that hides a part of a network from the tape.
+    """What hides a part of a network from the tape of `outputs`, if anything does.
 
-    Reentrant checkpoints keep no tape of what they call; compiled code has one operation for all.
+    Reentrant checkpoints keep no tape of what they call, others compute it anew whenever it is
+    read, and compiled code has one operation for all.
     """
-    names = ("CheckpointFunction", "CompiledFunction")
-    return next((n.name() for n in _reachable(outputs) if n.name().startswith(names)), None)
+    for node in _reachable(outputs):
+        if node.name().startswith("CompiledFunction"):
+            return "compiled code"
+        saved = [getattr(node, name) for name in _raw_names(type(node))]
+        several = [s for one in saved for s in (one if isinstance(one, tuple) else (one,))]
+        hooks = (getattr(s, "unpack_hook", None) for s in several)
+        if node.name().startswith("CheckpointFunction") or any(
+            getattr(hook, "__module__", "") == "torch.utils.checkpoint" for hook in hooks
+        ):
+            return "a checkpoint"
+    return None
 
 
 def precision(outputs: Tensor) -> float:
@@ -384,6 +394,11 @@ def metadata(node: Node) -> Any:
 def shape_of(node: Node, nr: int = 0) -> tuple[int, ...]:
     """The shape of output number `nr` of the operation that `node` differentiates."""
     return tuple(metadata(node)[nr].shape)
+
+
+@cache
+def _raw_names(kind: type) -> tuple[str, ...]:
+    return tuple(a for a in dir(kind) if a.startswith("_raw_saved_"))
 
 
 @cache

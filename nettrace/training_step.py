@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
-import torch
 from torch import nn
 
 from nettrace.certificate import SpotCheckError, SpotChecks
-from nettrace.freeze import random_states
+from nettrace.freeze import frozen
 from nettrace.measures import Measure
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, spot_check, timed
@@ -51,13 +49,8 @@ class StepTracer(Recorder):
         start = time.perf_counter()
         records: dict[str, Record] = {}
         checks: list[Record] = []
-        devices = {p.device for p in model.parameters()}
         left = measures
-        with ExitStack() as stack:
-            for kind in {"cpu"} | {d.type for d in devices}:
-                stack.enter_context(torch.autocast(device_type=kind, enabled=False))
-            stack.enter_context(random_states(devices))
-            stack.enter_context(torch.enable_grad())
+        with frozen(model, evaluating=False):
             while left := self._attempt(look, step, left, records, checks):
                 self._allowance.reduce()
         taken = [records[m.name] for m in measures if m.name in records]

@@ -55,7 +55,7 @@ class GradientStatistics(ABC):
 
     @cached_property
     def _layer_grams(self) -> PerLayer:
-        return self.loss_gradients.gram(per_layer=True)
+        return _finite(self.loss_gradients.gram(per_layer=True))
 
     @cached_property
     def _squares_and_overlaps(self) -> tuple[PerLayer, PerLayer]:
@@ -64,9 +64,19 @@ class GradientStatistics(ABC):
             squares = {name: gram.diagonal() for name, gram in grams.items()}
             return squares, {name: gram.mean(1) for name, gram in grams.items()}
         gradients = self.loss_gradients
-        norms = gradients.norms(per_layer=True)
+        norms = _finite(gradients.norms(per_layer=True))
         squares = {name: norm.double().square() for name, norm in norms.items()}
         return squares, gradients.jvp(gradients.mean(per_layer=True))
+
+
+def _finite(shares: PerLayer) -> PerLayer:
+    for name, share in shares.items():
+        if not bool(share.isfinite().all()):
+            raise ValueError(
+                f"the loss gradients of {name!r} overflow: the weights diverge, or the loss is "
+                "scaled by too much, in which case a gradient scaler leaves this update out"
+            )
+    return shares
 
 
 class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
@@ -107,8 +117,8 @@ class StepStatistics(GradientStatistics):
     ) -> None:
         if hidden := opaque(loss):
             raise CoupledSamplesError(
-                f"what is behind {hidden} is hidden from the tape of the loss, so that the samples "
-                "in it cannot be told apart"
+                f"{hidden} hides a part of the network from the tape of the loss, so that the "
+                "samples in it cannot be told apart"
             )
         self._loss = loss
         self._evaluated = evaluated

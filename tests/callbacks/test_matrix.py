@@ -488,26 +488,33 @@ def cells() -> Iterator[Any]:
             )
 
 
+#: What a training step cannot tell.
+OWN_MISSING = {"16-mixed with updates that overflow": "the loss gradients of .* overflow"}
+
+
 @pytest.mark.parametrize(("feature", "callback", "namespace"), list(cells()))
 def test_a_training_with_a_feature_is_bitwise_the_same_with_a_callback(
     feature: str, callback: str, namespace: str, bare: Any, tmp_path: Path
 ) -> None:
     case, (kind, quantity) = FEATURES[feature], CALLBACKS[callback]
     expected = bare(feature, namespace)
-    probe = case.probe and case.probe()
-    measuring = kind(every=2, to=tmp_path / "trace", probe=probe)
-    says = pytest.warns(nt.MissingMeasureWarning, match=case.missing)
-    with says if case.missing else nullcontext():
+    own = kind is GradientStatistics  # which needs no probe, nor what a probe cannot tell
+    missing = OWN_MISSING.get(feature, "") if own else case.missing
+    options = {} if own else {"probe": case.probe and case.probe()}
+    measuring = kind(every=2, to=tmp_path / "trace", **options)
+    says = pytest.warns(nt.MissingMeasureWarning, match=missing)
+    with says if missing else nullcontext():
         found = outcome(feature, namespace, [measuring], tmp_path)
     assert training.differences(expected, found) == []
     assert found["hooks"] == 0
     assert len(expected["course"]) >= 2  # there was something to disturb
     trace = nt.open(tmp_path / "trace")
-    assert trace.step.values.tolist() == list(case.steps)
-    assert np.isfinite(trace[quantity].values).all() != bool(case.missing)
+    steps = trace.step.values.tolist()
+    assert steps in (list(case.steps), list(case.steps[:-1])) if own else steps == list(case.steps)
+    assert np.isfinite(trace[quantity].values).all() != bool(missing)
     reasons = {name: v.attrs["missing"] for name, v in trace.items() if "missing" in v.attrs}
-    if case.missing:
-        assert re.search(case.missing, reasons[quantity])
+    if missing:
+        assert re.search(missing, reasons[quantity])
     else:
         assert reasons == {}
 
