@@ -85,6 +85,30 @@ class Record:
         return f"{self.name} at step {self.step}: {self.value.item():.6g}{error}"
 
 
+def times(step: int, seconds: float, each: Mapping[str, float]) -> list[Record]:
+    """What a measurement took, as records.
+
+    Args:
+        step: how many updates the weights have had.
+        seconds: in all.
+        each: that of each measure by its name, of those that were taken.
+    """
+    whole = {"convention": "wall time of this measurement, in seconds", "units": "s"}
+    parts = {
+        "convention": "wall time of each measure, in seconds; what several need is found once, in "
+        "the time of the first that needs it, and the look at the network in the time of none",
+        "units": "s",
+    }
+    found = [Record("nettrace/seconds", step, np.asarray(seconds), attributes=whole)]
+    if each:
+        values, names = np.asarray(list(each.values())), {"measure": list(each)}
+        name = "nettrace/seconds_per_measure"
+        found.append(
+            Record(name, step, values, dims=("measure",), coordinates=names, attributes=parts)
+        )
+    return found
+
+
 class Sink(Protocol):
     """Something that takes the records of one step."""
 

@@ -8,6 +8,7 @@ import operator
 import time
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nettrace.budget import Budget, check_budget, left_out
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
@@ -27,8 +29,8 @@ from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
-from nettrace.record import Record
-from nettrace.schedule import Every, schedule
+from nettrace.record import Record, times
+from nettrace.schedule import Every, has_last_after, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
@@ -70,10 +72,15 @@ class Tracer:
         memory_budget: as in `nettrace.jacobian`.
         max_seconds: how long one measure may take at one record, as predicted; None for any time,
             without a prediction.
+        budget: the share of wall time since the first call that may be spent measuring, such as
+            0.05; scheduled steps are left out to stay within it, as `nettrace.budget.Budget` says,
+            and the records "nettrace/share" and "nettrace/skipped" tell of it. Windows are thinned
+            step by step; where a schedule has the last step, what that will take is kept for it.
+            Each process decides by its own clock. None for any share.
         seed: for measures that draw random numbers; they draw the same at the same step.
 
     Raises:
-        ValueError: if a measure is unknown, the schedule never fires, or the limit is not positive.
+        ValueError: if a measure is unknown, the schedule never fires, or a limit is not positive.
 
     Example:
         >>> import torch, nettrace as nt
@@ -94,6 +101,7 @@ class Tracer:
         on_error: OnError = "record",
         memory_budget: int | str = "2GiB",
         max_seconds: float | None = 60.0,
+        budget: float | None = None,
         seed: int = 0,
     ) -> None:
         if on_error not in ("record", "raise"):
@@ -105,6 +113,9 @@ class Tracer:
         self.measures = chosen(measures, probe)
         self.due = schedule(every)
         self.on_error: OnError = on_error
+        self.budget = None if budget is None else check_budget(budget)
+        self._ledger: Budget | None = None
+        self._skipped = 0
         self._memory_budget = memory_budget
         self._seed = seed
         self._writer = None if to is None else TraceWriter(to, probe=self.fingerprint)
@@ -116,6 +127,7 @@ class Tracer:
                     "probe": str(probe),
                     "memory_budget": memory_budget,
                     "max_seconds": max_seconds,
+                    "budget": budget,
                     "seed": seed,
                 }
             )
@@ -155,7 +167,7 @@ class Tracer:
             coordinates: what else to note beside the step, such as the epoch.
 
         Returns:
-            The records, empty between scheduled steps.
+            The records, empty between scheduled steps, and at those that the budget leaves out.
 
         Raises:
             Exception: whatever went wrong, if `on_error="raise"`.
@@ -165,21 +177,36 @@ class Tracer:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
+        if self._ledger is None:
+            self._ledger = Budget(self.budget or 1)
         if not self.due(step):
             return []
-        records = self.measure(model, step, self.measures, optimizer)
-        if self._writer is not None:
-            try:
-                if "model" not in self._writer.provenance:
-                    self._writer.provenance |= of_model(model)
-                self._writer.write(records, coordinates)
-            except (OSError, TypeError) as error:
-                if self.on_error == "raise":
-                    raise
-                self._warn(
-                    "cannot write", f"cannot write the trace to {self._writer.folder}: {error}"
-                )
+        all_, last = frozenset({"all"}), has_last_after(self.due, step)
+        if not self._ledger.allows(all_, reserve=all_ if last else frozenset()):
+            self._skipped += 1
+            return []
+        synchronise(model)
+        with self._ledger.measuring(all_):
+            records = self.measure(model, step, self.measures, optimizer)
+            if self.budget is not None:
+                records += [self._ledger.record(step), left_out(step, self._skipped)]
+                self._skipped = 0
+            self._write(model, records, coordinates)
         return records
+
+    def _write(
+        self, model: nn.Module, records: Sequence[Record], coordinates: Mapping[str, float]
+    ) -> None:
+        if self._writer is None:
+            return
+        try:
+            if "model" not in self._writer.provenance:
+                self._writer.provenance |= of_model(model)
+            self._writer.write(records, coordinates)
+        except (OSError, TypeError) as error:
+            if self.on_error == "raise":
+                raise
+            self._warn("cannot write", f"cannot write the trace to {self._writer.folder}: {error}")
 
     def measure(
         self,
@@ -194,6 +221,7 @@ class Tracer:
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
+        taken: dict[str, float] = {}
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
@@ -203,18 +231,15 @@ class Tracer:
                     found, refused = self._see(model, step, measures, optimizers, checks)
                 except Exception as error:
                     found = error
-                records = self._take(measures, step, found, refused)
+                records = self._take(measures, step, found, refused, taken)
                 if not isinstance(found, Exception):
                     self._past.keep(found, _references(measures, refused))
-                _synchronise(model)
+                synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             found = error
-            records = self._take(measures, step, error, refused)
+            records = self._take(measures, step, error, refused, taken)
         self._failure = found if isinstance(found, Exception) else None
-        seconds = np.asarray(time.perf_counter() - start)
-        convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-        timed = Record("nettrace/seconds", step, seconds, attributes=convention)
-        return [*records, *checks, timed]
+        return [*records, *checks, *times(step, time.perf_counter() - start, taken)]
 
     def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
         """Keeps what measures will ask of this look, as if they were taken now, but takes none.
@@ -279,7 +304,7 @@ class Tracer:
             check_independence(found)
             return found
 
-        return self._prices.explain(model, look, self.measures)
+        return replace(self._prices.explain(model, look, self.measures), budget=self.budget)
 
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
@@ -302,7 +327,7 @@ class Tracer:
         Raises:
             Exception: the reason, if `on_error="raise"`.
         """
-        return self._take(measures, step, error, {})
+        return self._take(measures, step, error, {}, {})
 
     def _see(
         self,
@@ -351,7 +376,9 @@ class Tracer:
         step: int,
         found: Statistics | Exception,
         refused: Mapping[str, TooDear],
+        taken: dict[str, float],
     ) -> list[Record]:
+        """Adds to `taken` the seconds of each measure that is there."""
         records = {}
         # Those of others come last: what they may do to the network is undone afterwards.
         for measure in sorted(measures, key=lambda measure: not measure.is_own):
@@ -360,7 +387,9 @@ class Tracer:
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
+                start = time.perf_counter()
                 records[measure.name] = _record(measure, step, measure(found), found)
+                taken[measure.name] = time.perf_counter() - start
             except Inapplicable:
                 continue
             except Exception as error:
@@ -450,7 +479,7 @@ def _array(value: Numbers) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _synchronise(model: nn.Module) -> None:
-    """Waits for the devices, so that the time measured is the time taken."""
+def synchronise(model: nn.Module) -> None:
+    """Waits for the devices, so that the time measured is that of what is done meanwhile."""
     for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
         torch.cuda.synchronize(device)
