@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 
@@ -12,8 +13,8 @@ def announced(trainer: Any, text: str) -> Iterator[None]:
     """Shows a text on the trainer's progress bar while something is done, if it has one.
 
     Lightning's `TQDMProgressBar` and `RichProgressBar` are known, and what is derived of them.
-    Before the former has a bar for the training, the text has a line of its own. What goes wrong
-    with a bar is passed over.
+    Before they have a bar for the training, the text has a line of its own. What goes wrong with a
+    bar is passed over.
 
     Args:
         trainer: a Lightning trainer.
@@ -45,14 +46,22 @@ def _show_in_tqdm(callback: Any, text: str) -> Callable[[], Any]:
 
 
 def _show_in_rich(callback: Any, text: str) -> Callable[[], Any]:
-    task, before = callback.train_progress_bar, callback.train_progress_bar.description
+    if callback.progress is None or callback._progress_stopped:  # before the first batch
+        status = import_module("rich").get_console().status(text)
+        status.start()
+        return status.stop  # type: ignore[no-any-return]
+    number = callback.train_progress_bar_id
+    if number is None:  # after the sanity check
+        number = callback.val_sanity_progress_bar_id
+    task = callback.progress.tasks[number]
+    before, visible = task.description, task.visible
 
-    def describe(description: str) -> None:
-        callback.progress.update(task.id, description=description)
+    def describe(description: str, visible: bool) -> None:
+        callback.progress.update(number, description=description, visible=visible)
         callback.refresh()
 
-    describe(text)
-    return lambda: describe(before)
+    describe(text, visible=True)
+    return lambda: describe(before, visible)
 
 
 #: How to show a text by the class of a progress bar; returns what takes it away again.
