@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 _FEW = 1000  # longer lists are data
-_LONG = 1.0  # seconds after which people wonder what is going on
+_LONG = 2.0  # seconds, as expected, after which people wonder what is going on
 
 
 class Session:
@@ -123,8 +123,9 @@ class Session:
             self._samples = math.nan
         else:
             self._samples += len(first) * self._trainer.world_size
-        with _silenced(self._module), self._budget.measuring():
-            self._first_batch.evaluate(batch)
+        if self._first_batch.is_due:
+            with _silenced(self._module), self._budget.measuring():
+                self._first_batch.evaluate(batch)
 
     def end_batch(self, returned: Any) -> None:
         """Sees what the training step returned."""

@@ -11,6 +11,10 @@ import numpy as np
 from nettrace.record import Record
 
 
+#: A measurement is expected to take so many times what one like it took: machines are shared.
+MARGIN = 2
+
+
 class Budget:
     """Keeps the share of wall time that is spent measuring under a limit, by leaving steps out.
 
@@ -20,9 +24,10 @@ class Budget:
     it is paid back.
 
     A measurement is allowed where the share would still be within the limit at its end, if it took
-    as long as is expected: as the dearest of its kind so far, the very first apart once there is a
-    second, since that also imports, warms up and predicts prices. One that is new is expected to
-    take as long as the cheapest that had all of it and more, or else as the dearest of all.
+    as long as is expected: twice as long as the dearest of its kind so far, the very first apart
+    once there is a second, since that also imports, warms up and predicts prices. For one that is
+    new, the cheapest stands that had all of it and more, or else the dearest of all. So there is
+    always as much left as one measurement takes: each is a little late for that, but none is lost.
 
     So, from the end of a measurement on that took t seconds longer than expected, or t = 0, the
     time spent measuring is at most `limit` times the wall time and (1 - limit) t more. Once the
@@ -49,7 +54,7 @@ class Budget:
         self._spent = 0.0
         #: When the measurement that is going on began.
         self._running: float | None = None
-        #: Of each kind of measurement: how often it was made, and the seconds to be expected.
+        #: Of each kind of measurement: how often it was made, and the seconds of the dearest.
         self._known: dict[frozenset[Hashable], tuple[int, float]] = {}
         #: What was left out since it was measured, the longest first, with the wall time and the
         #: time spent at that moment.
@@ -79,10 +84,10 @@ class Budget:
     def expected(self, what: frozenset[Hashable]) -> float:
         """The seconds that a measurement is expected to take; infinity for the first of all."""
         if what in self._known:
-            return self._known[what][1]
+            return MARGIN * self._known[what][1]
         known = {kind: seconds for kind, (_, seconds) in self._known.items()}
         more = [seconds for kind, seconds in known.items() if what < kind]
-        return min(more, default=max(known.values(), default=np.inf))
+        return MARGIN * min(more, default=max(known.values(), default=np.inf))
 
     @contextmanager
     def measuring(self, what: frozenset[Hashable] = frozenset()) -> Iterator[None]:

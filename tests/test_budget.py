@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import nettrace as nt
 from nettrace import tracer as tracer_module
-from nettrace.budget import Budget
+from nettrace.budget import MARGIN, Budget
 
 ALL = frozenset({"all"})
 #: What rounding may add to a share.
@@ -80,7 +80,7 @@ def test_the_share_stays_within_the_budget_and_uses_it(ratio: float, limit: floa
     training.run(range(int(10 * max(ratio, 1) / limit)), 1.0, ratio)
     assert training.over(limit) == [0]  # the first alone, which is paid back
     affordable = min(training.wall * limit / ratio, training.wall / (1 + ratio))
-    assert len(training.measured) >= affordable - 2
+    assert len(training.measured) >= affordable - 1 - MARGIN
 
 
 @given(
@@ -94,7 +94,9 @@ def test_what_is_over_is_what_was_not_expected(
     training = Training(limit)
     dearest: list[float] = []
     for step, cost in enumerate(costs):
-        expected = max(dearest[1:], default=max(dearest, default=0))  # the very first apart
+        expected = MARGIN * max(
+            dearest[1:], default=max(dearest, default=0)
+        )  # the very first apart
         before = training.spent / training.wall if training.wall else 0
         if training.candidate(step, cost):
             over = training.spent - limit * training.wall
@@ -123,7 +125,7 @@ def test_a_first_that_is_dearer_than_the_rest_is_forgotten_once_there_is_a_secon
     training.run(range(1000), 1.0, lambda step: 10 if step == 0 else 1)
     assert training.over() == [0]
     first, second, third, *_ = [step for step, *_ in training.measured]
-    assert (first, second) == (0, 390 - 10)  # 20 x 2 x 10 seconds, less what it takes itself
+    assert (first, second) == (0, 580 - 10)  # 20 x 3 x 10 seconds, less what they take
     assert third == second + 1  # of what was saved up
 
 
@@ -143,8 +145,8 @@ def test_the_cheap_and_frequent_does_not_starve_the_dear_and_rare() -> None:
         counts[what] += training.candidate(step, 20 if what is dear else 0.2, what)
         training.clock.now += 1
     assert training.over() == [0]
-    assert counts[dear] * 20 >= training.spent / 3
-    assert counts[cheap] * 0.2 >= training.spent / 3
+    assert counts[dear] * 20 >= training.spent / 5
+    assert counts[cheap] * 0.2 >= training.spent / 5
     assert training.spent >= 0.045 * training.wall
 
 
@@ -155,13 +157,13 @@ def test_what_is_new_is_expected_to_take_as_long_as_the_cheapest_that_had_it_and
     for what, cost in ((a | b | c, 5), (a | b, 3)):
         with training.budget.measuring(what):
             training.clock.now += cost
-    assert training.budget.expected(a) == 3
-    assert training.budget.expected(c) == 5
-    assert training.budget.expected(frozenset("d")) == 5
+    assert training.budget.expected(a) == 3 * MARGIN
+    assert training.budget.expected(c) == 5 * MARGIN
+    assert training.budget.expected(frozenset("d")) == 5 * MARGIN
     with training.budget.measuring():  # is counted, and teaches nothing
         training.clock.now += 100
     assert training.budget.share == 1
-    assert training.budget.expected(frozenset("d")) == 5
+    assert training.budget.expected(frozenset("d")) == 5 * MARGIN
 
 
 def test_what_is_kept_for_the_last_step_is_there() -> None:
@@ -175,7 +177,7 @@ def test_what_is_kept_for_the_last_step_is_there() -> None:
             # Whichever step turns out to be the last, it is affordable once anything was.
             if step and len(kept.measured) > 1:
                 assert kept.budget.allows(ALL)
-        assert len(plain.measured) - 1 <= len(kept.measured) <= len(plain.measured)
+        assert len(plain.measured) - MARGIN <= len(kept.measured) <= len(plain.measured)
 
 
 def test_a_whole_share_allows_everything() -> None:
@@ -262,7 +264,7 @@ def test_the_last_step_is_kept_for_and_thinned_where_that_does_not_suffice(clock
         return [r.step for r in loop(tracer, clock, total) if r.name == "loss/mean"]
 
     assert measured(30) == [0]
-    for total in range(90, 130, 7):
+    for total in range(120, 160, 7):
         assert measured(total)[-1] == total
 
 

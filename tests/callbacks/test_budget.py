@@ -99,13 +99,13 @@ def test_training_is_bitwise_the_same_under_a_budget(
 
     bare = outcome([])
     probe = nt.Probe(training.Samples(1).inputs, training.Samples(1).targets)
-    for cost in (0.3, 2.0):  # which thins differently
+    for cost in (0.3, 0.8):  # which thins differently
         clock.cost = cost
         folder = tmp_path / str(cost)
         names = ["ntk", "fisher", "weights", "loss"]
         callbacks = [
-            Trace(names, every=1, probe=probe, to=folder, budget=0.1),
-            NTKTrace(every=3, budget=0.2),
+            Trace(names, every=1, probe=probe, to=folder, budget=0.2),
+            NTKTrace(every=3, budget=0.3),
         ]
         assert training.differences(bare, outcome(callbacks)) == []
         assert 2 <= len(steps(folder)) < 30
@@ -204,11 +204,18 @@ def test_a_run_that_is_resumed_has_a_budget_of_its_own(clock: Clock, tmp_path: P
 def test_one_process_asks_no_other(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     strategies = import_module("pytorch_lightning.strategies")
 
-    def refuse(*_: Any) -> None:
-        raise AssertionError("a decision was broadcast")
+    asked: list[Any] = []
+    broadcast = strategies.SingleDeviceStrategy.broadcast
 
-    monkeypatch.setattr(strategies.SingleDeviceStrategy, "broadcast", refuse)
-    training.fit(NTKTrace(every=1, budget=0.1), max_steps=3)
+    def counted(self: Any, value: Any, *args: Any) -> Any:
+        asked.append(value)
+        return broadcast(self, value, *args)
+
+    monkeypatch.setattr(strategies.SingleDeviceStrategy, "broadcast", counted)
+    training.fit([])
+    own = len(asked)  # Lightning's
+    training.fit(NTKTrace(every=1, budget=0.1))
+    assert len(asked) == 2 * own
 
 
 #: Of two processes: to the second, measuring costs nothing, so that it would not leave out a step.
@@ -288,7 +295,8 @@ def test_the_bar_says_when_a_long_measurement_goes_on(
     namespace: str, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock.cost = 2
-    training.fit(NTKTrace(every=2), namespace=namespace, enable_progress_bar=True)
+    bar = import_module(f"{namespace}.callbacks").TQDMProgressBar()
+    training.fit([NTKTrace(every=2), bar], namespace=namespace, enable_progress_bar=True)
     said = capsys.readouterr().out
     assert "nettrace measures step 0" in said  # before there is a bar
     assert "nettrace measures step 2" in said
@@ -301,7 +309,8 @@ def test_the_bar_does_not_bother_with_short_ones(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock.cost = 0.1
-    training.fit(NTKTrace(every=1), enable_progress_bar=True)
+    bar = import_module("pytorch_lightning.callbacks").TQDMProgressBar()
+    training.fit([NTKTrace(every=1), bar], enable_progress_bar=True)
     assert "nettrace measures step 1" not in capsys.readouterr().out
 
 
@@ -319,8 +328,13 @@ def test_metrics_are_the_same_with_a_text_on_the_bar(namespace: str, clock: Cloc
 
 
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
+@pytest.mark.parametrize("checked", [True, False], ids=["sanity check", "none"])
 def test_rich_bars_say_so_too_and_are_put_back(
-    namespace: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    namespace: str,
+    checked: bool,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("rich")
     kind = import_module(f"{namespace}.callbacks").RichProgressBar
@@ -333,16 +347,22 @@ def test_rich_bars_say_so_too_and_are_put_back(
     slow = nt.Tracer.measure
 
     def measure(self: nt.Tracer, *args: Any) -> list[nt.Record]:
-        with_bar = bar.progress is not None and bar.train_progress_bar_id is not None
-        said.append(bar.train_progress_bar.description if with_bar else "")
+        tasks = bar.progress.tasks if bar.progress is not None else []
+        said.extend(task.description for task in tasks if task.visible)
         return slow(self, *args)
 
     monkeypatch.setattr(nt.Tracer, "measure", measure)
     clock.cost = 2
     bar = kind()
-    training.fit([NTKTrace(every=1), Noting(), bar], namespace=namespace, enable_progress_bar=True)
-    assert said[1:] == [f"nettrace measures step {step}" for step in (1, 2, 3, 4)]
+    validation = training.loader() if checked else None
+    options = {"namespace": namespace, "enable_progress_bar": True}
+    training.fit([NTKTrace(every=1), Noting(), bar], validation=validation, **options)
+    steps = range(5) if checked else range(1, 5)
+    assert said == [f"nettrace measures step {step}" for step in steps]
     assert all("Epoch 0" in text for text in left)
+    shown = capsys.readouterr().out
+    assert "Epoch 0" in shown
+    assert "nettrace measures" not in shown.splitlines()[-1]
 
 
 class Broken:
