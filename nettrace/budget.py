@@ -10,7 +10,6 @@ import numpy as np
 
 from nettrace.record import Record
 
-
 #: A measurement is expected to take so many times what one like it took: machines are shared.
 MARGIN = 2
 
@@ -67,15 +66,15 @@ class Budget:
             what: the parts of the measurement; measurements of the same parts cost alike.
             reserve: those of one that is still to be affordable afterwards, if any.
         """
-        if not self._known:
+        if not self._known or self.limit == 1:
             return True
         wall = self._clock() - self._began
         cost = self.expected(what) + (self.expected(reserve) if reserve else 0)
         fits = self._spent + cost <= self.limit * (wall + cost)
-        for longest, (since, spent) in list(self._waiting.items())[:1]:
-            if longest not in what:
-                accrued = self.limit / 2 * (wall + cost - since)
-                fits = fits and self._spent + cost - spent <= accrued
+        longest = next(iter(self._waiting), None)
+        if longest is not None and longest not in what:
+            since, spent = self._waiting[longest]
+            fits = fits and self._spent + cost - spent <= self.limit / 2 * (wall + cost - since)
         if not fits:
             for part in what:
                 self._waiting.setdefault(part, (wall, self._spent))
