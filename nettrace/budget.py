@@ -10,7 +10,7 @@ import numpy as np
 
 from nettrace.record import Record
 
-#: A measurement is expected to take so many times what one like it took: machines are shared.
+#: A measurement is expected to take so many times what others like it took: machines are shared.
 MARGIN = 2
 
 
@@ -23,10 +23,10 @@ class Budget:
     it is paid back.
 
     A measurement is allowed where the share would still be within the limit at its end, if it took
-    as long as is expected: twice as long as the dearest of its kind so far, the very first apart
-    once there is a second, since that also imports, warms up and predicts prices. For one that is
-    new, the cheapest stands that had all of it and more, or else the dearest of all. So there is
-    always as much left as one measurement takes: each is a little late for that, but none is lost.
+    as long as is expected: as the first of its kind, which also imports, warms up and predicts
+    prices; once there are others, twice as long as the dearest of them. One that is new is expected
+    to take what the cheapest would that has all of it and more, or else the dearest of all. So
+    there is always as much left as one measurement takes, which makes each a little late.
 
     So, from the end of a measurement on that took t seconds longer than expected, or t = 0, the
     time spent measuring is at most `limit` times the wall time and (1 - limit) t more. Once the
@@ -53,7 +53,7 @@ class Budget:
         self._spent = 0.0
         #: When the measurement that is going on began.
         self._running: float | None = None
-        #: Of each kind of measurement: how often it was made, and the seconds of the dearest.
+        #: Of each kind of measurement: how often it was made, and the seconds to be expected.
         self._known: dict[frozenset[Hashable], tuple[int, float]] = {}
         #: What was left out since it was measured, the longest first, with the wall time and the
         #: time spent at that moment.
@@ -69,7 +69,7 @@ class Budget:
         if not self._known or self.limit == 1:
             return True
         wall = self._clock() - self._began
-        cost = self.expected(what) + (self.expected(reserve) if reserve else 0)
+        cost = self.expected(what) + (MARGIN * self.expected(reserve) if reserve else 0)
         fits = self._spent + cost <= self.limit * (wall + cost)
         longest = next(iter(self._waiting), None)
         if longest is not None and longest not in what:
@@ -83,10 +83,10 @@ class Budget:
     def expected(self, what: frozenset[Hashable]) -> float:
         """The seconds that a measurement is expected to take; infinity for the first of all."""
         if what in self._known:
-            return MARGIN * self._known[what][1]
+            return self._known[what][1]
         known = {kind: seconds for kind, (_, seconds) in self._known.items()}
         more = [seconds for kind, seconds in known.items() if what < kind]
-        return MARGIN * min(more, default=max(known.values(), default=np.inf))
+        return min(more, default=max(known.values(), default=np.inf))
 
     @contextmanager
     def measuring(self, what: frozenset[Hashable] = frozenset()) -> Iterator[None]:
@@ -103,8 +103,9 @@ class Budget:
             self._running = None
             self._spent += seconds
             if what:
-                times, dearest = self._known.get(what, (0, 0.0))
-                self._known[what] = (times + 1, seconds if times < 2 else max(dearest, seconds))
+                times, expected = self._known.get(what, (0, 0.0))
+                seconds *= MARGIN if times else 1
+                self._known[what] = (times + 1, max(expected, seconds) if times > 1 else seconds)
             for part in what:
                 self._waiting.pop(part, None)
 

@@ -94,9 +94,7 @@ def test_what_is_over_is_what_was_not_expected(
     training = Training(limit)
     dearest: list[float] = []
     for step, cost in enumerate(costs):
-        expected = MARGIN * max(
-            dearest[1:], default=max(dearest, default=0)
-        )  # the very first apart
+        expected = MARGIN * max(dearest[1:]) if dearest[1:] else sum(dearest)  # the first apart
         before = training.spent / training.wall if training.wall else 0
         if training.candidate(step, cost):
             over = training.spent - limit * training.wall
@@ -125,7 +123,7 @@ def test_a_first_that_is_dearer_than_the_rest_is_forgotten_once_there_is_a_secon
     training.run(range(1000), 1.0, lambda step: 10 if step == 0 else 1)
     assert training.over() == [0]
     first, second, third, *_ = [step for step, *_ in training.measured]
-    assert (first, second) == (0, 580 - 10)  # 20 x 3 x 10 seconds, less what they take
+    assert (first, second) == (0, 390 - 10)  # 20 x 2 x 10 seconds, less what they take
     assert third == second + 1  # of what was saved up
 
 
@@ -157,13 +155,13 @@ def test_what_is_new_is_expected_to_take_as_long_as_the_cheapest_that_had_it_and
     for what, cost in ((a | b | c, 5), (a | b, 3)):
         with training.budget.measuring(what):
             training.clock.now += cost
-    assert training.budget.expected(a) == 3 * MARGIN
-    assert training.budget.expected(c) == 5 * MARGIN
-    assert training.budget.expected(frozenset("d")) == 5 * MARGIN
+    assert training.budget.expected(a) == 3
+    assert training.budget.expected(c) == 5
+    assert training.budget.expected(frozenset("d")) == 5
     with training.budget.measuring():  # is counted, and teaches nothing
         training.clock.now += 100
     assert training.budget.share == 1
-    assert training.budget.expected(frozenset("d")) == 5 * MARGIN
+    assert training.budget.expected(frozenset("d")) == 5
 
 
 def test_what_is_kept_for_the_last_step_is_there() -> None:
@@ -177,7 +175,7 @@ def test_what_is_kept_for_the_last_step_is_there() -> None:
             # Whichever step turns out to be the last, it is affordable once anything was.
             if step and len(kept.measured) > 1:
                 assert kept.budget.allows(ALL)
-        assert len(plain.measured) - MARGIN <= len(kept.measured) <= len(plain.measured)
+        assert len(plain.measured) - 2 * MARGIN <= len(kept.measured) <= len(plain.measured)
 
 
 def test_a_whole_share_allows_everything() -> None:
