@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 _FEW = 1000  # longer lists are data
-_LONG = 2.0  # seconds, as expected, after which people wonder what is going on
+_LONG = 1.0  # seconds, as expected, after which people wonder what is going on
 
 
 class Session:
