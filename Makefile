@@ -27,6 +27,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/schools.py
 	.venv/peers/bin/python benchmarks/store.py
 	.venv/peers/bin/python benchmarks/analysis.py
+	.venv/peers/bin/python benchmarks/budget.py
 
 clean:
 	rm -rf .venv build *.egg-info
@@ -45,7 +46,7 @@ clean:
 .venv/peers/done: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv/peers
 	.venv/peers/bin/python $(INSTALL) --constraint constraints.txt \
-		--editable '.[export,scale]' --requirement benchmarks/peers.txt
+		--editable '.[export,lightning,scale]' --requirement benchmarks/peers.txt
 	touch $@
 
 .venv/jax/done: benchmarks/jax.txt

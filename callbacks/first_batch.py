@@ -43,6 +43,11 @@ class FirstBatch:
         for tracer in self._tracers:
             tracer.loss_check = LossCheck("not checked yet: no batch has been trained on")
 
+    @property
+    def is_due(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self._tracers)
+
     def evaluate(self, batch: Any) -> None:
         """Takes the outputs on the batch, with the weights, modes and draws of its training step.
 

@@ -20,16 +20,19 @@ from torch.utils.data import IterableDataset
 
 from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
+from nettrace.budget import Budget, left_out
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
+from nettrace.callbacks.progress import announced
 from nettrace.callbacks.steps import Steps, asked
 from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.missing import warn_missing
 from nettrace.probe import evenly_spaced
-from nettrace.schedule import Schedule, bound
+from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
+from nettrace.tracer import synchronise
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
@@ -41,6 +44,7 @@ _UNLOGGED = (
     "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
     "logs nothing"
 )
+_LONG = 1.0  # seconds, as expected, after which people wonder what is going on
 
 
 class Session:
@@ -62,6 +66,10 @@ class Session:
     ) -> None:
         self._trainer = trainer
         self._module = module
+        budgets = [callback.budget for callback in callbacks if callback.budget is not None]
+        self._budget = Budget(min(budgets, default=1))
+        #: Steps that the budget left out since a callback measured last.
+        self._skipped: dict[Trace, set[int]] = {}
         self._position: dict[str, float] = {}
         # Where the checkpoint does not say how many samples were seen, nobody knows.
         begun = trainer.global_step > 0
@@ -89,8 +97,10 @@ class Session:
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
+                    with self._budget.measuring():
+                        probe = self._probe(callback)
                     tracer = Tracer(
-                        self._probe(callback),
+                        probe,
                         names,
                         on_error=callback.on_error,
                         max_seconds=callback.max_seconds,
@@ -123,16 +133,23 @@ class Session:
             self._samples = math.nan
         else:
             self._samples += len(first) * self._trainer.world_size
-        with silenced(self._module):
-            self._first_batch.evaluate(batch)
-        self._steps.begin_batch(batch, index, self._trainer.global_step, self._is_due)
+        if self._first_batch.is_due:
+            with silenced(self._module), self._budget.measuring():
+                self._first_batch.evaluate(batch)
+        step = self._trainer.global_step
+        due = [c for c in self._steps.new(step) if self._is_due(c, step)]
+        self._steps.begin_batch(batch, index, step, self._affordable(step, due))
 
     def before_backward(self, loss: Tensor) -> None:
         """Measures the training step whose loss this is, for the callbacks that are due."""
-        try:
-            self._steps.measure(loss)
-        except Exception as error:
-            self._report(self._steps.callbacks[0], "cannot measure the training step", error)
+        if not self._steps.due:
+            return
+        synchronise(self._module)
+        with self._budget.measuring(frozenset(self._steps.due)):
+            try:
+                self._steps.measure(loss)
+            except Exception as error:
+                self._report(self._steps.due[0], "cannot measure the training step", error)
 
     def end_batch(self, returned: Any) -> None:
         """Sees what the training step returned, and writes what its tape told."""
@@ -144,9 +161,13 @@ class Session:
         due, records = self._steps.taken()
         if records:
             self._unfired = [callback for callback in self._unfired if callback not in due]
+            if any(callback.budget is not None for callback in due):
+                records.append(self._budget.record(records[0].step))
             self._write(due, records, self._position, None)
             begun = self._position["batches"] > 0
             self._log(due, records, loggers_step(self._trainer) + begun)
+            for callback in due:
+                self._skipped.pop(callback, None)
 
     def state_dict(self) -> dict[str, Any]:
         """How many samples were seen, and what looks left for measures that compare them.
@@ -190,7 +211,9 @@ class Session:
             "batches": batches,
             "samples": self._samples,
         }
-        self._measure(step, [c for c in self._due if self._is_due(c, step)])
+        due = [callback for callback in self._due if self._is_due(callback, step)]
+        last = [callback for callback, due in self._due.items() if has_last_after(due, step)]
+        self._measure(step, self._affordable(step, due, reserve=last))
 
     def measure_last(self, step: int) -> None:
         """Measures for the callbacks whose schedules have the last step, and that have not yet.
@@ -199,9 +222,41 @@ class Session:
             step: how many updates the weights have had in the end.
         """
         last = [callback for callback, due in self._due.items() if getattr(due, "last", False)]
-        self._measure(step, [c for c in last if self._measured.get(c) != step])
+        due = [callback for callback in last if self._measured.get(callback) != step]
+        self._measure(step, self._affordable(step, due))
+
+    def _affordable(
+        self, step: int, due: Sequence[Trace], reserve: Sequence[Trace] = ()
+    ) -> Sequence[Trace]:
+        """Those of the callbacks that are due which the budget does not leave out."""
+        limited = [callback for callback in due if callback.budget is not None]
+        if not limited:
+            return due
+        allowed = self._budget.allows(frozenset(due), frozenset(reserve))
+        if self._trainer.world_size > 1:  # whose clocks differ
+            allowed = self._trainer.strategy.broadcast(allowed)
+        if allowed:
+            return due
+        for callback in limited:
+            self._skipped.setdefault(callback, set()).add(step)
+        return [callback for callback in due if callback.budget is None]
 
     def _measure(self, step: int, callbacks: Sequence[Trace]) -> None:
+        if not callbacks:
+            return
+        what = frozenset(callbacks)
+        long = self._budget.expected(what) > _LONG
+        text = f"nettrace measures step {step}"
+        synchronise(self._module)
+        with (
+            self._budget.measuring(what),
+            announced(self._trainer, text) if long else nullcontext(),
+        ):
+            self._take(step, callbacks)
+        for callback in callbacks:
+            self._skipped.pop(callback, None)
+
+    def _take(self, step: int, callbacks: Sequence[Trace]) -> None:
         for tracer, group in self._groups.values():
             due = [callback for callback in group if callback in callbacks]
             if due:
@@ -212,6 +267,8 @@ class Session:
                     records = tracer.measure(
                         self._module, step, list(measures.values()), self._trainer.optimizers
                     )
+                if any(callback.budget is not None for callback in due):
+                    records.append(self._budget.record(step))
                 self._write(due, records, self._position, tracer.fingerprint)
                 begun = self._position["batches"] > 0
                 self._log(due, records, loggers_step(self._trainer) + begun)
@@ -235,10 +292,13 @@ class Session:
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
-            warn_missing(
-                f"{type(callback).__name__} never measured: its schedule did not fire in the "
-                f"{self._trainer.global_step} steps of this training; choose a smaller every="
+            why = (
+                f"its schedule did not fire in the {self._trainer.global_step} steps of this "
+                "training; choose a smaller every="
+                if callback not in self._skipped
+                else f"at each step of its schedule, all of budget={self._budget.limit:g} was spent"
             )
+            warn_missing(f"{type(callback).__name__} never measured: {why}")
 
     def _write(
         self,
@@ -249,17 +309,16 @@ class Session:
     ) -> None:
         if not self._trainer.is_global_zero:
             return
-        folders: dict[Path, dict[str, Record]] = {}
+        folders: dict[Path, list[Trace]] = {}
         for callback in callbacks:
             if callback.to is not None:
-                kept = folders.setdefault(Path(callback.to).absolute(), {})
-                kept |= _of(callback, records)
-        for folder, named in folders.items():
+                folders.setdefault(Path(callback.to).absolute(), []).append(callback)
+        for folder, sharing in folders.items():
             try:
                 key = (folder, fingerprint)
                 if key not in self._writers:
                     self._writers[key] = self._writer(folder, fingerprint)
-                self._writers[key].write(list(named.values()), position)
+                self._writers[key].write(self._of(sharing, records), position)
             except Exception as error:  # of the disk, or of hyper-parameters that cannot be told
                 what = f"cannot write the trace to {folder}"
                 self._report(callbacks[0], what, error, UNWRITTEN)
@@ -275,6 +334,7 @@ class Session:
                     "class": type(callback).__name__,
                     "measures": [measure.name for measure in callback.measures],
                     "every": str(callback.every),
+                    "budget": callback.budget,
                     "probe": str(callback.probe or f"{callback.samples} samples of the data"),
                 }
                 for callback in self._due
@@ -293,13 +353,12 @@ class Session:
         )
 
     def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
-        prefixes: dict[str, dict[str, Record]] = {}
+        prefixes: dict[str, list[Trace]] = {}
         for callback in callbacks:
             if callback.log:
-                kept = prefixes.setdefault(callback.prefix, {})
-                kept |= _of(callback, records)
-        for prefix, named in prefixes.items():
-            found = [record for record in named.values() if record.missing is None]
+                prefixes.setdefault(callback.prefix, []).append(callback)
+        for prefix, sharing in prefixes.items():
+            found = [r for r in self._of(sharing, records) if r.missing is None]
             if found:
                 monitor(self._trainer, found, prefix)
             for logger in self._trainer.loggers if found else ():
@@ -308,6 +367,16 @@ class Session:
                 except Exception as error:
                     what = f"cannot log to {type(logger).__name__}"
                     self._report(callbacks[0], what, error, _UNLOGGED)
+
+    def _of(self, callbacks: Sequence[Trace], records: Sequence[Record]) -> list[Record]:
+        """The records that callbacks asked for, and those about the measurement itself."""
+        names = {measure.name for callback in callbacks for measure in callback.measures}
+        found = [r for r in records if asked(r.name) in names or r.name.startswith("nettrace/")]
+        if all(callback.budget is None for callback in callbacks):
+            return found
+        step = records[0].step
+        skipped = set().union(*(self._skipped.get(callback, ()) for callback in callbacks))
+        return [*found, left_out(step, len(skipped - {step}))]
 
     def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
         """Raises or, once, warns."""
@@ -358,13 +427,8 @@ def _compare_apart(one: Trace, other: Trace) -> bool:
         found = {measure.reference for measure in callback.measures}
         return {reference for reference in found if reference and reference[0] == "previous"}
 
-    return one.due != other.due and bool(before(one) & before(other))
-
-
-def _of(callback: Trace, records: Sequence[Record]) -> dict[str, Record]:
-    """The records that a callback asked for, and those about the measurement itself."""
-    names = {measure.name for measure in callback.measures}
-    return {r.name: r for r in records if asked(r.name) in names or r.name.startswith("nettrace/")}
+    together = one.due == other.due and (one.budget is None) == (other.budget is None)
+    return not together and bool(before(one) & before(other))
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -35,29 +35,31 @@ class Steps:
     def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Trace]) -> None:
         self._trainer = trainer
         self._module = module
-        self.callbacks = list(callbacks)
+        self._callbacks = list(callbacks)
+        #: Those that are to measure this batch.
+        self.due: list[Trace] = []
         self._tracers = {c.on_error: StepTracer(c.on_error) for c in callbacks}
         self._arguments: tuple[Any, ...] | None = None
         self._samples = 0
         #: How many updates the weights had had before this batch, and how many backward passes it
         #: has had since.
         self._step, self._passes = -1, 0
-        self._measured = -1
         self._put_back: Callable[[], None] | None = None
-        self._due: list[Trace] = []
         self._records: list[Record] = []
 
-    def begin_batch(
-        self, batch: Any, index: int, step: int, is_due: Callable[[Trace, int], bool]
-    ) -> None:
-        """Sees a batch before its training step.
+    def new(self, step: int) -> list[Trace]:
+        """The callbacks, unless a batch has been seen since the weights were updated so often.
 
         Of gradients that are accumulated over several batches, those of the first are measured.
         """
-        self._due = [c for c in self.callbacks if step != self._measured and is_due(c, step)]
-        if not self._due:
+        return self._callbacks if step != self._step else []
+
+    def begin_batch(self, batch: Any, index: int, step: int, due: Sequence[Trace]) -> None:
+        """Sees a batch before its training step, which some callbacks are due to measure."""
+        self.due = list(due)
+        self._step = step
+        if not due:
             return
-        self._measured = self._step = step
         self._passes = 0
         first = next(tensors(batch), None)
         self._samples = 0 if first is None or first.dim() == 0 else len(first)
@@ -73,7 +75,7 @@ class Steps:
         """
         automatic = self._module.automatic_optimization
         self._passes += 1
-        if not self._due or (automatic and self._passes > 1):
+        if automatic and self._passes > 1:
             return
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -107,7 +109,7 @@ class Steps:
 
     def _take(self, look: Callable[[int], StepStatistics]) -> None:
         for on_error, tracer in self._tracers.items():
-            measures = {m.name: m for c in self._due if c.on_error == on_error for m in c.measures}
+            measures = {m.name: m for c in self.due if c.on_error == on_error for m in c.measures}
             if measures:
                 records = tracer.measure(look, self._module, self._step, list(measures.values()))
                 self._records += [_numbered(record, self._passes) for record in records]
@@ -115,7 +117,8 @@ class Steps:
     def taken(self) -> tuple[list[Trace], list[Record]]:
         """The callbacks that were due in the batch that has ended, and the records."""
         records, self._records = self._records, []
-        return self._due, records
+        self._arguments = self._put_back = None  # a batch may be large
+        return self.due, records
 
 
 def asked(name: str) -> str:

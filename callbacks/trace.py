@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nettrace import Probe, Tracer
+from nettrace.budget import check_budget
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation, PriceList
@@ -68,9 +69,20 @@ class Trace(Callback):
             "raise" raises.
         max_seconds: how long one measure may take at one record, as predicted at the first; one
             that would take longer is missing, with the reason. None for any time.
+        budget: the share of wall time since the training began that this trainer's callbacks may
+            spend on measuring, taken together, such as 0.05 for 5 %; steps of the schedule are left
+            out to stay within it (`nettrace.budget.Budget` has what is guaranteed). Of several
+            budgets, the smallest holds for all callbacks that have one; None is for one that
+            measures at each step of its schedule, which counts nevertheless. Those that are due at
+            one step measure together or not at all. The first measurement, as of step 0, is always
+            taken, and then paid back before the next; `nettrace.with_last` has what the last step
+            will take kept for it, and leaves it out too where that does not suffice. Windows are
+            thinned step by step. A resumed run begins with a budget of its own. The trace has the
+            share so far as "nettrace/share", and as "nettrace/skipped" how many steps were left out
+            before. Of several processes, the first decides for all.
 
     Raises:
-        ValueError: if a measure is unknown, or the schedule never fires.
+        ValueError: if a measure is unknown, the schedule never fires, or the budget is no share.
     """
 
     #: Whether the training's own steps are measured, rather than a probe.
@@ -88,6 +100,7 @@ class Trace(Callback):
         samples: int = 64,
         on_error: OnError = "record",
         max_seconds: float | None = 60.0,
+        budget: float | None = None,
     ) -> None:
         super().__init__()
         if to is not None and not isinstance(to, (str, Path)):
@@ -108,12 +121,15 @@ class Trace(Callback):
         self.samples = samples
         self.on_error = on_error
         self.max_seconds = PriceList(max_seconds).max_seconds
+        self.budget = None if budget is None else check_budget(budget)
         self._session: Session | None = None
         #: What the sessions before this left, where this callback measures for all.
         self._past: Mapping[str, Any] = {}
 
     def explain(self, model: nn.Module) -> Explanation:
         """Predicts what the measures will cost on a network, and leaves it exactly as it was.
+
+        With a budget, also how often at most they will be taken.
 
         Raises:
             ValueError: if there is no probe yet, which is to be taken from the trainer's data.
@@ -122,7 +138,8 @@ class Trace(Callback):
         if self.probe is None:
             raise ValueError("the price depends on the samples: pass probe=nettrace.Probe(x, y)")
         names = [measure.name for measure in self.measures]
-        return Tracer(self.probe, names, max_seconds=self.max_seconds).explain(model)
+        options: dict[str, Any] = {"max_seconds": self.max_seconds, "budget": self.budget}
+        return Tracer(self.probe, names, **options).explain(model)
 
     @_spared
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -236,9 +253,11 @@ class GradientStatistics(Trace):
         log: as in `Trace`.
         prefix: as in `Trace`.
         on_error: as in `Trace`.
+        budget: as in `Trace`.
 
     Raises:
-        ValueError: if a measure is unknown or none of a training step, or the schedule never fires.
+        ValueError: if a measure is unknown or none of a training step, the schedule never fires, or
+            the budget is no share.
     """
 
     of_steps = True
@@ -252,8 +271,17 @@ class GradientStatistics(Trace):
         log: bool = True,
         prefix: str = "",
         on_error: OnError = "record",
+        budget: float | None = None,
     ) -> None:
-        super().__init__(measures, every=every, to=to, log=log, prefix=prefix, on_error=on_error)
+        super().__init__(
+            measures,
+            every=every,
+            to=to,
+            log=log,
+            prefix=prefix,
+            on_error=on_error,
+            budget=budget,
+        )
         others = [m.name for m in self.measures if not set(m.needs) <= StepStatistics.known()]
         if others:
             raise ValueError(

@@ -27,6 +27,7 @@ class Explanation:
         look: that of the network's outputs and of examining them, at each record.
         check: that of the spot check, at the records number 1, 2, 4, 8, ...
         refused: by name, why a measure will be missing.
+        budget: the share of wall time that may be spent on all this; None for any.
     """
 
     measures: Mapping[str, Price]
@@ -34,6 +35,7 @@ class Explanation:
     look: Price
     check: Price
     refused: Mapping[str, TooDear]
+    budget: float | None = None
 
     def table(self, width: int = 80) -> str:
         """The explanation as text, filled to so many characters in a line."""
@@ -57,6 +59,10 @@ class Explanation:
             names = [name for name, error in self.refused.items() if error.why == why]
             refusal = f"* {', '.join(names)}: {why}"
             told.append(textwrap.fill(refusal, width, subsequent_indent="  "))
+        if self.budget is not None:
+            apart = (self.together.seconds + self.look.seconds) / self.budget
+            rate = f"within budget={self.budget:g}: a record every {duration(apart)} or more"
+            told.append(textwrap.fill(rate, width))
         return "\n".join(told)
 
     def __str__(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,6 +27,53 @@ class Measured(Protocol):
 
     def about(self, needs: Sequence[str]) -> Mapping[str, str]:
         """What to note beside a measure that needs some statistics."""
+
+
+@dataclass
+class Taken:
+    """What came of measuring at one step.
+
+    Args:
+        records: of the measures, by name.
+        seconds: that each took, by name, of those that are there.
+        checks: of the spot check, if there was one.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    checks: list[Record] = field(default_factory=list)
+
+    def in_order(self, measures: Sequence[Measure]) -> list[Record]:
+        """The records of some measures."""
+        return [self.records[m.name] for m in measures if m.name in self.records]
+
+    def times(self, step: int, seconds: float, of: str = "") -> list[Record]:
+        """What the measurement took, as records.
+
+        Args:
+            step: how many updates the weights have had.
+            seconds: in all.
+            of: what begins the names of these records.
+        """
+        whole = {"convention": "wall time of this measurement, in seconds", "units": "s"}
+        parts = {
+            "convention": "wall time of each measure, in seconds; what several need is found once, "
+            "in the time of the first that needs it, and the look at the network in that of none",
+            "units": "s",
+        }
+        name, values = f"nettrace/{of}seconds", np.asarray(list(self.seconds.values()))
+        found = [Record(name, step, np.asarray(seconds), attributes=whole)]
+        if self.seconds:
+            names = {"measure": list(self.seconds)}
+            each = Record(
+                f"{name}_per_measure",
+                *(step, values),
+                dims=("measure",),
+                coordinates=names,
+                attributes=parts,
+            )
+            found.append(each)
+        return found
 
 
 class Recorder:
@@ -54,7 +102,7 @@ class Recorder:
         step: int,
         found: Any,
         refused: Mapping[str, TooDear],
-        records: dict[str, Record],
+        taken: Taken,
     ) -> list[Measure]:
         """Adds a record of each measure; returns those for which memory ran out, to try again."""
         left = []
@@ -65,11 +113,13 @@ class Recorder:
                     raise found
                 if measure.name in refused:
                     raise refused[measure.name]
+                start = time.perf_counter()
                 record = recorded(measure, step, measure(found), found)
                 if self._allowance.is_reduced:
                     reduced = {"memory_budget": self._allowance.bytes}
                     record = replace(record, attributes={**record.attributes, **reduced})
-                records[measure.name] = record
+                taken.records[measure.name] = record
+                taken.seconds[measure.name] = time.perf_counter() - start
             except Inapplicable:
                 continue
             except Exception as error:
@@ -78,7 +128,7 @@ class Recorder:
                     continue
                 if self.on_error == "raise":
                     raise
-                records[measure.name] = self._missing(measure, step, error)
+                taken.records[measure.name] = self._missing(measure, step, error)
         return left
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
@@ -131,12 +181,6 @@ def spot_check(
         "certificate": found.as_json(),
     }
     return Record(name, step, np.asarray(found.error), attributes=attributes)
-
-
-def timed(step: int, seconds: float, name: str = "nettrace/seconds") -> Record:
-    """The record of what a measurement took."""
-    convention = {"convention": "wall time of this measurement, in seconds", "units": "s"}
-    return Record(name, step, np.asarray(seconds), attributes=convention)
 
 
 def _about(measure: Measure) -> dict[str, str]:

@@ -207,6 +207,11 @@ def bound(schedule: Schedule, total_steps: float, steps_per_epoch: float) -> Sch
     return schedule if binding is None else binding(total_steps, steps_per_epoch)
 
 
+def has_last_after(schedule: Schedule, step: int) -> bool:
+    """Whether a schedule has the last step, and that is still to come as far as is known."""
+    return getattr(schedule, "last", False) and getattr(schedule, "total_steps", None) != step
+
+
 def at(steps: Iterable[int]) -> Schedule:
     """Fires at the given steps.
 

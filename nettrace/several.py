@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 Axis: TypeAlias = Literal["probe", "pair"]
 
 
-#: The spot checks of pairs, beside those of the probes.
-_OF_PAIRS = {"nettrace/spot_check": "nettrace/spot_check_of_pairs"}
+#: What is told of pairs, beside what is told of the probes.
+_OF_PAIRS = {
+    name: f"{name}_of_pairs" for name in ("nettrace/spot_check", "nettrace/seconds_per_measure")
+}
 
 
 def of_pairs(measure: Measure) -> bool:

@@ -8,6 +8,7 @@ import operator
 import time
 import traceback
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from nettrace.budget import Budget, check_budget, left_out
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
@@ -26,8 +28,8 @@ from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.record import Record
-from nettrace.recording import OnError, Recorder, spot_check, timed
-from nettrace.schedule import Every, schedule
+from nettrace.recording import OnError, Recorder, Taken, spot_check
+from nettrace.schedule import Every, has_last_after, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Statistics
 from nettrace.store.journal import UNWRITTEN, Journal
@@ -67,10 +69,15 @@ class Tracer(Recorder):
         memory_budget: as in `nettrace.jacobian`.
         max_seconds: how long one measure may take at one record, as predicted; None for any time,
             without a prediction.
+        budget: the share of wall time since the first call that may be spent measuring, such as
+            0.05; scheduled steps are left out to stay within it, as `nettrace.budget.Budget` says,
+            and the records "nettrace/share" and "nettrace/skipped" tell of it. Windows are thinned
+            step by step; where a schedule has the last step, what that will take is kept for it.
+            Each process decides by its own clock. None for any share.
         seed: for measures that draw random numbers; they draw the same at the same step.
 
     Raises:
-        ValueError: if a measure is unknown, the schedule never fires, or the limit is not positive.
+        ValueError: if a measure is unknown, the schedule never fires, or a limit is not positive.
 
     Example:
         >>> import torch, nettrace as nt
@@ -91,6 +98,7 @@ class Tracer(Recorder):
         on_error: OnError = "record",
         memory_budget: int | str = "2GiB",
         max_seconds: float | None = 60.0,
+        budget: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(on_error, memory_budget)
@@ -100,6 +108,9 @@ class Tracer(Recorder):
         self.fingerprint = fingerprint(probe)
         self.measures = chosen(measures, probe)
         self.due = schedule(every)
+        self.budget = None if budget is None else check_budget(budget)
+        self._ledger: Budget | None = None
+        self._skipped = 0
         self._memory_budget = memory_budget
         self._seed = seed
         self._writer = None if to is None else Journal(to, probe=self.fingerprint)
@@ -111,6 +122,7 @@ class Tracer(Recorder):
                     "probe": str(probe),
                     "memory_budget": memory_budget,
                     "max_seconds": max_seconds,
+                    "budget": budget,
                     "seed": seed,
                 }
             )
@@ -148,7 +160,7 @@ class Tracer(Recorder):
             coordinates: what else to note beside the step, such as the epoch.
 
         Returns:
-            The records, empty between scheduled steps.
+            The records, empty between scheduled steps, and at those that the budget leaves out.
 
         Raises:
             Exception: whatever went wrong, if `on_error="raise"`.
@@ -158,22 +170,39 @@ class Tracer(Recorder):
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
+        if self._ledger is None:
+            self._ledger = Budget(self.budget or 1)
         if not self.due(step):
             return []
-        records = self.measure(model, step, self.measures, optimizer)
-        if self._writer is not None:
-            try:
-                if "model" not in self._writer.provenance:
-                    self._writer.provenance |= of_model(model)
-                self._writer.write(records, coordinates)
-            except (OSError, TypeError, ValueError) as error:
-                if self.on_error == "raise":
-                    raise
-                self._warn(
-                    "cannot write",
-                    f"cannot write the trace to {self._writer.folder}: {error}; {UNWRITTEN}",
-                )
+        all_, last = frozenset({"all"}), has_last_after(self.due, step)
+        if not self._ledger.allows(all_, reserve=all_ if last else frozenset()):
+            self._skipped += 1
+            return []
+        synchronise(model)
+        with self._ledger.measuring(all_):
+            records = self.measure(model, step, self.measures, optimizer)
+            if self.budget is not None:
+                records += [self._ledger.record(step), left_out(step, self._skipped)]
+                self._skipped = 0
+            self._write(model, records, coordinates)
         return records
+
+    def _write(
+        self, model: nn.Module, records: Sequence[Record], coordinates: Mapping[str, float]
+    ) -> None:
+        if self._writer is None:
+            return
+        try:
+            if "model" not in self._writer.provenance:
+                self._writer.provenance |= of_model(model)
+            self._writer.write(records, coordinates)
+        except (OSError, TypeError, ValueError) as error:
+            if self.on_error == "raise":
+                raise
+            self._warn(
+                "cannot write",
+                f"cannot write the trace to {self._writer.folder}: {error}; {UNWRITTEN}",
+            )
 
     def measure(
         self,
@@ -186,14 +215,13 @@ class Tracer(Recorder):
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
         start = time.perf_counter()
-        records: dict[str, Record] = {}
-        checks: list[Record] = []
+        taken = Taken()
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
         left = measures
-        while left := self._attempt(model, step, left, optimizers, records, checks):
+        while left := self._attempt(model, step, left, optimizers, taken):
             self._allowance.reduce()
-        taken = [records[m.name] for m in measures if m.name in records]
-        return [*taken, *checks, timed(step, time.perf_counter() - start)]
+        times = taken.times(step, time.perf_counter() - start)
+        return [*taken.in_order(measures), *taken.checks, *times]
 
     def _attempt(
         self,
@@ -201,8 +229,7 @@ class Tracer(Recorder):
         step: int,
         measures: Sequence[Measure],
         optimizers: Sequence[Optimizer],
-        records: dict[str, Record],
-        checks: list[Record],
+        taken: Taken,
     ) -> list[Measure]:
         """Adds the records of one look; returns what to try again within less memory."""
         left: list[Measure] = []
@@ -211,17 +238,17 @@ class Tracer(Recorder):
         try:
             with frozen(model):
                 try:
-                    found, refused = self._see(model, step, measures, optimizers, checks)
+                    found, refused = self._see(model, step, measures, optimizers, taken.checks)
                 except Exception as error:
                     found = error
-                left = self._take(measures, step, found, refused, records)
+                left = self._take(measures, step, found, refused, taken)
                 if not isinstance(found, Exception):
                     done = [measure for measure in measures if measure not in left]
                     self._past.keep(found, _references(done, refused))
-                _synchronise(model)
+                synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             found = error
-            left = self._take(measures, step, error, refused, records)
+            left = self._take(measures, step, error, refused, taken)
         self._failure = found if isinstance(found, Exception) else None
         if self._failure is not None:  # which would keep the look and its tape until the next
             traceback.clear_frames(self._failure.__traceback__)
@@ -290,7 +317,7 @@ class Tracer(Recorder):
             check_independence(found)
             return found
 
-        return self._prices.explain(model, look, self.measures)
+        return replace(self._prices.explain(model, look, self.measures), budget=self.budget)
 
     def certify(self, model: nn.Module) -> Certificate:
         """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
@@ -313,9 +340,9 @@ class Tracer(Recorder):
         Raises:
             Exception: the reason, if `on_error="raise"`.
         """
-        records: dict[str, Record] = {}
-        self._take(measures, step, error, {}, records)
-        return [records[m.name] for m in measures if m.name in records]
+        taken = Taken()
+        self._take(measures, step, error, {}, taken)
+        return taken.in_order(measures)
 
     def _see(
         self,
@@ -379,7 +406,7 @@ def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Ref
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
 
 
-def _synchronise(model: nn.Module) -> None:
-    """Waits for the devices, so that the time measured is the time taken."""
+def synchronise(model: nn.Module) -> None:
+    """Waits for the devices, so that the time measured is that of what is done meanwhile."""
     for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
         torch.cuda.synchronize(device)

@@ -11,10 +11,10 @@ from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import frozen
 from nettrace.measures import Measure
 from nettrace.record import Record
-from nettrace.recording import OnError, Recorder, spot_check, timed
+from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.statistics import StepStatistics
 
-_CHECK, _SECONDS = "nettrace/step_spot_check", "nettrace/step_seconds"
+_CHECK = "nettrace/step_spot_check"
 
 
 class StepTracer(Recorder):
@@ -47,22 +47,20 @@ class StepTracer(Recorder):
             Exception: whatever goes wrong, if `on_error="raise"`.
         """
         start = time.perf_counter()
-        records: dict[str, Record] = {}
-        checks: list[Record] = []
+        taken = Taken()
         left = measures
         with frozen(model, evaluating=False):
-            while left := self._attempt(look, step, left, records, checks):
+            while left := self._attempt(look, step, left, taken):
                 self._allowance.reduce()
-        taken = [records[m.name] for m in measures if m.name in records]
-        return [*taken, *checks, timed(step, time.perf_counter() - start, _SECONDS)]
+        times = taken.times(step, time.perf_counter() - start, "step_")
+        return [*taken.in_order(measures), *taken.checks, *times]
 
     def _attempt(
         self,
         look: Callable[[int], StepStatistics],
         step: int,
         measures: Sequence[Measure],
-        records: dict[str, Record],
-        checks: list[Record],
+        taken: Taken,
     ) -> list[Measure]:
         """Adds the records of one look; returns what to try again within less memory."""
         found: StepStatistics | Exception
@@ -70,9 +68,9 @@ class StepTracer(Recorder):
             found = look(self._allowance.bytes)
             certificate = self._spot_checks(found.loss_gradients.shares, step)
             if certificate is not None:
-                checks[:] = [spot_check(step, certificate, _CHECK)]
+                taken.checks[:] = [spot_check(step, certificate, _CHECK)]
         except Exception as error:
             if isinstance(error, SpotCheckError):
-                checks[:] = [spot_check(step, error, _CHECK)]
+                taken.checks[:] = [spot_check(step, error, _CHECK)]
             found = error
-        return self._take(measures, step, found, {}, records)
+        return self._take(measures, step, found, {}, taken)

@@ -33,6 +33,7 @@ COMPARING = ["ntk/distance_first", "ntk/velocity", "weights/displacement", "loss
 ALL = [m.name for m in measures.available() if m.is_own and "precond" not in m.name]
 #: What is not the same each time it is measured, or is of one place.
 OWN = {"nettrace_seconds", "wall_time", "checkpoint_bytes", "checkpoint_modified"}
+OWN |= {"measure", "nettrace_seconds_per_measure", "nettrace_seconds_per_measure_of_pairs"}
 #: What a trace of checkpoints has beside, by which the network is known.
 WITNESSES = ["witness_of_outputs", "witness_of_losses"]
 
