@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
-
-from nettrace import MissingMeasureWarning, Probe, Record, Tracer
+from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step
 from nettrace.callbacks.loggers import monitor, send
-from nettrace.freeze import frozen, private_copy, random_states
-from nettrace.probe import evenly_spaced
+from nettrace.callbacks.request import report, warn_idle
+from nettrace.callbacks.samples import batch_of
 from nettrace.schedule import Schedule, bound
 from nettrace.store import TraceWriter
 from nettrace.store.provenance import of_model
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
-
-
-_FEW = 1000  # longer lists are data
 
 
 class Session:
@@ -207,12 +195,7 @@ class Session:
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
-            warnings.warn(
-                f"{type(callback).__name__} never measured: its schedule did not fire in the "
-                f"{self._trainer.global_step} steps of this training; choose a smaller every=",
-                MissingMeasureWarning,
-                stacklevel=2,
-            )
+            warn_idle(callback, self._trainer.global_step)
 
     def _write(
         self,
@@ -281,13 +264,7 @@ class Session:
                     self._report(callbacks[0], f"cannot log to {type(logger).__name__}", error)
 
     def _report(self, callback: Trace, what: str, error: Exception) -> None:
-        """Raises or, once, warns."""
-        if callback.on_error == "raise":
-            raise error
-        if what not in self._warned:
-            self._warned.add(what)
-            text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
-            warnings.warn(text, MissingMeasureWarning, stacklevel=2)
+        report(callback, what, error, self._warned)
 
     def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
         """The callback's probes, or one of the trainer's data, where and as the module needs it."""
@@ -298,17 +275,7 @@ class Session:
         if given is not None:
             return {name: probe.to(device).map(convert) for name, probe in given.items()}
         candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
-        loader = next((c for c in candidates if _has_samples(getattr(c, "dataset", None))), None)
-        if loader is None:
-            kinds = ", ".join(dict.fromkeys(type(c).__name__ for c in candidates)) or "nothing"
-            raise TypeError(
-                f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
-                "number: pass probe=nettrace.Probe(inputs, targets)"
-            )
-        lazy = any(map(is_lazy, self._module.parameters()))  # which cannot be frozen yet
-        with random_states({self._module.device}), nullcontext() if lazy else frozen(self._module):
-            dataset = _twin(loader.dataset, {})  # samples may be augmented at random
-            batch = evenly_spaced(dataset, callback.samples, loader.collate_fn)
+        with batch_of(candidates, callback.samples, self._module) as batch:
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
         return Probe.from_batch(batch)
 
@@ -345,36 +312,6 @@ def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [one for several in loaders for one in _flat(several)]
     return [] if loaders is None else [loaders]
-
-
-def _has_samples(dataset: Any) -> bool:
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return False
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
-
-
-def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """The same data set with random generators of its own, but the same data.
-
-    Looks for generators in the attributes of what it is made of, such as transforms, and in short
-    lists of those.
-    """
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
-        return private_copy(value, memo)
-    if type(value) in (list, tuple) and len(value) <= _FEW:
-        return type(value)(_twin(v, memo) for v in value)
-    if type(value) is dict and len(value) <= _FEW:
-        return {k: _twin(v, memo) for k, v in value.items()}
-    if isinstance(value, (Tensor, nn.Module, type)) or not getattr(value, "__dict__", None):
-        return value
-    try:
-        twin = memo[id(value)] = copy.copy(value)
-        vars(twin).update({name: _twin(v, memo) for name, v in vars(value).items()})
-    except Exception:  # what cannot be copied is used as it is
-        return value
-    return twin
 
 
 @contextmanager

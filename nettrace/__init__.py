@@ -12,10 +12,10 @@ from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
 from nettrace.price import TooDear
 from nettrace.probe import Probe
-from nettrace.record import Record
+from nettrace.record import MissingMeasureWarning, Record
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
-from nettrace.tracer import MissingMeasureWarning, Tracer
+from nettrace.tracer import Tracer
 
 __all__ = [
     "Analysis",

@@ -16,6 +16,10 @@ ERROR = "_standard_error"
 MOST_AXES = 29
 
 
+class MissingMeasureWarning(UserWarning):
+    """A measure could not be taken; its record says why, and the training goes on."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One quantity at one step.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nettrace.attached import Attached
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
@@ -27,19 +28,16 @@ from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
-from nettrace.record import Record
+from nettrace.record import MissingMeasureWarning, Record
 from nettrace.schedule import Every, schedule
 from nettrace.several import Several, of_pairs
 from nettrace.statistics import Inapplicable, Statistics
 from nettrace.store import TraceWriter
 from nettrace.store.provenance import of_model
+from nettrace.unwrapped import is_main_process, plain_model, plain_optimizers
 
 OnError = Literal["record", "raise"]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
-
-
-class MissingMeasureWarning(UserWarning):
-    """A measure could not be taken; its record says why, and the training goes on."""
 
 
 class Tracer:
@@ -148,7 +146,8 @@ class Tracer:
         """Measures the network if the schedule says so.
 
         Args:
-            model: the network; it is left exactly as it is.
+            model: the network; it is left exactly as it is. Of one that DistributedDataParallel or
+                accelerate has wrapped, what is inside is measured.
             step: how many updates its weights have had.
             optimizer: the one that makes them, or several that share them, for measures that need
                 it; it is only read.
@@ -165,10 +164,15 @@ class Tracer:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
-        if not self.due(step):
-            return []
+        return self.record(model, step, optimizer, **coordinates) if self.due(step) else []
+
+    def record(
+        self, model: nn.Module, step: int, optimizer: Optimizers = None, **coordinates: float
+    ) -> list[Record]:
+        """Measures and writes now, whatever the schedule says; otherwise as calling the tracer."""
+        model = plain_model(model)
         records = self.measure(model, step, self.measures, optimizer)
-        if self._writer is not None:
+        if self._writer is not None and is_main_process():
             try:
                 if "model" not in self._writer.provenance:
                     self._writer.provenance |= of_model(model)
@@ -180,6 +184,40 @@ class Tracer:
                     "cannot write", f"cannot write the trace to {self._writer.folder}: {error}"
                 )
         return records
+
+    def attached(self, model: nn.Module, optimizer: Optimizers, *, step: int = 0) -> Attached:
+        """A context in which the tracer counts the optimizer's steps, and measures at those due.
+
+        Args:
+            model: the network, as in a call.
+            optimizer: the one that updates it, or several; of several, the steps of the last are
+                counted, so that it sees the weights after all have moved them. A step that
+                GradScaler or accelerate skip does not count.
+            step: how many updates the weights have had already, in a run that is resumed.
+
+        Raises:
+            TypeError: if that is no network or optimizer.
+            ValueError: if the step is negative.
+
+        Example:
+            >>> import torch, nettrace as nt
+            >>> model = torch.nn.Linear(3, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+            >>> tracer = nt.Tracer(nt.Probe(x, y), "loss/mean", every=2)
+            >>> with tracer.attached(model, optimizer) as run:
+            ...     for _ in range(5):
+            ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+            ...         optimizer.step()
+            >>> run.step
+            5
+        """
+        return Attached(self, model, optimizer, step)
+
+    def take_up(self, step: int) -> None:
+        """Goes on from a step of an earlier run, whose records after it are superseded."""
+        if self._writer is not None:
+            self._writer.take_up(step)
 
     def measure(
         self,
@@ -194,7 +232,7 @@ class Tracer:
         start = time.perf_counter()
         records: list[Record] = []
         checks: list[Record] = []
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+        optimizers = plain_optimizers(optimizer)
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
         try:
@@ -241,6 +279,11 @@ class Tracer:
         It can be saved by `torch.save` and loaded with `weights_only=True`. The trace is brought to
         the disk, so that it holds all up to the checkpoint.
         """
+        self.sync()
+        return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
+
+    def sync(self) -> None:
+        """Brings the trace to the disk."""
         if self._writer is not None:
             try:
                 self._writer.sync()
@@ -248,7 +291,6 @@ class Tracer:
                 if self.on_error == "raise":
                     raise
                 self._warn("cannot sync", f"cannot bring the trace to the disk: {error}")
-        return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a run where `state_dict` was saved, to compare with its first look.

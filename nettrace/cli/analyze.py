@@ -23,7 +23,7 @@ from nettrace.cli.texts import (
     wrapped,
 )
 from nettrace.offline import Analysis
-from nettrace.tracer import MissingMeasureWarning
+from nettrace.record import MissingMeasureWarning
 
 _ABOUT = "measure checkpoints as a callback would have measured the network in training"
 _EXAMPLES = """
