@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,9 +57,9 @@ class TransformersTrace(Request, TrainerCallback):
         self._said: set[str] = set()
         self._measured, self._tracer = None, None
         loader, begun = kwargs["train_dataloader"], state.global_step > 0
-        batches = len(loader) if hasattr(loader, "__len__") else math.inf
-        each = batches / args.gradient_accumulation_steps
-        each = each if math.isinf(each) else math.ceil(each)
+        each = math.inf
+        with suppress(TypeError):  # of a stream
+            each = math.ceil(len(loader) / args.gradient_accumulation_steps)
         self._due = bound(self.due, state.max_steps, each)
         try:
             tracer = Tracer(

@@ -26,9 +26,9 @@ class Request:
             evenly spaced samples of Lightning's first validation data set, or else of the training
             data set; the trainer's loaders are never iterated.
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
-        log: whether to send numbers to the trainer's loggers, or whatever transformers reports to;
-            and to Lightning's `callback_metrics`, so that they can be monitored. Kernels and spectra
-            too where a Lightning logger is W&B's.
+        log: whether to send numbers to the trainer's loggers, or to all that transformers reports
+            to, and to Lightning's `callback_metrics`, so that they can be monitored; kernels and
+            spectra too where a Lightning logger is W&B's.
         prefix: put before every name in loggers.
         samples: how many samples a default probe takes.
         on_error: "record" notes why a measure is missing, warns once and lets the training go on;
