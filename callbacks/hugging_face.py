@@ -88,20 +88,19 @@ class TransformersTrace(Request, TrainerCallback):
         """Measures the weights as this step left them."""
         self._measure_if_due(args, state, control, kwargs)
 
-    def on_log(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures last where that is asked for."""
-        # The trainer's last words come when no step will follow, but before the best weights are
-        # loaded in place of the last.
-        ends = "train_runtime" in kwargs["logs"] and getattr(self.due, "last", False)
-        if ends and self._measured != state.global_step:
-            self._measure(args, state, control, kwargs)
+        """Measures last where that is asked for, if the training was stopped in this epoch."""
+        if control.should_training_stop:
+            self._measure_last(args, state, control, kwargs)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Saves what measures need of earlier looks in the checkpoint's folder."""
+        if control.should_training_stop:  # by an evaluation after the epoch
+            self._measure_last(args, state, control, kwargs)
         folder = _checkpoint(args, state)
         if self._tracer is None or not state.is_world_process_zero or not folder.is_dir():
             return
@@ -116,6 +115,13 @@ class TransformersTrace(Request, TrainerCallback):
     ) -> None:
         """Brings the trace to the disk, and says so if there is none."""
         if self._tracer is not None:
+            if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+                self._measure_last(args, state, control, kwargs)
+            elif getattr(self.due, "last", False) and self._measured != state.global_step:
+                lost = RuntimeError(
+                    "the best weights have taken their place (load_best_model_at_end)"
+                )
+                report(self, "cannot measure the last weights", lost, self._said)
             self._tracer.sync()
             if self._measured is None:
                 warn_idle(self, state.global_step)
@@ -135,6 +141,17 @@ class TransformersTrace(Request, TrainerCallback):
         else:
             if due:
                 self._measure(args, state, control, kwargs)
+
+    def _measure_last(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Measures if the schedule has the last step, whichever that is, and it is not yet."""
+        if getattr(self.due, "last", False) and self._measured != state.global_step:
+            self._measure(args, state, control, kwargs)
 
     def _measure(
         self,

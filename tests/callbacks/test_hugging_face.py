@@ -177,9 +177,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("model", "feature"),
     [
-        *((bert, feature) for feature in FEATURES),
-        *((Plain, feature) for feature in ("plain", "bf16", "best")),
-        *((kind, "accumulated") for kind in (checkpointed, double)),
+        *((bert, feature) for feature in ("accumulated", "smoothed", "best")),
+        *((Plain, feature) for feature in ("plain", "bf16")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *((bert, f) for f in FEATURES if f not in ("accumulated", "smoothed", "best")),
+                *((kind, "accumulated") for kind in (checkpointed, double)),
+                (Plain, "best"),
+            ]
+        ),
     ],
 )
 def test_training_is_bitwise_the_same_with_the_callback(
@@ -326,12 +333,16 @@ class Stopped(transformers.EarlyStoppingCallback):
         control.should_training_stop = state.global_step >= 4
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
 @pytest.mark.parametrize("best", [False, True])
-def test_the_last_step_is_measured_with_its_own_weights(best: bool, tmp_path: Path) -> None:
+def test_the_last_step_is_measured_with_its_own_weights(
+    best: bool, strategy: str, tmp_path: Path
+) -> None:
     rising = iter(range(100))
     options = {
-        **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        **{"eval_strategy": strategy, "eval_steps": 2, "save_strategy": strategy, "save_steps": 2},
         **{"metric_for_best_model": "rising", "greater_is_better": False},
+        **{"per_device_train_batch_size": 12, "max_steps": 9},  # epochs of 2 steps
     }
     callback = TransformersTrace(
         "weights/displacement", every=nt.with_last(3), samples=8, to=tmp_path / "trace"
