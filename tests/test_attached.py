@@ -224,14 +224,14 @@ def test_epochs_of_unknown_length_are_asked_for_before_the_training() -> None:
 def test_a_resumed_run_supersedes_and_compares_with_its_first_look(tmp_path: Path) -> None:
     names = ["weights/displacement", "ntk/velocity", "loss/mean"]
 
-    def run(folder: Path, parts: list[tuple[int, int]]) -> Any:
+    def run(folder: Path, parts: list[tuple[int, int]], every: Any = (2, 2)) -> Any:
         training.seed()
         model = network().eval()
         (optimizer,) = adam(model)
         batches = list(training.loader(training.Samples(count=32)))
         checkpoint: dict[str, Any] = {}
-        for start, end in parts:
-            tracer = nt.Tracer(probe(), names, every=2, to=folder)
+        for (start, end), period in zip(parts, every, strict=False):
+            tracer = nt.Tracer(probe(), names, every=period, to=folder)
             if checkpoint:
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
@@ -258,10 +258,10 @@ def test_a_resumed_run_supersedes_and_compares_with_its_first_look(tmp_path: Pat
     for name in ("weights_displacement", "ntk_velocity", "loss_mean"):
         assert parts[name].variable.equals(whole[name].variable), name
     # Of the former attempt, nothing after the step where the latter took up is left, though the
-    # latter has not come as far.
-    shorter = run(tmp_path / "shorter", [(0, 7), (3, 4)])
-    assert shorter.step.values.tolist() == [0, 2, 4]
-    assert nt.open(tmp_path / "shorter", attempt=0).step.values.tolist() == [0, 2, 4, 6]
+    # latter has not measured before step 8.
+    fewer = run(tmp_path / "fewer", [(0, 7), (3, 8)], every=(2, [8]))
+    assert fewer.step.values.tolist() == [0, 2, 8]
+    assert nt.open(tmp_path / "fewer", attempt=0).step.values.tolist() == [0, 2, 4, 6]
 
 
 @pytest.fixture
@@ -284,7 +284,8 @@ def test_of_a_wrapped_network_what_is_inside_is_measured(tmp_path: Path) -> None
         inner, (optimizer,) = model, adam(model)
         if wrap:
             model = nn.parallel.DistributedDataParallel(model)
-        tracer = nt.Tracer(probe(), MEASURES, every=1, to=folder, on_error="raise")
+        names = [*MEASURES, "ntk/trace_per_layer"]
+        tracer = nt.Tracer(probe(), names, every=1, to=folder, on_error="raise")
         with tracer.attached(model, optimizer) if folder else nullcontext():
             for batch in training.loader():
                 plain(model, batch, [optimizer])
@@ -295,6 +296,9 @@ def test_of_a_wrapped_network_what_is_inside_is_measured(tmp_path: Path) -> None
     trained(tmp_path / "plain", False)
     wrapped, plain_ = nt.open(tmp_path / "wrapped"), nt.open(tmp_path / "plain")
     assert wrapped.loss_mean.variable.equals(plain_.loss_mean.variable)
+    assert wrapped.ntk_trace_per_layer.identical(
+        plain_.ntk_trace_per_layer.assign_coords(wall_time=wrapped.wall_time)
+    )
     assert wrapped.fisher_trace.variable.equals(plain_.fisher_trace.variable)
 
 

@@ -153,7 +153,7 @@ def outcome(trainer: Any, collator: Any = None) -> dict[str, Any]:
         "own generator": None if collator is None else collator.generator.get_state(),
         "hooks": training.hooks(trainer.model),
         "forward": getattr(trainer.model.forward, "__wrapped__", None) is None,
-        "logger": vars(logging.getLogger("sentences")),
+        "logger": {k: id(v) for k, v in vars(logging.getLogger("sentences")).items()},
     }
 
 
