@@ -1,11 +1,31 @@
-"""Callbacks for PyTorch Lightning, in both of its namespaces."""
+"""Callbacks for PyTorch Lightning, in both of its namespaces, and for transformers' Trainer."""
 
-from nettrace.callbacks.trace import (
-    CollectiveVariables,
-    FisherTrace,
-    GradientStatistics,
-    NTKTrace,
-    Trace,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CollectiveVariables", "FisherTrace", "GradientStatistics", "NTKTrace", "Trace"]
+if TYPE_CHECKING:
+    from nettrace.callbacks.hugging_face import TransformersTrace
+    from nettrace.callbacks.trace import (
+        CollectiveVariables,
+        FisherTrace,
+        GradientStatistics,
+        NTKTrace,
+        Trace,
+    )
+
+__all__ = [
+    "CollectiveVariables",
+    "FisherTrace",
+    "GradientStatistics",
+    "NTKTrace",
+    "Trace",
+    "TransformersTrace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for alone: a trainer need not be installed for the sake of another."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "hugging_face" if name == "TransformersTrace" else "trace"
+    return getattr(import_module(f"nettrace.callbacks.{module}"), name)

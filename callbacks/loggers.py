@@ -27,7 +27,7 @@ def monitor(trainer: Any, records: Sequence[Record], prefix: str) -> None:
         records: of one step, none missing.
         prefix: put before every name.
     """
-    for name, value in _numbers(records, prefix).items():
+    for name, value in numbers_of(records, prefix).items():
         trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float32)
 
 
@@ -43,14 +43,15 @@ def send(logger: Any, records: Sequence[Record], prefix: str, step: int) -> None
         prefix: put before every name.
         step: the step under which Lightning itself logs at this moment.
     """
-    numbers = _numbers(records, prefix) | {STEP: records[0].step}
+    numbers = numbers_of(records, prefix) | {STEP: records[0].step}
     if any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__):
         _send_to_wandb(logger.experiment, records, numbers, prefix, step)
     else:
         logger.log_metrics(numbers, step=step)
 
 
-def _numbers(records: Sequence[Record], prefix: str) -> dict[str, float]:
+def numbers_of(records: Sequence[Record], prefix: str) -> dict[str, float]:
+    """What is a number among records, none missing, by the names that loggers get."""
     numbers: dict[str, float] = {}
     for record in _apart(records):
         if record.is_scalar:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
+from torch import Tensor
 
 from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
@@ -25,10 +19,9 @@ from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.callbacks.progress import announced
+from nettrace.callbacks.request import report, warn_idle
+from nettrace.callbacks.samples import batch_of
 from nettrace.callbacks.steps import Steps, asked
-from nettrace.freeze import frozen, private_copy, random_states
-from nettrace.missing import warn_missing
-from nettrace.probe import evenly_spaced
 from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
@@ -38,7 +31,6 @@ if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
 
 
-_FEW = 1000  # longer lists are data
 #: What to do about it, for warnings.
 _UNLOGGED = (
     "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
@@ -292,13 +284,9 @@ class Session:
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
-            why = (
-                f"its schedule did not fire in the {self._trainer.global_step} steps of this "
-                "training; choose a smaller every="
-                if callback not in self._skipped
-                else f"at each step of its schedule, all of budget={self._budget.limit:g} was spent"
-            )
-            warn_missing(f"{type(callback).__name__} never measured: {why}")
+            spent = f"at each step of its schedule, all of budget={self._budget.limit:g} was spent"
+            reason = spent if callback in self._skipped else ""
+            warn_idle(callback, self._trainer.global_step, reason)
 
     def _write(
         self,
@@ -379,13 +367,7 @@ class Session:
         return [*found, left_out(step, len(skipped - {step}))]
 
     def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
-        """Raises or, once, warns."""
-        if callback.on_error == "raise":
-            raise error
-        if what not in self._warned:
-            self._warned.add(what)
-            text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
-            warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=2)
+        report(callback, what, error, self._warned, remedy)
 
     def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
         """The callback's probes, or one of the trainer's data, where and as the module needs it."""
@@ -396,17 +378,7 @@ class Session:
         if given is not None:
             return {name: probe.to(device).map(convert) for name, probe in given.items()}
         candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
-        loader = next((c for c in candidates if _has_samples(getattr(c, "dataset", None))), None)
-        if loader is None:
-            kinds = ", ".join(dict.fromkeys(type(c).__name__ for c in candidates)) or "nothing"
-            raise TypeError(
-                f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
-                "number: pass probe=nettrace.Probe(inputs, targets)"
-            )
-        lazy = any(map(is_lazy, self._module.parameters()))  # which cannot be frozen yet
-        with random_states({self._module.device}), nullcontext() if lazy else frozen(self._module):
-            dataset = _twin(loader.dataset, {})  # samples may be augmented at random
-            batch = evenly_spaced(dataset, callback.samples, loader.collate_fn)
+        with batch_of(candidates, callback.samples, self._module) as batch:
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
         return Probe.from_batch(batch)
 
@@ -438,33 +410,3 @@ def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [one for several in loaders for one in _flat(several)]
     return [] if loaders is None else [loaders]
-
-
-def _has_samples(dataset: Any) -> bool:
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return False
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
-
-
-def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """The same data set with random generators of its own, but the same data.
-
-    Looks for generators in the attributes of what it is made of, such as transforms, and in short
-    lists of those.
-    """
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
-        return private_copy(value, memo)
-    if type(value) in (list, tuple) and len(value) <= _FEW:
-        return type(value)(_twin(v, memo) for v in value)
-    if type(value) is dict and len(value) <= _FEW:
-        return {k: _twin(v, memo) for k, v in value.items()}
-    if isinstance(value, (Tensor, nn.Module, type)) or not getattr(value, "__dict__", None):
-        return value
-    try:
-        twin = memo[id(value)] = copy.copy(value)
-        vars(twin).update({name: _twin(v, memo) for name, v in vars(value).items()})
-    except Exception:  # what cannot be copied is used as it is
-        return value
-    return twin

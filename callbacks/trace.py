@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from nettrace import Probe, Tracer
-from nettrace.budget import check_budget
 from nettrace.callbacks.lightning import Callback
+from nettrace.callbacks.request import Request
 from nettrace.callbacks.session import Session
-from nettrace.explanation import Explanation, PriceList
 from nettrace.missing import warn_missing
-from nettrace.probe import check_probes
 from nettrace.recording import OnError
-from nettrace.schedule import Every, schedule
+from nettrace.schedule import Every
 from nettrace.statistics import StepStatistics
-from nettrace.tracer import chosen
 
 
 def _spared(hook: Callable[..., None]) -> Callable[..., None]:
@@ -43,7 +40,7 @@ def _spared(hook: Callable[..., None]) -> Callable[..., None]:
     return spared
 
 
-class Trace(Callback):
+class Trace(Request, Callback):
     """Measures the network while Lightning trains it, without touching the training.
 
     A measurement at step k sees the weights after k optimizer steps: before the training at step 0,
@@ -53,93 +50,15 @@ class Trace(Callback):
     look of all. A loss that is not declared is held against the one that the first training step
     returns; if that is another, what rests on it is missing from then on, with the reason.
 
-    Args:
-        measures: names of measures or groups, such as ["ntk", "fisher/trace"].
-        every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
-            themselves, or a function from a step to yes or no, such as `nettrace.epochs(1)`.
-        probe: the samples to measure on, or several by name, as {"train": p, "val": q}. By default,
-            evenly spaced samples of the first validation data set, or else of the training data
-            set; the trainer's loaders are never iterated.
-        to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
-        log: whether to send numbers to the trainer's loggers and `callback_metrics`, so that they
-            can be monitored; kernels and spectra too where a logger is W&B's.
-        prefix: put before every name in loggers.
-        samples: how many samples a default probe takes.
-        on_error: "record" notes why a measure is missing, warns once and lets the training go on;
-            "raise" raises.
-        max_seconds: how long one measure may take at one record, as predicted at the first; one
-            that would take longer is missing, with the reason. None for any time.
-        budget: the share of wall time since the training began that this trainer's callbacks may
-            spend on measuring, taken together, such as 0.05 for 5 %; steps of the schedule are left
-            out to stay within it (`nettrace.budget.Budget` has what is guaranteed). Of several
-            budgets, the smallest holds for all callbacks that have one; None is for one that
-            measures at each step of its schedule, which counts nevertheless. Those that are due at
-            one step measure together or not at all. The first measurement, as of step 0, is always
-            taken, and then paid back before the next; `nettrace.with_last` has what the last step
-            will take kept for it, and leaves it out too where that does not suffice. Windows are
-            thinned step by step. A resumed run begins with a budget of its own. The trace has the
-            share so far as "nettrace/share", and as "nettrace/skipped" how many steps were left out
-            before. Of several processes, the first decides for all.
-
-    Raises:
-        ValueError: if a measure is unknown, the schedule never fires, or the budget is no share.
+    The arguments are those of `Request`.
     """
 
     #: Whether the training's own steps are measured, rather than a probe.
     of_steps = False
-
-    def __init__(
-        self,
-        measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
-        *,
-        every: Every = 100,
-        probe: Probe | Mapping[str, Probe] | None = None,
-        to: str | Path | None = None,
-        log: bool = True,
-        prefix: str = "",
-        samples: int = 64,
-        on_error: OnError = "record",
-        max_seconds: float | None = 60.0,
-        budget: float | None = None,
-    ) -> None:
-        super().__init__()
-        if to is not None and not isinstance(to, (str, Path)):
-            raise TypeError(f"expected to= to be a folder's path, got {type(to).__name__}")
-        if not isinstance(prefix, str):
-            raise TypeError(f"expected prefix= to be a text, got {type(prefix).__name__}")
-        if probe is not None:
-            check_probes(probe)
-        if on_error not in ("record", "raise"):
-            raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
-        self.measures = chosen(measures, probe)
-        self.every = every
-        self.due = schedule(every)
-        self.probe = probe
-        self.to = to
-        self.log = log
-        self.prefix = prefix
-        self.samples = samples
-        self.on_error = on_error
-        self.max_seconds = PriceList(max_seconds).max_seconds
-        self.budget = None if budget is None else check_budget(budget)
-        self._session: Session | None = None
-        #: What the sessions before this left, where this callback measures for all.
-        self._past: Mapping[str, Any] = {}
-
-    def explain(self, model: nn.Module) -> Explanation:
-        """Predicts what the measures will cost on a network, and leaves it exactly as it was.
-
-        With a budget, also how often at most they will be taken.
-
-        Raises:
-            ValueError: if there is no probe yet, which is to be taken from the trainer's data.
-            CoupledSamplesError: if samples are coupled.
-        """
-        if self.probe is None:
-            raise ValueError("the price depends on the samples: pass probe=nettrace.Probe(x, y)")
-        names = [measure.name for measure in self.measures]
-        options: dict[str, Any] = {"max_seconds": self.max_seconds, "budget": self.budget}
-        return Tracer(self.probe, names, **options).explain(model)
+    #: Of several callbacks of a trainer, the first measures for all.
+    _session: Session | None = None
+    #: What the sessions before this left, where this callback measures for all.
+    _past: Mapping[str, Any] = MappingProxyType({})
 
     @_spared
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -173,6 +173,8 @@ def _attributes(model: nn.Module) -> Iterator[None]:
             for holder in (vars(module), module._buffers):
                 for name in holder.keys() - _INTERNALS:
                     holder[name] = private_copy(holder[name], memo)
+            if "_original_forward" in vars(module):  # accelerate's own enters autocast again
+                vars(module)["forward"] = vars(module)["_original_forward"]
         yield
     finally:
         for holder, content in found:

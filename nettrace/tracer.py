@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from nettrace.attached import Attached
 from nettrace.budget import Budget, check_budget, left_out
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.explanation import Explanation, PriceList
@@ -34,6 +35,7 @@ from nettrace.several import Several, of_pairs
 from nettrace.statistics import Statistics
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
+from nettrace.unwrapped import is_main_process, plain_model, plain_optimizers
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
@@ -153,7 +155,8 @@ class Tracer(Recorder):
         """Measures the network if the schedule says so.
 
         Args:
-            model: the network; it is left exactly as it is.
+            model: the network; it is left exactly as it is. Of one that DistributedDataParallel or
+                accelerate has wrapped, what is inside is measured.
             step: how many updates its weights have had.
             optimizer: the one that makes them, or several that share them, for measures that need
                 it; it is only read.
@@ -170,39 +173,93 @@ class Tracer(Recorder):
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
+        return self.record(model, step, optimizer, False, **coordinates) if self.due(step) else []
+
+    def record(
+        self,
+        model: nn.Module,
+        step: int,
+        optimizer: Optimizers = None,
+        last: bool = False,
+        **coordinates: float,
+    ) -> list[Record]:
+        """Measures and writes now, whatever the schedule says; otherwise as calling the tracer.
+
+        Args:
+            model: as in a call.
+            step: as in a call.
+            optimizer: as in a call.
+            last: whether this is the last of the run, for which the budget has kept room.
+            coordinates: as in a call.
+        """
         if self._ledger is None:
             self._ledger = Budget(self.budget or 1)
-        if not self.due(step):
-            return []
-        all_, last = frozenset({"all"}), has_last_after(self.due, step)
-        if not self._ledger.allows(all_, reserve=all_ if last else frozenset()):
+        all_ = frozenset({"all"})
+        reserve = all_ if not last and has_last_after(self.due, step) else frozenset()
+        if not self._ledger.allows(all_, reserve):
             self._skipped += 1
             return []
+        model = plain_model(model)
         synchronise(model)
         with self._ledger.measuring(all_):
             records = self.measure(model, step, self.measures, optimizer)
             if self.budget is not None:
                 records += [self._ledger.record(step), left_out(step, self._skipped)]
                 self._skipped = 0
-            self._write(model, records, coordinates)
+            if self._writer is not None and is_main_process():
+                self._write(self._writer, model, records, coordinates)
         return records
 
     def _write(
-        self, model: nn.Module, records: Sequence[Record], coordinates: Mapping[str, float]
+        self,
+        writer: Journal,
+        model: nn.Module,
+        records: Sequence[Record],
+        coordinates: Mapping[str, float],
     ) -> None:
-        if self._writer is None:
-            return
         try:
-            if "model" not in self._writer.provenance:
-                self._writer.provenance |= of_model(model)
-            self._writer.write(records, coordinates)
+            if "model" not in writer.provenance:
+                writer.provenance |= of_model(model)
+            writer.write(records, coordinates)
         except (OSError, TypeError, ValueError) as error:
             if self.on_error == "raise":
                 raise
-            self._warn(
-                "cannot write",
-                f"cannot write the trace to {self._writer.folder}: {error}; {UNWRITTEN}",
-            )
+            text = f"cannot write the trace to {writer.folder}: {error}; {UNWRITTEN}"
+            self._warn("cannot write", text)
+
+    def attached(self, model: nn.Module, optimizer: Optimizers, *, step: int = 0) -> Attached:
+        """A context in which the tracer counts the optimizer's steps, and measures at those due.
+
+        Args:
+            model: the network, as in a call.
+            optimizer: the one that updates it, or several; of several, the steps of the last are
+                counted, so that it sees the weights after all have moved them. A step that
+                GradScaler or accelerate skip does not count.
+            step: how many updates the weights have had already, in a run that is resumed.
+
+        Raises:
+            TypeError: if that is no network or optimizer.
+            ValueError: if the step is negative.
+
+        Example:
+            >>> import torch, nettrace as nt
+            >>> model = torch.nn.Linear(3, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+            >>> tracer = nt.Tracer(nt.Probe(x, y), "loss/mean", every=2)
+            >>> with tracer.attached(model, optimizer) as run:
+            ...     for _ in range(5):
+            ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+            ...         optimizer.step()
+            >>> run.step
+            5
+        """
+        return Attached(self, model, optimizer, step)
+
+    def take_up(self, step: int) -> None:
+        """Goes on from a step of an earlier run, whose records after it are superseded."""
+        if self._writer is not None:
+            self._writer.take_up(step)
 
     def measure(
         self,
@@ -216,7 +273,7 @@ class Tracer(Recorder):
             return self._several.measure(model, step, measures, optimizer)
         start = time.perf_counter()
         taken = Taken()
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+        optimizers = plain_optimizers(optimizer)
         left = measures
         while left := self._attempt(model, step, left, optimizers, taken):
             self._allowance.reduce()
@@ -279,6 +336,11 @@ class Tracer(Recorder):
         It can be saved by `torch.save` and loaded with `weights_only=True`. The trace is brought to
         the disk, so that it holds all up to the checkpoint.
         """
+        self.sync()
+        return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
+
+    def sync(self) -> None:
+        """Brings the trace to the disk."""
         if self._writer is not None:
             try:
                 self._writer.sync()
@@ -286,7 +348,6 @@ class Tracer(Recorder):
                 if self.on_error == "raise":
                     raise
                 self._warn("cannot sync", f"cannot bring the trace to the disk: {error}")
-        return {one.probe.fingerprint(): one._past.state_dict() for one in self.each()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a run where `state_dict` was saved, to compare with its first look.

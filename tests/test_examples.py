@@ -26,6 +26,27 @@ LIGHTNING = [
 pytestmark = [pytest.mark.filterwarnings(f) for f in LIGHTNING]
 
 
+def hugging_face():
+    """What stands for users' own in the README's examples of Hugging Face's loops."""
+    import accelerate
+    import transformers
+
+    config = transformers.BertConfig(
+        **{"vocab_size": 9, "hidden_size": 4, "intermediate_size": 4, "num_labels": 3},
+        **{"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 4},
+    )
+    arguments = transformers.TrainingArguments(
+        "runs/bert", max_steps=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
+    )
+    sentences = [{"input_ids": torch.arange(4) + i % 5, "labels": i % 3} for i in range(9)]
+    return {
+        "accelerator": accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2),
+        "bert": transformers.BertForSequenceClassification(config),
+        "arguments": arguments,
+        "sentences": sentences,
+    }
+
+
 def test_readme(tmp_path, monkeypatch):
     import pytorch_lightning as pl
 
@@ -49,11 +70,14 @@ def test_readme(tmp_path, monkeypatch):
     x, y = torch.randn(24, 4), torch.arange(24) % 3
     names = {"x": x, "y": y, "torch": torch, "F": F, "model": Model()}
     names["loader"] = DataLoader(TensorDataset(x, y), batch_size=8)
+    names |= {"optimizer": torch.optim.SGD(names["model"].parameters(), 0.1), **hugging_face()}
     for block in blocks:
         exec(block, names)
     assert {"ntk_entropy", "fisher_trace", "collective_chi_align"} <= set(names["data"])
     assert names["data"].sizes["step"] > 5
-    assert nt.open("runs/loop").step.values.tolist() == [0]
+    for loop in ("attached", "loop", "accelerate", "transformers"):
+        assert nt.open(f"runs/{loop}").step.values.tolist() == [0]
+        assert nt.open(f"runs/{loop}").ntk_trace.notnull().all()
 
 
 def test_digits_example(tmp_path):

@@ -152,6 +152,16 @@ class TraceWriter:
             self.close()
             raise
 
+    def take_up(self, step: int) -> None:
+        """Goes on from a step: what was recorded after it is superseded.
+
+        Other writers of this process in this folder that go on from there share the attempt.
+        """
+        with _TURN:
+            self._start = step + 1
+            if self._place in _ATTEMPTS and _ATTEMPTS[self._place][1] > step:
+                del _ATTEMPTS[self._place]
+
     def sync(self) -> None:
         """Waits until what is written has reached the disk.
 

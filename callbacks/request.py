@@ -1,0 +1,115 @@
+"""What callbacks of all trainers have in common: what is asked of them, and how they complain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nettrace import Probe, Tracer
+from nettrace.budget import check_budget
+from nettrace.explanation import Explanation, PriceList
+from nettrace.missing import warn_missing
+from nettrace.probe import check_probes
+from nettrace.recording import OnError
+from nettrace.schedule import Every, schedule
+from nettrace.tracer import chosen
+
+
+class Request:
+    """What to measure, when, on what, and where it goes.
+
+    Args:
+        measures: names of measures or groups, such as ["ntk", "fisher/trace"].
+        every: a period in steps, "log" for steps evenly spaced in the logarithm, the steps
+            themselves, or a function from a step to yes or no, such as `nettrace.epochs(1)`.
+        probe: the samples to measure on, or several by name, as {"train": p, "val": q}. By default,
+            evenly spaced samples of Lightning's first validation data set, or else of the training
+            data set; the trainer's loaders are never iterated.
+        to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
+        log: whether to send numbers to the trainer's loggers, or to all that transformers reports
+            to, and to Lightning's `callback_metrics`, so that they can be monitored; kernels and
+            spectra too where a Lightning logger is W&B's.
+        prefix: put before every name in loggers.
+        samples: how many samples a default probe takes.
+        on_error: "record" notes why a measure is missing, warns once and lets the training go on;
+            "raise" raises.
+        max_seconds: how long one measure may take at one record, as predicted at the first; one
+            that would take longer is missing, with the reason. None for any time.
+
+    Raises:
+        ValueError: if a measure is unknown, or the schedule never fires.
+    """
+
+    def __init__(
+        self,
+        measures: str | Iterable[str] = ("ntk", "fisher", "collective", "loss"),
+        *,
+        every: Every = 100,
+        probe: Probe | Mapping[str, Probe] | None = None,
+        to: str | Path | None = None,
+        log: bool = True,
+        prefix: str = "",
+        samples: int = 64,
+        on_error: OnError = "record",
+        max_seconds: float | None = 60.0,
+        budget: float | None = None,
+    ) -> None:
+        super().__init__()
+        if to is not None and not isinstance(to, (str, Path)):
+            raise TypeError(f"expected to= to be a folder's path, got {type(to).__name__}")
+        if not isinstance(prefix, str):
+            raise TypeError(f"expected prefix= to be a text, got {type(prefix).__name__}")
+        if probe is not None:
+            check_probes(probe)
+        if on_error not in ("record", "raise"):
+            raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
+        self.measures = chosen(measures, probe)
+        self.every = every
+        self.due = schedule(every)
+        self.probe = probe
+        self.to = to
+        self.log = log
+        self.prefix = prefix
+        self.samples = samples
+        self.on_error = on_error
+        self.max_seconds = PriceList(max_seconds).max_seconds
+        self.budget = None if budget is None else check_budget(budget)
+
+    def explain(self, model: nn.Module) -> Explanation:
+        """Predicts what the measures will cost on a network, and leaves it exactly as it was.
+
+        With a budget, also how often at most they will be taken.
+
+        Raises:
+            ValueError: if there is no probe yet, which is to be taken from the trainer's data.
+            CoupledSamplesError: if samples are coupled.
+        """
+        if self.probe is None:
+            raise ValueError("the price depends on the samples: pass probe=nettrace.Probe(x, y)")
+        names = [measure.name for measure in self.measures]
+        options: dict[str, Any] = {"max_seconds": self.max_seconds, "budget": self.budget}
+        return Tracer(self.probe, names, **options).explain(model)
+
+
+def report(
+    callback: Request, what: str, error: Exception, said: set[str], remedy: str = ""
+) -> None:
+    """Raises if the callback is to, else warns unless the same has been said."""
+    if callback.on_error == "raise":
+        raise error
+    if what not in said:
+        said.add(what)
+        text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
+        warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=3)
+
+
+def warn_idle(callback: Request, steps: int, reason: str = "") -> None:
+    """Says that a callback never measured in so many steps."""
+    schedule = (
+        f"its schedule did not fire in the {steps} steps of this training; choose a smaller every="
+    )
+    text = f"{type(callback).__name__} never measured: {reason or schedule}"
+    warn_missing(text, stacklevel=3)

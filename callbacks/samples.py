@@ -1,0 +1,83 @@
+"""Samples of the data that a trainer has, of which nothing is used up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import IterableDataset
+
+from nettrace.freeze import frozen, private_copy, random_states
+from nettrace.probe import evenly_spaced
+
+_FEW = 1000  # longer lists are data
+
+
+@contextmanager
+def batch_of(loaders: Sequence[Any], samples: int, model: nn.Module) -> Iterator[Any]:
+    """A batch of evenly spaced samples of the first loader whose data set gives them by number.
+
+    The loaders are never iterated. Within the context the network and the random streams may be
+    used, as by what moves the batch; afterwards they are as they were.
+
+    Args:
+        loaders: the candidates.
+        samples: how many to take, at most.
+        model: the network that is trained.
+
+    Raises:
+        TypeError: if all are streams.
+    """
+    loader = next((c for c in loaders if _has_samples(getattr(c, "dataset", None))), None)
+    if loader is None:
+        kinds = ", ".join(dict.fromkeys(type(c).__name__ for c in loaders)) or "nothing"
+        raise TypeError(
+            f"the trainer's data, {kinds}, are a stream from which samples cannot be taken by "
+            "number: pass probe=nettrace.Probe(inputs, targets)"
+        )
+    devices = {p.device for p in model.parameters()}
+    lazy = any(map(is_lazy, model.parameters()))  # which cannot be frozen yet
+    with random_states(devices), nullcontext() if lazy else frozen(model):
+        memo: dict[int, Any] = {}  # samples may be augmented at random, and so when joined
+        dataset, collate = (_twin(part, memo) for part in (loader.dataset, loader.collate_fn))
+        yield evenly_spaced(dataset, samples, collate)
+
+
+def _has_samples(dataset: Any) -> bool:
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return False
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) > 0
+
+
+def _twin(value: Any, memo: dict[int, Any]) -> Any:
+    """The same data set with random generators of its own, but the same data.
+
+    Looks for generators in the attributes of what it is made of, such as transforms, and in short
+    lists of those.
+    """
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
+        return private_copy(value, memo)
+    if type(value) in (list, tuple) and len(value) <= _FEW:
+        return type(value)(_twin(v, memo) for v in value)
+    if type(value) is dict and len(value) <= _FEW:
+        return {k: _twin(v, memo) for k, v in value.items()}
+    if isinstance(value, (Tensor, nn.Module, type)) or not getattr(value, "__dict__", None):
+        return value
+    try:
+        twin = copy.copy(value)
+        if twin is value:  # there is one of it alone, as of a logger
+            return value
+        memo[id(value)] = twin
+        vars(twin).update({name: _twin(v, memo) for name, v in vars(value).items()})
+    except Exception:  # what cannot be copied is used as it is
+        return value
+    return twin
