@@ -24,7 +24,7 @@ from nettrace.freeze import frozen
 from nettrace.independence import check_independence
 from nettrace.measures import Measure, resolve
 from nettrace.missing import regardless_of_numbers, warn_missing
-from nettrace.operator import Jacobian
+from nettrace.operator import Jacobian, OverBudgetError
 from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear, size
@@ -59,7 +59,8 @@ class Tracer:
     price, the limit and what would do instead.
 
     Where memory runs out, what was asked for is tried again within a quarter of the memory budget,
-    down to a 64th, and so are later records; the attribute "memory_budget" then has the bytes.
+    down to a 64th; the attribute "memory_budget" then has the bytes. Where none of these does, it
+    is missing, and is tried but once at each later record.
 
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
@@ -109,6 +110,8 @@ class Tracer:
         self.on_error: OnError = on_error
         self._memory_budget = memory_budget
         self._allowance = Allowance(memory_budget)
+        #: Measures for which memory ran out whatever the budget.
+        self._too_large: set[str] = set()
         self._seed = seed
         self._writer = None if to is None else Journal(to, probe=self.fingerprint)
         if self._writer is not None:
@@ -199,6 +202,7 @@ class Tracer:
         records: dict[str, Record] = {}
         checks: list[Record] = []
         optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
+        self._allowance = Allowance(self._memory_budget)
         left = measures
         while left := self._attempt(model, step, left, optimizers, records, checks):
             self._allowance.reduce()
@@ -398,7 +402,7 @@ class Tracer:
             except Inapplicable:
                 continue
             except Exception as error:
-                if self._allowance.may_help(error):
+                if self._allowance.may_help(error) and measure.name not in self._too_large:
                     left.append(measure)
                     continue
                 if self.on_error == "raise":
@@ -408,11 +412,13 @@ class Tracer:
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            within = size(self._allowance.bytes)
-            reason += f" (also within memory_budget={within}: take a smaller probe)"
-        # Amounts of memory come in several units.
-        once = "out of memory" if is_out_of_memory(error) else regardless_of_numbers(reason)
+        once = regardless_of_numbers(reason)
+        over = isinstance(error, OverBudgetError) and self._allowance.is_reduced
+        if over or is_out_of_memory(error):
+            self._too_large.add(measure.name)
+            within = f"the last try was within memory_budget={size(self._allowance.bytes)}"
+            reason = f"memory ran out, {reason} ({within}: take a smaller probe)"
+            once = "out of memory"  # whose amounts come in several units
         what = f"{measure.name} is missing at step {step}{self._where}: {reason}"
         self._warn(once, f"{what}. The training goes on without; on_error='raise' would raise this")
         return missing(measure, step, reason)
