@@ -179,7 +179,7 @@ class Tracer:
                 if "model" not in self._writer.provenance:
                     self._writer.provenance |= of_model(model)
                 self._writer.write(records, coordinates)
-            except (OSError, TypeError, ValueError) as error:
+            except (OSError, TypeError) as error:
                 if self.on_error == "raise":
                     raise
                 self._warn(
