@@ -1,4 +1,4 @@
-"""The memory that measuring may take: less, after it ran out."""
+"""The memory that one measurement may take: less, after it ran out."""
 
 from __future__ import annotations
 

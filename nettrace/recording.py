@@ -15,6 +15,7 @@ from nettrace.certificate import Certificate, SpotCheckError
 from nettrace.measures import Measure, Value
 from nettrace.measures.registry import Numbers
 from nettrace.missing import regardless_of_numbers, warn_missing
+from nettrace.operator import OverBudgetError
 from nettrace.price import TooDear, size
 from nettrace.record import Record
 from nettrace.statistics import Inapplicable
@@ -92,9 +93,16 @@ class Recorder:
         if on_error not in ("record", "raise"):
             raise ValueError(f"expected on_error to be 'record' or 'raise', got {on_error!r}")
         self.on_error: OnError = on_error
-        self._allowance = Allowance(memory_budget)
+        self._memory_budget = memory_budget
+        self._allow_all()
+        #: Measures for which memory ran out whatever the budget.
+        self._too_large: set[str] = set()
         self._where = where
         self._warned: set[str] = set()
+
+    def _allow_all(self) -> None:
+        """Allows the whole memory budget again."""
+        self._allowance = Allowance(self._memory_budget)
 
     def _take(
         self,
@@ -123,7 +131,7 @@ class Recorder:
             except Inapplicable:
                 continue
             except Exception as error:
-                if self._allowance.may_help(error):
+                if self._allowance.may_help(error) and measure.name not in self._too_large:
                     left.append(measure)
                     continue
                 if self.on_error == "raise":
@@ -133,11 +141,13 @@ class Recorder:
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            within = size(self._allowance.bytes)
-            reason += f" (also within memory_budget={within}: take a smaller probe)"
-        # Amounts of memory come in several units.
-        once = "out of memory" if is_out_of_memory(error) else regardless_of_numbers(reason)
+        once = regardless_of_numbers(reason)
+        over = isinstance(error, OverBudgetError) and self._allowance.is_reduced
+        if over or is_out_of_memory(error):
+            self._too_large.add(measure.name)
+            within = f"the last try was within memory_budget={size(self._allowance.bytes)}"
+            reason = f"memory ran out, {reason} ({within}: take a smaller probe)"
+            once = "out of memory"  # whose amounts come in several units
         what = f"{measure.name} is missing at step {step}{self._where}: {reason}"
         self._warn(once, f"{what}. The training goes on without; on_error='raise' would raise this")
         return missing(measure, step, reason)

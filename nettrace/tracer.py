@@ -58,7 +58,8 @@ class Tracer(Recorder):
     price, the limit and what would do instead.
 
     Where memory runs out, what was asked for is tried again within a quarter of the memory budget,
-    down to a 64th, and so are later records; the attribute "memory_budget" then has the bytes.
+    down to a 64th; the attribute "memory_budget" then has the bytes. Where none of these does, it
+    is missing, and is tried but once at each later record.
 
     Args:
         probe: the samples to measure on; or several by name, as {"train": p, "val": q}: each
@@ -113,7 +114,6 @@ class Tracer(Recorder):
         self.budget = None if budget is None else check_budget(budget)
         self._ledger: Budget | None = None
         self._skipped = 0
-        self._memory_budget = memory_budget
         self._seed = seed
         self._writer = None if to is None else Journal(to, probe=self.fingerprint)
         if self._writer is not None:
@@ -221,7 +221,7 @@ class Tracer(Recorder):
             if "model" not in writer.provenance:
                 writer.provenance |= of_model(model)
             writer.write(records, coordinates)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError) as error:
             if self.on_error == "raise":
                 raise
             text = f"cannot write the trace to {writer.folder}: {error}; {UNWRITTEN}"
@@ -274,6 +274,7 @@ class Tracer(Recorder):
         start = time.perf_counter()
         taken = Taken()
         optimizers = plain_optimizers(optimizer)
+        self._allow_all()
         left = measures
         while left := self._attempt(model, step, left, optimizers, taken):
             self._allowance.reduce()

@@ -48,6 +48,7 @@ class StepTracer(Recorder):
         """
         start = time.perf_counter()
         taken = Taken()
+        self._allow_all()
         left = measures
         with frozen(model, evaluating=False):
             while left := self._attempt(look, step, left, taken):

@@ -85,7 +85,14 @@ def write(folder, run):
         ]
         if row[5] < min(later, default=np.inf):
             counted.append(row)
-    counted.sort(key=lambda row: (order.index(row[0]), -row[1], row[2], row[3]))
+
+    def place(row):
+        """What an attempt says of steps before its own start gives way to what others say."""
+        attempt = order.index(row[0])
+        early = began[row[4]] is not None and row[5] < began[row[4]]
+        return (not early, -attempt if early else attempt, -row[1], row[2], row[3])
+
+    counted.sort(key=place)
     return [(row[5], {record.name: record for record in row[6]}) for row in counted]
 
 

@@ -220,14 +220,15 @@ def _steps(runs: Sequence[Run], names: Sequence[str] | None) -> Integers:
 def _coordinate(its: Rows, name: str, steps: Integers) -> np.ndarray:
     """(s,) of a run: the last that is known at each step."""
     found = np.full(len(steps), np.nan)
+    values = np.full(len(its.step), np.nan)
     kinds = set()
     for number, part in enumerate(its.parts):
         if name in part.coordinates:
             mine = np.flatnonzero((its.part == number) & np.isin(its.step, steps))
-            values = part.coordinates[name][its.row[mine]]
-            known = ~np.isnan(values)
-            found[np.searchsorted(steps, its.step[mine][known])] = values[known]
-            kinds.add(values.dtype.kind)
+            values[mine] = part.coordinates[name][its.row[mine]]
+            kinds.add(part.coordinates[name].dtype.kind)
+    known = ~np.isnan(values)
+    found[np.searchsorted(steps, its.step[known])] = values[known]
     whole = kinds == {"i"} and not np.isnan(found).any() and (abs(found) < 2**53).all()
     return found.astype(np.int64) if whole else found
 

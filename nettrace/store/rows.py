@@ -16,7 +16,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one trace that count; of those that say the same of a step, the later.
+    """The rows of one trace that count; of those that say the same of a step, the last.
 
     Args:
         parts: what they are in.
@@ -57,7 +57,7 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
     Args:
         parts: of a trace, in order, that have rows.
         attempt: the number of the attempt whose rows count, whatever came after; by default, an
-            attempt supersedes all earlier ones from its start on.
+            attempt supersedes all earlier ones from its start on, and gives way to them before.
 
     Raises:
         IndexError: if there is no such attempt.
@@ -73,7 +73,8 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
     layouts: dict[int, int] = {}
     distinct: list[Layout] = []
     empty = np.empty(0, np.int64)
-    pieces = [(empty, empty, empty, empty)]
+    pieces: list[tuple[Integers, ...]] = [(empty, empty, empty, empty)]
+    early: list[tuple[int, tuple[Integers, ...]]] = []
     for number, part in enumerate(parts):
         end = first[names[part.attempt]]
         counted = np.arange(len(part.steps)) if end is None else np.flatnonzero(part.steps < end)
@@ -84,7 +85,12 @@ def rows(parts: Sequence[Part], attempt: int | None = None) -> Rows:
                 layouts[id(layout)] = len(distinct)
                 distinct.append(layout)
             own[place] = layouts[id(layout)]
-        pieces.append((part.steps[counted], np.full(len(counted), number), own[which], counted))
+        piece = (part.steps[counted], np.full(len(counted), number), own[which], counted)
+        # What an attempt says of the weights that it began with counts where none before it does.
+        begin = part.steps[counted] < (-1 if part.start is None else part.start)
+        early.append((names[part.attempt], tuple(column[begin] for column in piece)))
+        pieces.append(tuple(column[~begin] for column in piece))
+    pieces[:0] = [piece for _, piece in sorted(early, key=lambda one: -one[0])]
     return Rows(parts, distinct, *(np.concatenate(column) for column in zip(*pieces, strict=True)))
 
 

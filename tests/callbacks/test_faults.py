@@ -344,9 +344,32 @@ def test_what_runs_out_of_memory_is_measured_within_less(
     budgets = {r.name: r.attributes.get("memory_budget") for r in found[:3]}
     less = within if quarters else None
     assert budgets == {"ntk/entropy": less, "fisher/trace": None, "ntk/distance_first": less}
-    again = tracer(model, 1)  # which does not run out of memory once more
-    assert {r.attributes.get("memory_budget") for r in again[:3]} == {less}
+    monkeypatch.undo()  # then there is memory again
+    again = tracer(model, 1)
+    assert {r.attributes.get("memory_budget") for r in again[:3]} == {None}
     assert float(again[2].value) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("least", [0, 500], ids=["for nothing", "not for the result"])
+def test_what_no_budget_does_for_is_tried_once_at_later_records(
+    least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = training.Samples()
+    probe = nt.Probe(samples.inputs, samples.targets)
+    short_of_memory(least, "CUDA")(monkeypatch)
+    monkeypatch.setattr("nettrace.explanation.PriceList.refused", lambda *_: {})
+    looks: list[int] = []
+    see = nt.Tracer._see
+    monkeypatch.setattr(nt.Tracer, "_see", lambda *given: looks.append(1) or see(*given))
+    tracer = nt.Tracer(probe, ["ntk/entropy", "fisher/trace"], memory_budget=500 * 64)
+    model = training.network()()
+    says = "memory ran out.*the last try was within memory_budget=500 B: take a smaller probe"
+    with pytest.warns(nt.MissingMeasureWarning, match=says) as caught:
+        found = [tracer(model, step) for step in range(3)]
+    assert len(complaints(caught)) == 1
+    assert all("memory ran out" in entropy.missing for entropy, *_ in found)
+    assert all(fisher.missing is None for _, fisher, *_ in found)
+    assert len(looks) == 4 + 1 + 1
 
 
 def test_a_result_that_exceeds_its_budget_is_not_tried_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,54 @@ def test_a_resumed_run_compares_as_the_whole_one(namespace: str, tmp_path: Path)
     ]
     assert first == [0, 1]
     assert parts.ntk_rotation_previous.attrs["reference_step"] == 3
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+def test_a_trace_resumed_at_the_end_of_an_epoch_is_the_whole_one_bit_for_bit(
+    namespace: str, tmp_path: Path
+) -> None:
+    whole, _ = run(tmp_path / "whole", 8, namespace=namespace)
+    run(tmp_path / "parts", 6, namespace=namespace)  # an epoch and a half: half is superseded
+    checkpoint = tmp_path / "parts" / "step=4.ckpt"
+    parts, _ = run(tmp_path / "parts", 8, checkpoint, namespace=namespace)
+    # How long it took is another matter, and what is new to a process is checked there anew.
+    another = [n for n in {*whole.variables, *parts.variables} if n.startswith("nettrace_")]
+    one, other = (t.drop_vars([*another, "wall_time"], errors="ignore") for t in (whole, parts))
+    assert one.step.values.tolist() == list(range(9))
+    assert one.variables.keys() == other.variables.keys()
+    for name in one.variables:
+        assert one[name].dtype == other[name].dtype, name
+        assert one[name].values.tobytes() == other[name].values.tobytes(), name
+        assert one[name].attrs == other[name].attrs, name
+    assert {"samples", "batches", "epoch", "ntk_velocity", "loss_mean"} <= one.variables.keys()
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+@pytest.mark.parametrize("kept", [3, 4], ids=["within an epoch", "between epochs"])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that:UserWarning")
+def test_what_comes_after_the_checkpoint_is_superseded_and_never_twice_there(
+    namespace: str, kept: int, tmp_path: Path
+) -> None:
+    keep = partial(
+        import_module(f"{namespace}.callbacks").ModelCheckpoint,
+        *(tmp_path, "{step}"),
+        save_top_k=-1,
+        every_n_train_steps=1,
+        enable_version_counter=False,
+    )
+    for last, checkpoint in ((6, None), (9, tmp_path / f"step={kept}.ckpt")):
+        data = training.loader(training.Augmented(), shuffle=True)
+        callbacks = [NTKTrace(["ntk/trace"], every=1, to=tmp_path / "trace"), keep()]
+        options = {"namespace": namespace, "enable_checkpointing": True, "max_steps": last}
+        training.seed(last)  # dropout and order are others when it goes on
+        model = training.delicate(namespace)()
+        training.fit(callbacks, model, data, ckpt_path=checkpoint, **options)
+    first, second = (nt.open(tmp_path / "trace", attempt=n).ntk_trace for n in (0, 1))
+    found = nt.open(tmp_path / "trace").ntk_trace
+    assert found.step.values.tolist() == list(range(10))
+    assert found.values[: kept + 1].tolist() == first.values[: kept + 1].tolist()
+    assert found.values[kept + 1 :].tolist() == second.sel(step=range(kept + 1, 10)).values.tolist()
+    assert found.sel(step=6) != first.sel(step=6)
 
 
 def test_a_run_that_goes_on_after_its_end_compares_with_its_start(tmp_path: Path) -> None:
