@@ -75,6 +75,7 @@ def test_readme(tmp_path, monkeypatch):
         exec(block, names)
     assert {"ntk_entropy", "fisher_trace", "collective_chi_align"} <= set(names["data"])
     assert names["data"].sizes["step"] > 5
+    assert nt.open("runs/gradients").gradients_noise_scale.notnull().all()
     for loop in ("attached", "loop", "accelerate", "transformers"):
         assert nt.open(f"runs/{loop}").step.values.tolist() == [0]
         assert nt.open(f"runs/{loop}").ntk_trace.notnull().all()
