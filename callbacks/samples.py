@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,11 @@ def batch_of(loaders: Sequence[Any], samples: int, model: nn.Module) -> Iterator
     devices = {p.device for p in model.parameters()}
     lazy = any(map(is_lazy, model.parameters()))  # which cannot be frozen yet
     with random_states(devices), nullcontext() if lazy else frozen(model):
-        memo: dict[int, Any] = {}  # samples may be augmented at random, and so when joined
+        # Samples may be augmented at random: so that those of a resumed run are the same.
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        memo: dict[int, Any] = {}  # generators of the data's own, also those of what joins them
         dataset, collate = (_twin(part, memo) for part in (loader.dataset, loader.collate_fn))
         yield evenly_spaced(dataset, samples, collate)
 
@@ -64,7 +68,7 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     """
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, Random)):
+    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
         return private_copy(value, memo)
     if type(value) in (list, tuple) and len(value) <= _FEW:
         return type(value)(_twin(v, memo) for v in value)
