@@ -68,7 +68,9 @@ def _twin(value: Any, memo: dict[int, Any]) -> Any:
     """
     if id(value) in memo:
         return memo[id(value)]
-    if isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+    if isinstance(
+        value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    ):
         return private_copy(value, memo)
     if type(value) in (list, tuple) and len(value) <= _FEW:
         return type(value)(_twin(v, memo) for v in value)
