@@ -82,14 +82,22 @@ class Steps:
         if automatic:
             scale /= self._trainer.accumulate_grad_batches
         model, samples, step = self._module, self._samples, self._step
+        notes = {}
+        if self._trainer.world_size > 1:
+            notes["process"] = f"the first of {self._trainer.world_size}, and its samples alone"
         hidden = opaque(loss)
         if hidden is None or not automatic:
-            self._take(lambda memory: StepStatistics(loss, model, samples, step, memory, scale))
+            self._take(
+                lambda memory: StepStatistics(loss, model, samples, step, memory, scale, notes)
+            )
             return
         with silenced(model):
-            self._take(lambda memory: self._again(float(loss.detach()) / scale, hidden, memory))
+            own = float(loss.detach()) / scale
+            self._take(lambda memory: self._again(own, hidden, memory, notes))
 
-    def _again(self, loss: float, hidden: str, memory: int) -> StepStatistics:
+    def _again(
+        self, loss: float, hidden: str, memory: int, notes: Mapping[str, str]
+    ) -> StepStatistics:
         """The step evaluated anew with a tape that hides nothing, from the same random states."""
         assert self._put_back is not None
         assert self._arguments is not None
@@ -103,9 +111,8 @@ class Steps:
             f"again, as {hidden} hides a part of the network from the tape, in {seconds:.2g} s "
             f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
         )
-        return StepStatistics(
-            again, self._module, self._samples, self._step, memory, evaluated=evaluated
-        )
+        notes = {**notes, "evaluated": evaluated}
+        return StepStatistics(again, self._module, self._samples, self._step, memory, notes=notes)
 
     def _take(self, look: Callable[[int], StepStatistics]) -> None:
         for on_error, tracer in self._tracers.items():

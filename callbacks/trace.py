@@ -163,7 +163,8 @@ class GradientStatistics(Trace):
     tensor in it. In batch normalisation, the statistics of the batch are held constant. Values at
     step k are those of the batch of the update after the k-th. Of several backward passes of a
     batch, as in manual optimisation, the second and later have names of their own, such as
-    "gradients/noise_backward_2".
+    "gradients/noise_backward_2". Of several processes, the first measures its own samples, which
+    the trace notes.
 
     Args:
         measures: names of measures of the group "gradients".

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -98,7 +98,7 @@ class StepStatistics(GradientStatistics):
         step: how many updates the weights have had.
         memory_budget: as in `nettrace.jacobian`.
         scale: by what the loss is multiplied, as against the underflow of half precision.
-        evaluated: how the loss was computed, if it is not the training's own.
+        notes: what else to note beside each measure.
 
     Raises:
         CoupledSamplesError: if the loss is no mean or sum over samples, or some of the network is
@@ -113,7 +113,7 @@ class StepStatistics(GradientStatistics):
         step: int,
         memory_budget: int | str = "2GiB",
         scale: float = 1.0,
-        evaluated: str = "",
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         if hidden := opaque(loss):
             raise CoupledSamplesError(
@@ -121,7 +121,7 @@ class StepStatistics(GradientStatistics):
                 "samples in it cannot be told apart"
             )
         self._loss = loss
-        self._evaluated = evaluated
+        self._notes = dict(notes or {})
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._constants = list(model.buffers())
         self._scale = scale
@@ -183,6 +183,4 @@ class StepStatistics(GradientStatistics):
         found = {"mode": "training step", "batch": f"{self.samples} samples"}
         if self._gradients.holds_statistics:
             found["batch_statistics"] = "held constant at those of this batch"
-        if self._evaluated:
-            found["evaluated"] = self._evaluated
-        return found
+        return found | self._notes
