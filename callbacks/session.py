@@ -203,8 +203,8 @@ class Session:
             "batches": batches,
             "samples": self._samples,
         }
-        due = [callback for callback in self._due if self._is_due(callback, step)]
-        last = [callback for callback, due in self._due.items() if has_last_after(due, step)]
+        due = [c for c in self._due if not c.of_steps and self._is_due(c, step)]
+        last = [c for c, due in self._due.items() if not c.of_steps and has_last_after(due, step)]
         self._measure(step, self._affordable(step, due, reserve=last))
 
     def measure_last(self, step: int) -> None:
@@ -214,7 +214,7 @@ class Session:
             step: how many updates the weights have had in the end.
         """
         last = [callback for callback, due in self._due.items() if getattr(due, "last", False)]
-        due = [callback for callback in last if self._measured.get(callback) != step]
+        due = [c for c in last if not c.of_steps and self._measured.get(c) != step]
         self._measure(step, self._affordable(step, due))
 
     def _affordable(

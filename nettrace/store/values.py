@@ -173,6 +173,10 @@ def _gather(file: int, at: Integers, size: int) -> npt.NDArray[np.uint8] | None:
     Returns:
         None if the file is too short.
     """
+    order = np.argsort(at, kind="stable")
+    if not np.array_equal(order, np.arange(len(at))):  # steps that were written in another order
+        found = _gather(file, at[order], size)
+        return None if found is None else found[np.argsort(order)]
     out = np.empty((len(at), size), np.uint8)
     gaps = np.flatnonzero(np.diff(at) > size + _GAP) + 1
     begin = 0
