@@ -144,7 +144,7 @@ def repeated(samples, inputs, width, outputs, names):
         x = normal(samples, inputs)
         y = x @ teacher + normal(samples, outputs)
         probe = nt.Probe(x, y if outputs == 1 else y.argmax(1))
-        for record in nt.Tracer(probe, names, on_error="raise")(model, 0):
+        for record in nt.Tracer(probe, names, on_error="raise", max_seconds=None)(model, 0):
             if record.name in found:
                 found[record.name].append((float(record.value), float(record.standard_error)))
     return {name: np.array(pairs).T for name, pairs in found.items()}

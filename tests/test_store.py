@@ -70,6 +70,24 @@ def test_writers_of_one_attempt_complement_each_other(tmp_path):
     assert data.a_x.values.tolist() == data.a_y.values.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+def test_steps_may_be_written_in_any_order(size, tmp_path):
+    writer = TraceWriter(tmp_path, "one", start=None)
+    for step in (5, -3, 9, 0):
+        writer.write([record("a/b", step, np.full(size, float(step)))], {})
+    data = nt.open(tmp_path)
+    assert data.step.values.tolist() == [-3, 0, 5, 9]
+    assert data.a_b.values.tolist() == [[step] * size for step in (-3.0, 0.0, 5.0, 9.0)]
+
+
+def test_a_part_without_a_probe_goes_with_any(tmp_path):
+    for probe in ({"probe": "one"}, {}):
+        TraceWriter(tmp_path, "attempt", **probe).write([record(f"a/{len(probe)}", 0, 1.0)], {})
+    data = nt.open(tmp_path)
+    assert {"a_1", "a_0"} <= set(data)
+    assert data.attrs["probe"] == "one"
+
+
 def test_what_is_missing_is_nan_with_its_reason(tmp_path):
     writer = TraceWriter(tmp_path)
     writer.write([record("a/b", 0, [1.0, 2.0], dims=("mode",))], {})

@@ -271,6 +271,7 @@ Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps([measured
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_decides_for_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

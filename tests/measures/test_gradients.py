@@ -47,7 +47,7 @@ def of_step(model, loss, samples, names=NAMES, **options):
 def of_probe(model, x, y):
     """The same of a probe."""
     names = [name for name in NAMES if "conflict" not in name]
-    records = nt.Tracer(nt.Probe(x, y), names, on_error="raise")(model, step=0)
+    records = nt.Tracer(nt.Probe(x, y), names, on_error="raise", max_seconds=None)(model, step=0)
     return {record.name: record for record in records}
 
 

@@ -35,7 +35,7 @@ def taken(function, step=0, probe=None, **options):
     model = nn.Linear(3, 2, bias=False)
     nn.init.ones_(model.weight)
     probe = probe or nt.Probe(torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 0, 1]))
-    return nt.Tracer(probe, "own", on_error="raise")(model, step)[0]
+    return nt.Tracer(probe, "own", on_error="raise", max_seconds=None)(model, step)[0]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def trained(model, probe, *optimizers, steps=3):
 
 
 def measured(model, probe, optimizer):
-    return nt.Tracer(probe, NAMES, on_error="raise")(model, 3, optimizer)[:2]
+    return nt.Tracer(probe, NAMES, on_error="raise", max_seconds=None)(model, 3, optimizer)[:2]
 
 
 def eigenvalues(model, probe, weights):
@@ -62,7 +62,10 @@ def test_sgds_kernel_is_the_plain_one(momentum):
     model, probe = made()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=momentum)
     names = [*NAMES, "ntk/trace", "ntk/spectrum"]
-    found = {r.name: r for r in nt.Tracer(probe, names, on_error="raise")(model, 0, optimizer)}
+    found = {
+        r.name: r
+        for r in nt.Tracer(probe, names, on_error="raise", max_seconds=None)(model, 0, optimizer)
+    }
     for name in ("trace", "spectrum"):
         plain = found[f"ntk/{name}"].value
         np.testing.assert_allclose(found[f"ntk/preconditioned_{name}"].value, plain, atol=1e-12)
