@@ -61,7 +61,7 @@ class Gradients(ABC):
         """The gradient of each parameter for one cotangent, summed over samples."""
         gradients = self._autograd(list(self.parameters.values()), cotangent.view_as(self.outputs))
         return {
-            name: torch.zeros_like(p) if g is None else self.scaled(name, g)
+            name: torch.zeros_like(p) if g is None else self.scaled(name, strided(g))
             for (name, p), g in zip(self.parameters.items(), gradients, strict=True)
         }
 
@@ -457,6 +457,11 @@ def _written_out(gradients: Tensor, dtype: torch.dtype) -> Tensor:
     if gradients.is_complex():
         gradients = torch.view_as_real(gradients).flatten(-2)
     return gradients.to(dtype)
+
+
+def strided(gradient: Tensor) -> Tensor:
+    """A gradient with a place for each number; embeddings may give sparse ones."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def reals(parameter: Tensor) -> int:

@@ -346,6 +346,21 @@ def test_any_arithmetic_that_keeps_samples_apart(terms, samples, penalised):
     assert torch.allclose(found.gram(), rows @ rows.T, rtol=1e-10, atol=1e-12)
 
 
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(9, 4, sparse=sparse)
+        model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 3)).double()
+        outputs = model(torch.arange(15).view(5, 3) % 9)
+        jacobian = nt.jacobian(outputs, model)
+        losses = nt.loss_jacobian(outputs.square().mean(), model, samples=5)
+        found.append([jacobian.vjp(torch.ones(5, 3)), jacobian.rows(1), losses.mean()])
+        assert certify(jacobian).error < 1e-6
+    for dense, sparse in zip(*found, strict=True):
+        assert torch.equal(dense, sparse)
+
+
 # Terms -------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nettrace.differentiate import parse_bytes, reduced_jacobian
+from nettrace.gradients import strided
 from nettrace.operator import PerLayer
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
@@ -173,7 +174,7 @@ class StepStatistics(GradientStatistics):
         ]
         products = {}
         for name, several in zip(parameters, zip(*gradients, strict=True), strict=True):
-            rows = torch.stack([g.flatten() for g in several]) / self._scale
+            rows = torch.stack([strided(g).flatten() for g in several]) / self._scale
             rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
             products[name] = rows.double() @ rows.double().mT
         return [term.name for term in terms], products
