@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from torch import Tensor
 
-from nettrace import Record
+from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
@@ -45,6 +49,7 @@ class Steps:
         #: has had since.
         self._step, self._passes = -1, 0
         self._put_back: Callable[[], None] | None = None
+        self._watch: _Watch | None = None
         self._records: list[Record] = []
 
     def new(self, step: int) -> list[Trace]:
@@ -58,12 +63,12 @@ class Steps:
         """Sees a batch before its training step, which some callbacks are due to measure."""
         self.due = list(due)
         self._step = step
+        self._forget()
         if not due:
             return
         self._passes = 0
-        first = next(tensors(batch), None)
-        self._samples = 0 if first is None or first.dim() == 0 else len(first)
-        self._samples = getattr(batch, "num_graphs", self._samples)  # whose first axis is of nodes
+        self._samples = _samples_in(batch)
+        self._watch = _Watch()
         takes_index = len(inspect.signature(self._module.training_step).parameters) > 1
         self._arguments = (batch, index) if takes_index else (batch,)
         self._put_back = random_streams({p.device for p in self._module.parameters()})
@@ -77,6 +82,13 @@ class Steps:
         self._passes += 1
         if automatic and self._passes > 1:
             return
+        hooks = self._watch.seen() if self._watch is not None else ""
+        hooks = hooks or _hooks_of(self._module)
+        if hooks:
+            self._take(partial(_refuse, hooks))
+            return
+        if loss.numel() == 1:
+            loss = loss.view(())
         scaler = getattr(self._trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if automatic:
@@ -121,11 +133,71 @@ class Steps:
                 records = tracer.measure(look, self._module, self._step, list(measures.values()))
                 self._records += [_numbered(record, self._passes) for record in records]
 
+    def _forget(self) -> None:
+        """Lets go of the batch, which may be large."""
+        self._arguments = self._put_back = None
+        if self._watch is not None:
+            self._watch.seen()
+            self._watch = None
+
     def taken(self) -> tuple[list[Trace], list[Record]]:
         """The callbacks that were due in the batch that has ended, and the records."""
         records, self._records = self._records, []
-        self._arguments = self._put_back = None  # a batch may be large
+        self._forget()
         return self.due, records
+
+
+class _Watch:
+    """Notes whether tensors are given hooks, from now until it is asked."""
+
+    def __init__(self) -> None:
+        self._found = ""
+        self._stack = ExitStack()
+        for name in ("register_hook", "retain_grad"):
+            self._stack.enter_context(patch.object(Tensor, name, self._noting(name)))
+
+    def _noting(self, name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
+
+        @wraps(method)
+        def noting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+            if not tensor.is_leaf:
+                self._found = f"Tensor.{name}"
+            return method(tensor, *arguments, **options)
+
+        return noting
+
+    def seen(self) -> str:
+        """What was called, if anything was; nothing more is noted."""
+        self._stack.close()
+        return self._found
+
+
+def _hooks_of(module: Any) -> str:
+    """The kind of hooks that modules have on their backward passes, if any."""
+    for one in module.modules():
+        if one._backward_hooks or one._backward_pre_hooks:
+            return f"{type(one).__name__}.register_full_backward_hook"
+    return ""
+
+
+def _refuse(hooks: str, _: int) -> StepStatistics:
+    raise CoupledSamplesError(
+        f"the training step has hooks on its gradients ({hooks}), which reading the tape of its "
+        "loss would call: leave them out at the steps that are measured, or measure on a probe, "
+        "as by Trace('gradients')"
+    )
+
+
+def _samples_in(batch: Any) -> int:
+    """How many samples a batch has: the length that most of its tensors have, of several the first.
+
+    0 if no tensor has a length.
+    """
+    if isinstance(graphs := getattr(batch, "num_graphs", None), int):
+        return graphs  # whose tensors are of nodes
+    lengths = Counter(len(tensor) for tensor in tensors(batch) if tensor.dim() > 0)
+    return lengths.most_common(1)[0][0] if lengths else 0
 
 
 def asked(name: str) -> str:

@@ -159,10 +159,11 @@ class GradientStatistics(Trace):
 
     Needs no probe, no configuration and no forward pass: before the backward pass of a step that is
     due, the tape of its loss tells what each sample of the batch contributes. Works for any loss
-    that is a mean or sum over the samples of the batch, whose number is the length of the first
-    tensor in it. In batch normalisation, the statistics of the batch are held constant. Values at
-    step k are those of the batch of the update after the k-th. Of several backward passes of a
-    batch, as in manual optimisation, the second and later have names of their own, such as
+    that is a mean or sum over the samples of the batch, whose number is the length that most of
+    its tensors have. Steps whose tensors or modules have hooks on gradients are not measured, since
+    these would be called. In batch normalisation, the statistics of the batch are held constant.
+    Values at step k are those of the batch of the update after the k-th. Of several backward passes
+    of a batch, as in manual optimisation, the second and later have names of their own, such as
     "gradients/noise_backward_2". Of several processes, the first measures its own samples, which
     the trace notes.
 

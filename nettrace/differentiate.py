@@ -126,14 +126,16 @@ def loss_jacobian(
     what each of them contributes. The result is then such that the mean of its rows, or their sum,
     is the gradient of that loss. What is computed of parameters alone, such as a penalty, counts as
     part of each sample's loss. Batch normalisation in training mode, which makes samples depend on
-    each other, is taken with the statistics of the batch held constant.
+    each other, is taken with the statistics of the batch held constant. Tensors on the tape must
+    have no hooks, which would be called.
 
     Args:
         losses: (N,) the loss of each sample, not reduced (`reduction="none"`); or one number that
             is reduced of them.
         model_or_params: as in `jacobian`.
-        samples: N, which a loss that is reduced does not tell. Where losses lie on one axis with
-            others, as those of the tokens of texts, those of a sample follow each other.
+        samples: N, which a loss that is reduced does not tell. Sample n is what has the n-th place
+            where the loss is made up; of several rows a sample, as those of the tokens of texts,
+            those of a sample follow each other.
         reduction: whether one number is the "mean" or the "sum" of the losses that are meant.
         memory_budget: as in `jacobian`.
         coupled: as in `jacobian`; "rows" takes losses that are not reduced.
@@ -191,12 +193,17 @@ def reduced_jacobian(
         scale: gradients are pulled back so scaled, and divided by it in the end.
     """
     if samples < 1:
-        raise ValueError(f"expected at least one sample, got samples={samples}")
+        raise ValueError(
+            f"expected at least one sample, got samples={samples}, as of a batch in which no "
+            "tensor has a length"
+        )
     parameters, given = _checked(loss, model_or_params)
     constants = list(given)
     whole = tape_of(loss, samples, parameters, constants)
     _refuse_if_independent(whole, parameters)
     reduced = Reduction.of(loss, whole)
+    for root in reduced.roots:
+        reduced.check_order(Tape([root], samples, parameters, constants, hold=True))
     flows, shared = reduced.flows(loss)
     tape = Tape(reduced.roots, samples, parameters, constants, hold=True)
     memory = parse_bytes(memory_budget)

@@ -168,6 +168,9 @@ def _attributes(model: nn.Module) -> Iterator[None]:
         holders += [vars(module), module._buffers, module._parameters, module._modules]
     found = [(holder, dict(holder)) for holder in holders]
     memo: dict[int, Any] = {}
+    # What is on a tape may hold the tensors themselves, and write to them in its backward pass.
+    tensors = {id(v): v for _, content in found for v in content.values() if _is_own(v)}
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
     try:  # memory may run out in copying
         for module in modules:
             for holder in (vars(module), module._buffers):
@@ -181,3 +184,11 @@ def _attributes(model: nn.Module) -> Iterator[None]:
             for name in holder.keys() - content.keys():
                 del holder[name]
             holder.update(content)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)  # unseen by the tape, which may have kept it
+
+
+def _is_own(value: Any) -> bool:
+    plain = type(value) is Tensor and value.layout is torch.strided and not value.is_nested
+    return plain and value.is_leaf and not value.is_meta

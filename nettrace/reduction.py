@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from nettrace.batch_statistics import held
 from nettrace.gradients import TapeGradients
+from nettrace.layout import Layout, layouts
 from nettrace.ownership import CoupledSamplesError
 from nettrace.tape import Root, Tape, edge_key, edges, shape_of
 
@@ -86,6 +87,31 @@ class Reduction:
         if not roots:
             raise CoupledSamplesError("the loss is computed of parameters alone, of no sample")
         return cls(roots, [GradientEdge(*e) for e, is_common in found.items() if is_common])
+
+    def check_order(self, tape: Tape) -> None:
+        """Checks that where there are several rows a sample, they are seen to follow each other.
+
+        Args:
+            tape: that behind one of the roots.
+
+        Raises:
+            CoupledSamplesError: if nothing on the tape has the samples on an axis of their own.
+        """
+        (root,) = tape.roots
+        if root.inner == 1 or any(
+            isinstance(layout, Layout)
+            and layout.inner == 1
+            and shape_of(node, nr)[layout.dim] == tape.samples
+            for (node, nr), layout in layouts(tape).items()
+        ):
+            return
+        rows = root.inner * tape.samples
+        raise CoupledSamplesError(
+            f"the loss is made of {rows} rows for {tape.samples} samples, and it is not seen which "
+            f"belong to which: nothing that the network computes has an axis of {tape.samples}. If "
+            f"each row is a sample, as with several views in one batch, say samples={rows}; else "
+            "let the network see (samples, rows, ...), or take per-sample losses of shape (N,)"
+        )
 
     def flows(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The loss's own gradients at the roots, and at the common edges."""

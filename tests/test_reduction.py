@@ -245,6 +245,11 @@ def differences(outputs):
     return (outputs - outputs.roll(1, 0)).square().mean()
 
 
+def two_views(model, x):
+    """In one batch, one after the other."""
+    return F.cross_entropy(model(torch.cat([x, x.flip(1)])), torch.arange(10) % 3)
+
+
 COUPLED = {
     "a square of the mean": (lambda m, x: m(x).square().mean() ** 2, "PowBackward0"),
     "a product of means": (lambda m, x: m(x).mean() * m(x).square().mean(), "MulBackward0"),
@@ -255,6 +260,7 @@ COUPLED = {
     "over the batch": (lambda m, x: m(x)[:, 0].logsumexp(0), "LogsumexpBackward0"),
     "contrasts": (contrastive, "samples are coupled"),
     "differences": (lambda m, x: differences(m(x)), "samples are coupled"),
+    "two views of each": (lambda m, x: two_views(m, x), "10 rows for 5 samples"),
     "of single numbers": (lambda m, x: sum(row[0].exp() for row in m(x)), "ExpBackward0"),
     "of none": (lambda m, x: penalty(m), "parameters alone"),
     "a weight of the loss": (lambda m, x: m(x).mean() * m[0].bias.sum(), "MulBackward0"),

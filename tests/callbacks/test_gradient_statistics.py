@@ -381,6 +381,108 @@ def test_what_cannot_be_told_apart_is_missing_with_the_reason(why: str, tmp_path
         training.fit([statistics], kind(), DataLoader(Data(lambda x, y, t: (x, y)), BATCH))
 
 
+def watch_output(module: Plain, seen: list[Any]) -> None:
+    def watch(_: Any, __: Any, outputs: Tensor) -> None:
+        outputs.register_hook(lambda g: seen.append(float(g.norm())))
+
+    module.net.register_forward_hook(watch)
+
+
+def retain_output(module: Plain, seen: list[Any]) -> None:
+    module.net.register_forward_hook(lambda _, __, outputs: outputs.retain_grad())
+
+
+def watch_module(module: Plain, seen: list[Any]) -> None:
+    module.net.register_full_backward_hook(lambda *_: seen.append(1))
+
+
+HOOKS = {
+    "Tensor.register_hook": watch_output,
+    "Tensor.retain_grad": retain_output,
+    "register_full_backward_hook": watch_module,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_gradients_are_not_called_by_measuring(kind: str, tmp_path: Any) -> None:
+    found = []
+    for measuring in (False, True):
+        torch.manual_seed(0)
+        module, seen = Plain(), []
+        HOOKS[kind](module, seen)
+        if measuring:
+            with pytest.warns(nt.MissingMeasureWarning, match=kind):
+                fit(module, lambda x, y, t: (x, y), tmp_path)
+        else:
+            data = DataLoader(Data(lambda x, y, t: (x, y)), BATCH)
+            training.fit([], module, data, max_steps=STEPS)
+        found.append([seen, [p.detach().clone() for p in module.parameters()]])
+    assert training.differences(*found) == []
+    assert kind in nt.open(tmp_path).gradients_noise.attrs["missing"]
+    assert type(Tensor.register_hook).__name__ == "function"
+    assert "retain_grad" not in vars(Tensor)
+
+
+def test_hooks_of_parameters_are_set_aside(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    module, seen = Plain(), []
+    module.net[0].weight.register_hook(lambda g: seen.append(float(g.norm())))
+    fit(module, lambda x, y, t: (x, y), tmp_path)
+    assert len(seen) == STEPS
+    assert np.isfinite(nt.open(tmp_path).gradients_noise.values).all()
+
+
+class Counting(torch.autograd.Function):
+    """The identity, whose backward pass keeps a running maximum in a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: Tensor) -> Tensor:
+        ctx.largest = largest
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ctx.largest.mul_(0.9).add_(g.abs().max())
+        return g / (1 + ctx.largest), None
+
+
+class Quantised(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(Counting.apply(self.net(batch[0]), self.largest), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore::nettrace.MissingMeasureWarning")
+def test_buffers_that_backward_passes_write_to_are_left_alone(tmp_path: Any) -> None:
+    found = []
+    for callbacks in ([], [GradientStatistics(every=1)]):
+        torch.manual_seed(0)
+        module = Quantised()
+        data = DataLoader(Data(lambda x, y, t: (x, y)), BATCH)
+        training.fit(callbacks, module, data, max_steps=STEPS)
+        found.append(training.state(module))
+    assert training.differences(*found) == []
+
+
+def test_samples_are_what_most_tensors_count(tmp_path: Any) -> None:
+    class Weighted(Plain):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch["x"]), batch["y"], weight=batch["weights"])
+
+    def joined(samples: list[Any]) -> Any:
+        x, y = zip(*samples, strict=True)
+        return {"weights": torch.ones(3), "x": torch.stack(x), "y": torch.tensor(y)}
+
+    statistics = GradientStatistics(every=1, to=tmp_path)
+    data = DataLoader(Data(lambda x, y, t: (x, y)), 6, collate_fn=joined)
+    training.fit([statistics], Weighted(), data, max_steps=1)
+    assert nt.open(tmp_path).gradients_norms.shape == (1, 6)
+
+
 def test_it_shares_a_folder_and_the_loggers_with_measures_of_a_probe(tmp_path: Any) -> None:
     samples = training.Samples()
     probe = nt.Probe(samples.inputs, samples.targets, forward=lambda model, x: model.net(x))
