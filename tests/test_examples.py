@@ -124,6 +124,7 @@ def test_checkpoints_of_the_demo_are_analysed_as_the_readme_shows(tmp_path):
     assert nt.open(tmp_path / "analysis.nc").ntk_trace.equals(data.ntk_trace)
 
 
+@pytest.mark.slow
 def test_entropy_example(tmp_path):
     run = subprocess.run(
         [sys.executable, ROOT / "examples" / "entropy.py", "--steps", "30", "--seeds", "1"],

@@ -98,6 +98,7 @@ def test_corrected_mean_is_the_mean_and_corrected_variance_unbiased(samples):
         assert float(error) == pytest.approx(s / samples**0.5, rel=0.5)
 
 
+@pytest.mark.slow
 def test_corrected_entropy_nears_that_of_all_samples():
     """Of a linear network, whose inputs have covariance diag(q^k): known at infinite N."""
     n, d, repeats = 48, 8, 60

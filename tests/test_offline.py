@@ -664,7 +664,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_workers_end_with_the_process_that_started_them(saved, tmp_path, module, how):
     (tmp_path / "slow").touch()
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -176,7 +176,10 @@ def test_tokens_belong_to_their_texts(name):
     assert_same(jacobian, rows_of(alone, model.parameters()))
 
 
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "compiled" in n else ()) for n in zoo.ZOO],
+)
 def test_every_member_of_the_zoo_by_its_mean_loss(name):
     member = zoo.build(name)
     with warnings.catch_warnings():

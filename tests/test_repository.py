@@ -73,6 +73,7 @@ def test_every_package_is_installed_under_one_name():
         assert link.resolve() == ROOT / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["callbacks", "kernels"])
 def test_the_repository_root_may_be_on_the_path(name):
     """Others look for a package `kernels` of their own there, transformers for one."""

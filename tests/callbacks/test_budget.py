@@ -85,7 +85,10 @@ def test_the_share_of_a_training_stays_within_its_budget(
     assert configured["budget"] == 0.1
 
 
-@pytest.mark.parametrize("namespace", training.NAMESPACES)
+@pytest.mark.parametrize(
+    "namespace",
+    [training.NAMESPACES[0], pytest.param(training.NAMESPACES[1], marks=pytest.mark.slow)],
+)
 def test_training_is_bitwise_the_same_under_a_budget(
     namespace: str, clock: Clock, tmp_path: Path
 ) -> None:
