@@ -9,16 +9,22 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 NAMESPACES = ("pytorch_lightning", "lightning.pytorch")
+#: For what older Lightnings do otherwise: they resume with other batches, and average no weights.
+recent = pytest.mark.skipif(
+    tuple(map(int, version("lightning").split(".")[:2])) < (2, 6), reason="an older Lightning"
+)
 
 #: What Lightning says of trainings as small as these, or on account of its own code.
 HARMLESS = (

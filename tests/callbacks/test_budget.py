@@ -331,6 +331,7 @@ def test_metrics_are_the_same_with_a_text_on_the_bar(namespace: str, clock: Cloc
     assert training.differences(*shown) == []
 
 
+@training.recent
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
 @pytest.mark.parametrize("checked", [True, False], ids=["sanity check", "none"])
 def test_rich_bars_say_so_too_and_are_put_back(

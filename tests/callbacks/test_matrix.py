@@ -482,7 +482,8 @@ def cells() -> Iterator[Any]:
         for number in (0, 1):
             column = (row + number) % len(CALLBACKS)
             namespace = training.NAMESPACES[(row // 2 + number) % 2]
-            marks = pytest.mark.slow if number or "torch.compile" in feature else ()
+            marks = [pytest.mark.slow] if number or "torch.compile" in feature else []
+            marks += [training.recent] if feature == "weight averaging" else []
             callback = list(CALLBACKS)[column]
             yield pytest.param(
                 feature, callback, namespace, marks=marks, id=f"{feature}-{callback}-{namespace}"

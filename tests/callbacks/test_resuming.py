@@ -84,6 +84,7 @@ def test_a_resumed_run_compares_as_the_whole_one(namespace: str, tmp_path: Path)
     assert parts.ntk_rotation_previous.attrs["reference_step"] == 3
 
 
+@training.recent
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
 def test_a_trace_resumed_at_the_end_of_an_epoch_is_the_whole_one_bit_for_bit(
     namespace: str, tmp_path: Path
