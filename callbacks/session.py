@@ -70,6 +70,7 @@ class Session:
         self._start = trainer.global_step + begun
         self._step: int | None = None
         self._due = {callback: self._bound(callback) for callback in callbacks}
+        self._probing = [callback for callback in callbacks if not callback.of_steps]
         #: At which step each callback measured last.
         self._measured: dict[Trace, int] = {}
         self._unfired = list(callbacks)
@@ -80,9 +81,7 @@ class Session:
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
-        for callback in callbacks:
-            if callback.of_steps:
-                continue
+        for callback in self._probing:
             key: object = (_shared(callback), callback.on_error, callback.max_seconds)
             if any(_compare_apart(callback, other) for other in self._sharing(key)):
                 key = (key, id(callback))
@@ -148,6 +147,10 @@ class Session:
         self._first_batch.compare(returned)
         self.flush()
 
+    def forget(self) -> None:
+        """Lets go of the batch that is being trained on, and of what is watched meanwhile."""
+        self._steps.forget()
+
     def flush(self) -> None:
         """Writes what was measured of a training step."""
         due, records = self._steps.taken()
@@ -203,8 +206,8 @@ class Session:
             "batches": batches,
             "samples": self._samples,
         }
-        due = [c for c in self._due if not c.of_steps and self._is_due(c, step)]
-        last = [c for c, due in self._due.items() if not c.of_steps and has_last_after(due, step)]
+        due = [c for c in self._probing if self._is_due(c, step)]
+        last = [c for c in self._probing if has_last_after(self._due[c], step)]
         self._measure(step, self._affordable(step, due, reserve=last))
 
     def measure_last(self, step: int) -> None:
@@ -213,8 +216,8 @@ class Session:
         Args:
             step: how many updates the weights have had in the end.
         """
-        last = [callback for callback, due in self._due.items() if getattr(due, "last", False)]
-        due = [c for c in last if not c.of_steps and self._measured.get(c) != step]
+        last = [c for c in self._probing if getattr(self._due[c], "last", False)]
+        due = [c for c in last if self._measured.get(c) != step]
         self._measure(step, self._affordable(step, due))
 
     def _affordable(
@@ -323,7 +326,9 @@ class Session:
                     "measures": [measure.name for measure in callback.measures],
                     "every": str(callback.every),
                     "budget": callback.budget,
-                    "probe": str(callback.probe or f"{callback.samples} samples of the data"),
+                    "probe": "the training's own batches"
+                    if callback.of_steps
+                    else str(callback.probe or f"{callback.samples} samples of the data"),
                 }
                 for callback in self._due
                 if callback.to is not None and Path(callback.to).absolute() == folder

@@ -63,7 +63,7 @@ class Steps:
         """Sees a batch before its training step, which some callbacks are due to measure."""
         self.due = list(due)
         self._step = step
-        self._forget()
+        self.forget()
         if not due:
             return
         self._passes = 0
@@ -133,8 +133,8 @@ class Steps:
                 records = tracer.measure(look, self._module, self._step, list(measures.values()))
                 self._records += [_numbered(record, self._passes) for record in records]
 
-    def _forget(self) -> None:
-        """Lets go of the batch, which may be large."""
+    def forget(self) -> None:
+        """Lets go of the batch, which may be large, and of what is watched meanwhile."""
         self._arguments = self._put_back = None
         if self._watch is not None:
             self._watch.seen()
@@ -143,7 +143,7 @@ class Steps:
     def taken(self) -> tuple[list[Trace], list[Record]]:
         """The callbacks that were due in the batch that has ended, and the records."""
         records, self._records = self._records, []
-        self._forget()
+        self.forget()
         return self.due, records
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.request import Request
 from nettrace.callbacks.session import Session
+from nettrace.explanation import Explanation
 from nettrace.missing import warn_missing
 from nettrace.recording import OnError
 from nettrace.schedule import Every
@@ -29,6 +30,8 @@ def _spared(hook: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if any(peer.on_error == "raise" for peer in _peers(trainer)):
                 raise
+            if self._session is not None:
+                self._session.forget()
             self._session = None
             warn_missing(
                 f"{type(self).__name__} measures no more in this training: {hook.__name__} failed "
@@ -208,3 +211,14 @@ class GradientStatistics(Trace):
             raise ValueError(
                 f"{others[0]!r} is not measured in training steps, but on a probe: pass it to Trace"
             )
+
+    def explain(self, model: nn.Module) -> Explanation:
+        """Nothing: what a step costs depends on the batches of the training.
+
+        Raises:
+            ValueError: always, with what tells it instead.
+        """
+        raise ValueError(
+            "what measuring a training step costs depends on its batch: nettrace/step_seconds in "
+            "the trace has it, and budget= limits it"
+        )

@@ -91,7 +91,7 @@ def fisher(axis: Axes, data: xr.Dataset, step: np.ndarray) -> None:
     band(axis, data, "fisher_trace_mc", ORANGE, "Monte Carlo $\\pm$ s.e.")
     band(axis, data, "fisher_trace_empirical", GREY, "empirical $\\pm$ s.e.")
     axis.set_ylabel("mean over samples")
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # the legend stands above the peak
     axis.legend(loc="upper left")
 
 

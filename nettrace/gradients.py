@@ -72,14 +72,21 @@ class Gradients(ABC):
         batched: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Pulls one cotangent, or K if `batched`, back to places on the tape."""
+        roots, entering = self._entering(cotangents)
         return torch.autograd.grad(
-            self.outputs,
+            roots,
             places,
-            cotangents,
+            entering,
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
         )
+
+    def _entering(
+        self, cotangents: Tensor
+    ) -> tuple[Sequence[Tensor] | Sequence[GradientEdge], list[Tensor]]:
+        """Where cotangents (..., *outputs.shape) enter the tape, and as what."""
+        return [self.outputs], [cotangents]
 
     def scaled(self, name: str, gradient: Tensor) -> Tensor:
         """What autograd's gradient of a parameter is here: that, unless columns are scaled."""

@@ -200,25 +200,23 @@ class ReducedGradients(TapeGradients):
         super().__init__(loss.expand(tape.samples), parameters, tape, memory)
         self._flows = flows
 
+    def _entering(
+        self, cotangents: Tensor
+    ) -> tuple[Sequence[Tensor] | Sequence[GradientEdge], list[Tensor]]:
+        entering = []
+        for root, flow in zip(self._tape.roots, self._flows, strict=True):
+            weights = cotangents.to(flow).repeat_interleave(root.inner, -1)
+            entering.append(flow * weights.view(*weights.shape, *(1,) * (flow.dim() - 1)))
+        return [root.edge for root in self._tape.roots], entering
+
     def _autograd(
         self,
         places: Sequence[Tensor] | Sequence[GradientEdge],
         cotangents: Tensor,
         batched: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        entering = []
-        for root, flow in zip(self._tape.roots, self._flows, strict=True):
-            weights = cotangents.to(flow).repeat_interleave(root.inner, -1)
-            entering.append(flow * weights.view(*weights.shape, *(1,) * (flow.dim() - 1)))
         with held(self._tape.held):
-            return torch.autograd.grad(
-                [root.edge for root in self._tape.roots],
-                places,
-                entering,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
+            return super()._autograd(places, cotangents, batched)
 
 
 def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:

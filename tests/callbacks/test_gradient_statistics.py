@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import nettrace as nt
 from nettrace.callbacks import GradientStatistics, NTKTrace, Trace
+from nettrace.callbacks.session import Session
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
 
@@ -507,3 +509,23 @@ def test_a_probes_gradients_have_the_same_names(tmp_path: Any) -> None:
     found = nt.open(tmp_path)
     assert np.isfinite(found.gradients_noise_scale.values).all()
     assert "gradients_conflict" not in found
+
+
+def test_what_it_says_of_itself(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"depends on its batch.*budget="):
+        GradientStatistics().explain(Plain())
+    fit(Plain(), lambda x, y, t: (x, y), tmp_path)
+    (callback,) = json.loads(nt.open(tmp_path).attrs["configuration"])["callbacks"]
+    assert callback["probe"] == "the training's own batches"
+
+
+def test_nothing_is_watched_after_a_hook_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, loss: Tensor) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Session, "before_backward", fail)
+    before = Tensor.register_hook, "retain_grad" in vars(Tensor)
+    data = DataLoader(Data(lambda x, y, t: (x, y)), BATCH)
+    with pytest.warns(nt.MissingMeasureWarning, match="measures no more in this training"):
+        training.fit([GradientStatistics(every=1)], Plain(), data, max_steps=1)
+    assert (Tensor.register_hook, "retain_grad" in vars(Tensor)) == before
