@@ -19,9 +19,11 @@ from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
+from nettrace.gathered import is_spread
+from nettrace.ranks import Ranks
 from nettrace.statistics import StepStatistics
 from nettrace.tape import opaque
-from nettrace.training_step import StepTracer
+from nettrace.training_step import Look, StepTracer
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
@@ -94,22 +96,20 @@ class Steps:
         if automatic:
             scale /= self._trainer.accumulate_grad_batches
         model, samples, step = self._module, self._samples, self._step
-        notes = {}
-        if self._trainer.world_size > 1:
-            notes["process"] = f"the first of {self._trainer.world_size}, and its samples alone"
-        hidden = opaque(loss)
+        spread = any(is_spread(p) for p in model.parameters())
+        hidden = "fully_shard" if spread else opaque(loss)
         if hidden is None or not automatic:
             self._take(
-                lambda memory: StepStatistics(loss, model, samples, step, memory, scale, notes)
+                lambda memory, ranks: StepStatistics(
+                    loss, model, samples, step, memory, scale, ranks=ranks
+                )
             )
             return
         with silenced(model):
             own = float(loss.detach()) / scale
-            self._take(lambda memory: self._again(own, hidden, memory, notes))
+            self._take(partial(self._again, own, hidden))
 
-    def _again(
-        self, loss: float, hidden: str, memory: int, notes: Mapping[str, str]
-    ) -> StepStatistics:
+    def _again(self, loss: float, hidden: str, memory: int, ranks: Ranks) -> StepStatistics:
         """The step evaluated anew with a tape that hides nothing, from the same random states."""
         assert self._put_back is not None
         assert self._arguments is not None
@@ -123,10 +123,12 @@ class Steps:
             f"again, as {hidden} hides a part of the network from the tape, in {seconds:.2g} s "
             f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
         )
-        notes = {**notes, "evaluated": evaluated}
-        return StepStatistics(again, self._module, self._samples, self._step, memory, notes=notes)
+        notes = {"evaluated": evaluated}
+        return StepStatistics(
+            again, self._module, self._samples, self._step, memory, notes=notes, ranks=ranks
+        )
 
-    def _take(self, look: Callable[[int], StepStatistics]) -> None:
+    def _take(self, look: Look) -> None:
         for on_error, tracer in self._tracers.items():
             measures = {m.name: m for c in self.due if c.on_error == on_error for m in c.measures}
             if measures:
@@ -181,7 +183,7 @@ def _hooks_of(module: Any) -> str:
     return ""
 
 
-def _refuse(hooks: str, _: int) -> StepStatistics:
+def _refuse(hooks: str, *_: object) -> StepStatistics:
     raise CoupledSamplesError(
         f"the training step has hooks on its gradients ({hooks}), which reading the tape of its "
         "loss would call: leave them out at the steps that are measured, or measure on a probe, "

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nettrace.operator import Jacobian, PerLayer
-from nettrace.tape import precision, signature
+from nettrace.operator import Jacobian, OverBudgetError, PerLayer
 
 ROUTES = ("rule", "node", "rows", "unused")
 #: From how many random combinations of outputs shares are estimated where there are more outputs.
@@ -213,8 +212,7 @@ class SpotChecks:
             SpotCheckError: if it is, and cannot be given; it is then due again at the next record.
         """
         self._records += 1
-        source = jacobian._gradients
-        now = signature(source.outputs, source.parameters)
+        now = jacobian._gradients.signature()
         if now == self._passed and self._records & (self._records - 1):
             return None
         self._passed = None
@@ -388,7 +386,7 @@ def _hooked(jacobian: Jacobian, name: str) -> str:
 
 def _tolerances(jacobian: Jacobian) -> tuple[float, float]:
     """What rounding may make of a parameter's share of a row, and of the whole row."""
-    eps = precision(jacobian._gradients.outputs)
+    eps = jacobian._gradients.precision()
     return eps**0.6, eps**0.75
 
 
@@ -396,7 +394,7 @@ def _if_it_fits(compute: Callable[..., Any]) -> PerLayer:
     """Results by parameter; none where they do not fit the memory budget."""
     try:
         found: PerLayer = compute(per_layer=True)
-    except MemoryError:
+    except OverBudgetError:
         return {}
     return found
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from nettrace.gradients import RowGradients, TapeGradients
+from nettrace.gradients import TapeGradients
 from nettrace.operator import Jacobian
 from nettrace.per_sample import LossJacobian
 from nettrace.reduction import ReducedGradients, Reduction, tape_of
+from nettrace.row_gradients import RowGradients
 from nettrace.tape import Tape
 
 Parameters: TypeAlias = nn.Module | Mapping[str, Tensor] | Iterable[Tensor] | Tensor

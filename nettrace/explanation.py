@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,14 @@ class PriceList:
         """By name, which measures are too dear on a look; the others' needs alone are expected."""
         if self.max_seconds is None:
             return {}
+        with suppress(Exception):  # which the measures will say
+            _ = look.assumed_likelihood  # which processes find together, and prices by themselves
+        several = look._ranks.each(self._refused(look, measures))
+        refused = {name: error for own in several for name, error in own.items()}
+        look.expect({need for m in measures if m.name not in refused for need in m.needs})
+        return refused
+
+    def _refused(self, look: Statistics, measures: Sequence[Measure]) -> dict[str, TooDear]:
         try:
             parameters = {n: p for n, p in look.model.named_parameters() if p.requires_grad}
             now = signature(look._outputs, parameters)
@@ -102,9 +111,7 @@ class PriceList:
         except Exception:  # coupled samples, or what else there is: the measures will say it
             return {}
         found = {m.name: self._known[m.name] for m in measures}
-        refused = {name: error for name, error in found.items() if error is not None}
-        look.expect({need for m in measures if m.name not in refused for need in m.needs})
-        return refused
+        return {name: error for name, error in found.items() if error is not None}
 
     def explain(
         self, model: nn.Module, look: Callable[[], Statistics], measures: Sequence[Measure]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
+from nettrace.gathered import gathered
+
 _INTERNALS = frozenset(vars(nn.Module()))
 
 
@@ -38,6 +40,7 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         # First: tensors made under inference mode cannot take part in autograd.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(gathered(model))
         devices = {p.device for p in [*model.parameters(), *model.buffers()]}
         for kind in {"cpu"} | {d.type for d in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type=kind, enabled=False))

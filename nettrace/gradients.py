@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -22,7 +22,7 @@ from nettrace import rules
 from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense, total
 from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
-from nettrace.tape import Tape, Use, edge_key, metadata, shape_of
+from nettrace.tape import Tape, Use, edge_key, metadata, precision, shape_of, signature
 
 #: Pulled-back cotangents (K, ...), by place; what a place is, is the gradients' own business.
 Pulled: TypeAlias = Mapping[Any, Tensor]
@@ -119,6 +119,42 @@ class Gradients(ABC):
     def forget(self) -> None:  # noqa: B027
         """Lets go of what is kept from one pullback to the next, if anything is."""
 
+    def signature(self) -> str:
+        """A digest of the operations on the tape."""
+        return signature(self.outputs, self.parameters)
+
+    def precision(self) -> float:
+        """The distance from 1 to the next number in the coarsest arithmetic on the tape."""
+        return precision(self.outputs)
+
+    def remade(self, make: Callable[[Gradients], Gradients]) -> Gradients:
+        """What is made of these, sample by sample."""
+        return make(self)
+
+    def with_fewer_outputs(
+        self, fewer: Callable[[Gradients], tuple[Gradients, dict[str, Tensor]] | None]
+    ) -> tuple[Gradients, dict[str, Tensor]] | None:
+        """The same of fewer outputs, and what is left out; see `nettrace.heads`."""
+        return fewer(self)
+
+    # Several processes may have a share of the samples each: see `SharedGradients`.
+
+    def tiles(self, layer: Layer, step: int) -> list[slice]:
+        """The samples that this process works on for a layer, so many at a time."""
+        return cut(0, len(self.outputs), step)
+
+    def each(self, layer: Layer, pulled: Pulled, step: int) -> Iterator[tuple[slice, Factor]]:
+        """The gradients of a layer for all samples, so many at a time."""
+        for samples in self.tiles(layer, step):
+            yield samples, self.factor(layer, pulled, samples)
+
+    def partners(self, layer: Layer, ms: slice, step: int) -> list[slice]:
+        """Those tiles whose products with the samples ms this process makes: each is made once."""
+        return [ns for ns in self.tiles(layer, step) if ns.start <= ms.start]
+
+    def complete(self, shares: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Adds up results, to which each process has added what it made of its samples."""
+
     @abstractmethod
     def factor(
         self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
@@ -136,46 +172,6 @@ class Gradients(ABC):
     @abstractmethod
     def is_written_out(self, layer: Layer) -> bool:
         """Whether the factor holds a number for each of the parameter's, sample by sample."""
-
-
-class RowGradients(Gradients):
-    """Gradients by one backward pass a row, which is defined for coupled samples too."""
-
-    def layers(self, apart: bool) -> list[Layer]:
-        """All parameters, one by one."""
-        return [(name,) for name in self.parameters]
-
-    def coverage(self) -> dict[str, str]:
-        """All "rows"."""
-        return dict.fromkeys(self.parameters, "rows")
-
-    def pull(self, cotangents: Tensor, layers: Sequence[Layer]) -> Pulled:
-        """The rows (K, N, P) of each parameter."""
-        rows: dict[str, list[Tensor]] = {name: [] for (name,) in layers}
-        for cotangent in cotangents:
-            for n in range(len(cotangent)):
-                one = torch.zeros_like(cotangent)
-                one[n] = cotangent[n]
-                gradients = self.backward(one)
-                for name, found in rows.items():
-                    found.append(_written_out(gradients[name].flatten(), self.dtype))
-        count = len(cotangents)
-        return {name: torch.stack(r).unflatten(0, (count, -1)) for name, r in rows.items()}
-
-    def bytes_per_cotangent(self, layers: Sequence[Layer]) -> int:
-        """N rows."""
-        columns = sum(reals(self.parameters[name]) for (name,) in layers)
-        return len(self.outputs) * columns * self.dtype.itemsize
-
-    def factor(
-        self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
-    ) -> Factor:
-        """The rows."""
-        return Dense(pulled[layer[0]][:, samples])
-
-    def is_written_out(self, layer: Layer) -> bool:
-        """The rows are there already."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -395,10 +391,10 @@ class TapeGradients(Gradients):
             )
             factor = Dense(written.flatten(2))
         if isinstance(factor, Dense):
-            return Dense(_written_out(factor.values, self.dtype))
+            return Dense(written_out(factor.values, self.dtype))
         assert isinstance(factor, Outer)
         if factor.still.dtype.is_complex or factor.moving.is_complex():
-            return Dense(_written_out(dense(factor), self.dtype))
+            return Dense(written_out(dense(factor), self.dtype))
         key = (use.node, use.slot, samples.start, samples.stop, fused)
         if key not in self._stills:
             still = factor.still.to(self.dtype)
@@ -440,7 +436,7 @@ class TapeGradients(Gradients):
             weight = torch.view_as_complex(weight.unflatten(-1, (-1, 2)))
         weight = weight.view(-1, *meta.shape).to(meta.dtype)
         through = _through(term.use.source, parameter, weight)
-        through = _written_out(through.reshape(len(through), -1), self.dtype)
+        through = written_out(through.reshape(len(through), -1), self.dtype)
         return Dense(through.view(*values.shape[:2], -1))
 
 
@@ -459,11 +455,16 @@ def _through(source: GradientEdge, parameter: Tensor, weight: Tensor) -> Tensor:
         return torch.stack([back(w, batched=False) for w in weight])
 
 
-def _written_out(gradients: Tensor, dtype: torch.dtype) -> Tensor:
+def written_out(gradients: Tensor, dtype: torch.dtype) -> Tensor:
     """Real gradients (..., P) of the given dtype; a complex number is a pair of reals."""
     if gradients.is_complex():
         gradients = torch.view_as_real(gradients).flatten(-2)
     return gradients.to(dtype)
+
+
+def cut(start: int, stop: int, step: int) -> list[slice]:
+    """A range of samples in pieces of at most so many."""
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
 def strided(gradient: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from nettrace.gradients import TapeGradients
+from nettrace.gradients import Gradients, TapeGradients
 from nettrace.tape import Tape, shape_of
 
 if TYPE_CHECKING:
@@ -35,10 +35,19 @@ def reduce_outputs(jacobian: Jacobian) -> tuple[Jacobian, dict[str, Tensor]]:
         J_U, and the trace's share of the directions beside the range of W, by parameter; `jacobian`
         itself and nothing if its outputs are no such map.
     """
-    gradients = jacobian._gradients
-    head = _head(gradients) if isinstance(gradients, TapeGradients) else None
-    if head is None or jacobian._cotangents is not None:
+    found = None
+    if jacobian._cotangents is None:
+        found = jacobian._gradients.with_fewer_outputs(_fewer)
+    if found is None:
         return jacobian, {}
+    return type(jacobian)(found[0], jacobian._memory), found[1]
+
+
+def _fewer(gradients: Gradients) -> tuple[Gradients, dict[str, Tensor]] | None:
+    """The gradients of the outputs in a basis of the head's range, and what the rest has."""
+    head = _head(gradients) if isinstance(gradients, TapeGradients) else None
+    if head is None:
+        return None
     assert isinstance(gradients, TapeGradients)
     h, w, weight, bias = head
     features, logits = w.shape
@@ -54,8 +63,7 @@ def reduce_outputs(jacobian: Jacobian) -> tuple[Jacobian, dict[str, Tensor]]:
     if bias is not None:
         left_out[bias] = left_out[weight].new_tensor(rest * len(h))
     tape = Tape.behind(outputs, gradients.parameters, [*gradients._tape._constants, basis])
-    reduced = TapeGradients(outputs, gradients.parameters, tape, gradients._memory)
-    return type(jacobian)(reduced, jacobian._memory), left_out
+    return TapeGradients(outputs, gradients.parameters, tape, gradients._memory), left_out
 
 
 def _head(gradients: TapeGradients) -> tuple[Tensor, Tensor, str, str | None] | None:

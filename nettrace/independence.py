@@ -25,10 +25,9 @@ def check_independence(statistics: Statistics) -> None:
     Raises:
         CoupledSamplesError: if they are not.
     """
-    probe = statistics._probe
-    if statistics.samples < 2 or statistics.samples != len(probe):
+    probe, outputs = statistics._own, statistics._outputs.detach()
+    if len(outputs) < 2 or len(outputs) != len(probe):
         return
-    outputs = statistics.outputs
     with torch.no_grad():
         noise = probe.look(statistics.model) - outputs  # not zero if the network draws at random
         try:
@@ -47,7 +46,7 @@ def check_independence(statistics: Statistics) -> None:
     eps = precision(statistics._outputs)
     same = _same(again[0], outputs[order], noise, eps)
     if not same:
-        _ = statistics.routes  # raises, naming the operation, if that is on the tape
+        statistics._of_own.coverage()  # raises, naming the operation, if that is on the tape
     if not same or (losses is not None and not _same(again[1], losses[order], noise, eps)):
         raise CoupledSamplesError(
             f"the samples are coupled: the {'losses' if same else 'outputs'} change when the "
@@ -63,7 +62,7 @@ def _evaluated(
     """Outputs and losses of the probe's samples, part by part; None if it has no parts."""
     outputs, losses = [], []
     for part in parts:
-        probe = statistics._probe.take(part)
+        probe = statistics._own.take(part)
         if probe is None:
             return None
         outputs.append(probe.look(statistics.model))

@@ -79,6 +79,7 @@ class Jacobian(Approximations):
                 self._add_traced_gram(shares)
             else:
                 self._add_gram(shares)
+        self._gradients.complete(shares)
         return shares if per_layer else shares[_ALL]
 
     @overload
@@ -99,6 +100,7 @@ class Jacobian(Approximations):
             for layers in self._parts(per_layer, self.outputs):
                 for ks, pulled, js, others in self._pairs(layers):
                     self._add_blocks(shares, layers, ks, pulled, js, others)
+        self._gradients.complete(shares)
         return shares if per_layer else shares[_ALL]
 
     def gram_and_layer_blocks(self) -> tuple[Tensor, PerLayer]:
@@ -114,6 +116,7 @@ class Jacobian(Approximations):
         gram, shares = self._shares((n, c, n, c), False), self._shares((n, c, c), True)
         with torch.no_grad():
             self._add_gram(gram, shares)
+        self._gradients.complete({**gram, **shares})
         return gram[_ALL], shares
 
     @overload
@@ -167,6 +170,7 @@ class Jacobian(Approximations):
                         for ns in self._tiles((name,), ks):
                             x = self._gradients.factor((name,), pulled, ns, oriented=True)
                             shares[name] += column_sqnorms(x)
+        self._gradients.complete(shares)
         if not per_layer:
             return torch.cat(list(shares.values()))
         real = {n: torch.view_as_real(p) if p.is_complex() else p for n, p in parameters.items()}
@@ -202,6 +206,7 @@ class Jacobian(Approximations):
                         for ns in self._tiles((name,), ks):
                             x = self._gradients.factor((name,), pulled, ns, oriented=True)
                             share[ns, ks] += inner(x, vectors[name]).T
+        self._gradients.complete(shares)
         return shares if per_layer else shares[_ALL]
 
     @overload
@@ -284,7 +289,8 @@ class Jacobian(Approximations):
             ValueError: if names or shapes are wrong.
         """
         scales = self._split(weights)
-        return Jacobian(ScaledGradients(self._gradients, scales), self._memory, self._cotangents)
+        scaled = self._gradients.remade(lambda own: ScaledGradients(own, scales))
+        return Jacobian(scaled, self._memory, self._cotangents)
 
     def coverage(self) -> dict[str, str]:
         """How each parameter's per-sample gradients are found; every route is exact.
@@ -311,6 +317,7 @@ class Jacobian(Approximations):
                         for ns in self._tiles(layer, ks):
                             x = self._gradients.factor(layer, pulled, ns)
                             share[ns, ks] += sqnorms(x).T
+        self._gradients.complete(shares)
         return shares
 
     def _add_blocks(
@@ -337,12 +344,14 @@ class Jacobian(Approximations):
             for ks, pulled in self._chunks(layers):
                 for layer in layers:
                     share = shares[layer[0] if _ALL not in shares else _ALL]
-                    tiles = self._tiles(layer, ks)
-                    for i, ns in enumerate(tiles):
-                        x = self._gradients.factor(layer, pulled, ns)
-                        for ms in tiles[i:]:
-                            y = x if ns == ms else self._gradients.factor(layer, pulled, ms)
-                            traced_gram_(share[ns, ms], x, y, self._limit)
+                    step = self._at_a_time(layer, ks)
+                    for ms, y in self._gradients.each(layer, pulled, step):
+                        for ns in self._gradients.partners(layer, ms, step):
+                            x = y if ns == ms else self._gradients.factor(layer, pulled, ns)
+                            if ns.start > ms.start:
+                                traced_gram_(share[ms, ns], y, x, self._limit)
+                            else:
+                                traced_gram_(share[ns, ms], x, y, self._limit)
         for share in shares.values():
             mirror_(share)
 
@@ -355,15 +364,18 @@ class Jacobian(Approximations):
                     self._add_blocks(diagonal, apart, ks, pulled, js, others)
                 for layer in layers:
                     share = shares[layer[0] if _ALL not in shares else _ALL]
-                    tiles = self._tiles(layer, ks)
-                    for i, ns in enumerate(tiles):
-                        x = self._gradients.factor(layer, pulled, ns)
-                        for ms in tiles[i:] if ks == js else tiles:
-                            same = (ns, ks) == (ms, js)
-                            y = x if same else self._gradients.factor(layer, others, ms)
-                            if ks == js:
-                                gram_(share[ns, ks, ms, js], x, y, self._limit)
-                                continue
+                    step = self._at_a_time(layer, ks)
+                    for ms, y in self._gradients.each(layer, others, step):
+                        if ks == js:
+                            for ns in self._gradients.partners(layer, ms, step):
+                                x = y if ns == ms else self._gradients.factor(layer, pulled, ns)
+                                if ns.start > ms.start:
+                                    gram_(share[ms, js, ns, ks], y, x, self._limit)
+                                else:
+                                    gram_(share[ns, ks, ms, js], x, y, self._limit)
+                            continue
+                        for ns in self._gradients.tiles(layer, step):
+                            x = self._gradients.factor(layer, pulled, ns)
                             piece = torch.zeros_like(share[ns, ks, ms, js])
                             gram_(piece, x, y, self._limit)
                             share[ns, ks, ms, js] += piece
@@ -432,12 +444,15 @@ class Jacobian(Approximations):
 
     def _tiles(self, layer: Layer, ks: slice) -> list[slice]:
         """Ranges of samples whose gradients, if written out, take an eighth of the budget."""
+        return self._gradients.tiles(layer, self._at_a_time(layer, ks))
+
+    def _at_a_time(self, layer: Layer, ks: slice) -> int:
+        """How many samples such a range has, at most."""
         count = sum(reals(self._gradients.parameters[name]) for name in layer)
         each = (ks.stop - ks.start) * count * self._gradients.dtype.itemsize
         step = max(1, self._memory // (8 * each))
-        if step >= self.samples or not self._gradients.is_written_out(layer):
-            step = self.samples
-        return [slice(i, min(i + step, self.samples)) for i in range(0, self.samples, step)]
+        few = step >= self.samples or not self._gradients.is_written_out(layer)
+        return self.samples if few else step
 
     def _basis(self, ks: slice) -> Tensor:
         """The cotangents whose pullbacks are the rows numbered `ks`, (K, *outputs.shape)."""

@@ -8,6 +8,7 @@ that ask for the same statistics of the same look, together with the step that t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -24,6 +25,9 @@ class Stepped(Protocol):
     """A look at a network, with its statistics as attributes."""
 
     step: int
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is done in this succeeds in all processes that look together, or in none."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,16 @@ class Past:
             self._kept.clear()
         self._last = look.step
         copies: dict[str, Statistic] = {}
-        for reference in references:
+        for reference in sorted(references):  # in all processes in one order
             when, *names = reference
             earlier = [kept for kept in self._kept.get(reference, ()) if kept.step < look.step]
             if when == "first" and earlier:
                 continue
             try:
-                for name in names:
-                    if name not in copies:
-                        copies[name] = _copied(getattr(look, name))
+                with look.together():
+                    for name in names:
+                        if name not in copies:
+                            copies[name] = _copied(getattr(look, name))
             except Exception:  # which the measure that asked for it has reported
                 continue
             now = Kept(look.step, {name: copies[name] for name in names})

@@ -76,14 +76,14 @@ class Pieces:
 
     def __init__(self, statistics: Statistics) -> None:
         self._look = statistics
-        self._timed_on = self.samples = statistics.samples
+        self._timed_on, self.samples = len(statistics._outputs), statistics.samples
         self.outputs = statistics._outputs[0].numel()
         self.exact = self.outputs <= statistics.exact_outputs
         self.draws = statistics.draws
 
     @cached_property
     def _jacobian(self) -> Jacobian:
-        return self._look._unchecked
+        return self._look._of_own
 
     @property
     def item(self) -> int:
@@ -170,7 +170,7 @@ class Pieces:
 
     @cached_property
     def _scores(self) -> float:
-        found = getattr_static(Statistics, "scores")
+        found = getattr_static(Statistics, "_scores_of_own")
         try:
             return self._time(partial(found.func, self._look))
         except Exception:  # of losses that are not known, which measures will report

@@ -27,7 +27,11 @@ class TooDear(RuntimeError):
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}, {why}")
+        self.what = what
         self.why = why
+
+    def __reduce__(self) -> tuple[type[TooDear], tuple[str, str]]:
+        return type(self), (self.what, self.why)
 
 
 @dataclass(frozen=True)

@@ -206,15 +206,18 @@ class Probe:
             )
         return outputs, name
 
-    def take(self, samples: Tensor) -> Probe | None:
-        """The probe of some of its samples, by number, in the order given.
+    def take(self, samples: Tensor | slice) -> Probe | None:
+        """The probe of some of its samples, by number, in the order given; a slice is not copied.
 
         Returns:
             None where the samples cannot be told apart.
         """
-        if not self._has_rows(self.inputs, self.targets):
+        untold = self.targets is not None and next(tensors(self.targets), None) is None
+        if untold or not self._has_rows(self.inputs, self.targets):
             return None
-        part = self.map(lambda t: t[samples.to(t.device)])
+        part = self.map(
+            lambda t: t[samples.to(t.device) if isinstance(samples, Tensor) else samples]
+        )
         part.cut = None
         return part
 

@@ -68,5 +68,6 @@ class Pushforward:
 
 def gram_product(jacobian: Jacobian, v: Tensor) -> Tensor:
     """J J^T v, (N, C); see `Jacobian.gram_product`."""
-    found = Pushforward(jacobian, v)()
+    has_tape = jacobian._gradients.outputs.requires_grad  # not if it is that of other processes too
+    found = Pushforward(jacobian, v)() if has_tape else None
     return jacobian.jvp(jacobian.vjp(v, per_layer=True)) if found is None else found

@@ -17,6 +17,7 @@ from nettrace.measures.registry import Numbers
 from nettrace.missing import regardless_of_numbers, warn_missing
 from nettrace.operator import OverBudgetError
 from nettrace.price import TooDear, size
+from nettrace.ranks import ALONE
 from nettrace.record import Record
 from nettrace.statistics import Inapplicable
 
@@ -98,6 +99,8 @@ class Recorder:
         #: Measures for which memory ran out whatever the budget.
         self._too_large: set[str] = set()
         self._where = where
+        #: The processes that measure together.
+        self._ranks = ALONE
         self._warned: set[str] = set()
 
     def _allow_all(self) -> None:
@@ -122,7 +125,8 @@ class Recorder:
                 if measure.name in refused:
                     raise refused[measure.name]
                 start = time.perf_counter()
-                record = recorded(measure, step, measure(found), found)
+                with self._ranks.together():
+                    record = recorded(measure, step, measure(found), found)
                 if self._allowance.is_reduced:
                     reduced = {"memory_budget": self._allowance.bytes}
                     record = replace(record, attributes={**record.attributes, **reduced})

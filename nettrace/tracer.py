@@ -7,7 +7,8 @@ import json
 import operator
 import time
 import traceback
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,8 +20,10 @@ from torch.optim import Optimizer
 from nettrace.attached import Attached
 from nettrace.budget import Budget, check_budget, left_out
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
+from nettrace.differentiate import parse_bytes
 from nettrace.explanation import Explanation, PriceList
 from nettrace.freeze import frozen
+from nettrace.gathered import check_gathering
 from nettrace.independence import check_independence
 from nettrace.measures import Measure, resolve
 from nettrace.operator import Jacobian
@@ -28,6 +31,7 @@ from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
+from nettrace.ranks import purpose, ranks
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.schedule import Every, has_last_after, schedule
@@ -76,7 +80,7 @@ class Tracer(Recorder):
             0.05; scheduled steps are left out to stay within it, as `nettrace.budget.Budget` says,
             and the records "nettrace/share" and "nettrace/skipped" tell of it. Windows are thinned
             step by step; where a schedule has the last step, what that will take is kept for it.
-            Each process decides by its own clock. None for any share.
+            Of several processes, the first decides. None for any share.
         seed: for measures that draw random numbers; they draw the same at the same step.
 
     Raises:
@@ -128,6 +132,7 @@ class Tracer(Recorder):
                     "seed": seed,
                 }
             )
+        self._purpose = purpose(f"Tracer of {[measure.name for measure in self.measures]}")
         self._spot_checks = SpotChecks()
         self._past = Past()
         self._prices = PriceList(max_seconds)
@@ -140,6 +145,7 @@ class Tracer(Recorder):
         """The same for a probe by that name, with a past of its own, and nothing written."""
         twin = copy.copy(self)
         twin.probe, twin._where = probe, f" on {name}"
+        twin._purpose = f"{self._purpose} on {name}"
         twin._writer = twin._several = None
         twin._spot_checks, twin._past = SpotChecks(), Past()
         twin._prices = PriceList(self._prices.max_seconds)
@@ -194,13 +200,14 @@ class Tracer(Recorder):
         """
         if self._ledger is None:
             self._ledger = Budget(self.budget or 1)
-        all_ = frozenset({"all"})
-        reserve = all_ if not last and has_last_after(self.due, step) else frozenset()
-        if not self._ledger.allows(all_, reserve):
-            self._skipped += 1
-            return []
         model = plain_model(model)
         synchronise(model)
+        self._join(model)
+        all_ = frozenset({"all"})
+        reserve = all_ if not last and has_last_after(self.due, step) else frozenset()
+        if not self._ranks.say(self._ledger.allows(all_, reserve)):
+            self._skipped += 1
+            return []
         with self._ledger.measuring(all_):
             records = self.measure(model, step, self.measures, optimizer)
             if self.budget is not None:
@@ -271,6 +278,7 @@ class Tracer(Recorder):
         """Takes some measures now, whatever the schedule says, and writes nothing."""
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
+        self._join(model)
         start = time.perf_counter()
         taken = Taken()
         optimizers = plain_optimizers(optimizer)
@@ -294,15 +302,17 @@ class Tracer(Recorder):
         found: Statistics | Exception
         refused: Mapping[str, TooDear] = {}
         try:
-            with frozen(model):
+            with self._frozen(model):
                 try:
-                    found, refused = self._see(model, step, measures, optimizers, taken.checks)
+                    with self._ranks.together():
+                        found, refused = self._see(model, step, measures, optimizers, taken.checks)
                 except Exception as error:
                     found = error
                 left = self._take(measures, step, found, refused, taken)
                 if not isinstance(found, Exception):
                     done = [measure for measure in measures if measure not in left]
-                    self._past.keep(found, _references(done, refused))
+                    with self._ranks.together():
+                        self._past.keep(found, _references(done, refused))
                 synchronise(model)
         except Exception as error:  # of freezing itself, as of a model that is not initialised
             found = error
@@ -321,7 +331,8 @@ class Tracer(Recorder):
         if self._several is not None:
             measures = [measure for measure in measures if not of_pairs(measure)]
         for one in self.each():
-            with frozen(model):
+            one._join(model)
+            with one._frozen(model), one._ranks.together():
                 found, refused = one._see(model, step, measures, (), [])
                 one._past.keep(found, _references(measures, refused))
 
@@ -406,6 +417,20 @@ class Tracer(Recorder):
         self._take(measures, step, error, {}, taken)
         return taken.in_order(measures)
 
+    def _join(self, model: nn.Module) -> None:
+        """Finds the processes that measure this network together."""
+        self._ranks = ranks(self._purpose, next(model.parameters(), torch.empty(0)).device)
+
+    @contextmanager
+    def _frozen(self, model: nn.Module) -> Iterator[None]:
+        """The network as it is measured, and the same in all processes."""
+        with ExitStack() as stack:
+            with self._ranks.together():
+                check_gathering(model, self._ranks, parse_bytes(self._memory_budget))
+                stack.enter_context(frozen(model))
+            self._ranks.same_(list(model.buffers()))
+            yield
+
     def _see(
         self,
         model: nn.Module,
@@ -438,6 +463,7 @@ class Tracer(Recorder):
             memory_budget=self._allowance.bytes,
             check=check,
             loss_check=self.loss_check,
+            ranks=self._ranks,
         )
         check_independence(found)
         return found, self._prices.refused(found, measures)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
 
 from torch import nn
 
 from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import frozen
+from nettrace.gathered import check_gathering
 from nettrace.measures import Measure
+from nettrace.ranks import Ranks, purpose, ranks
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.statistics import StepStatistics
 
+#: What gives the statistics of a step.
+Look: TypeAlias = Callable[[int, Ranks], StepStatistics]
 _CHECK = "nettrace/step_spot_check"
 
 
@@ -27,11 +32,12 @@ class StepTracer(Recorder):
 
     def __init__(self, on_error: OnError = "record", memory_budget: int | str = "2GiB") -> None:
         super().__init__(on_error, memory_budget, " of the training")
+        self._purpose = purpose("StepTracer")
         self._spot_checks = SpotChecks()
 
     def measure(
         self,
-        look: Callable[[int], StepStatistics],
+        look: Look,
         model: nn.Module,
         step: int,
         measures: Sequence[Measure],
@@ -39,7 +45,8 @@ class StepTracer(Recorder):
         """Takes some measures of a step.
 
         Args:
-            look: gives the statistics of the step, within so many bytes.
+            look: gives the statistics of the step, within so many bytes and for the samples of so
+                many processes.
             model: the network.
             step: how many updates the weights have had.
             measures: of the statistics of a step.
@@ -50,8 +57,13 @@ class StepTracer(Recorder):
         start = time.perf_counter()
         taken = Taken()
         self._allow_all()
+        self._ranks = ranks(self._purpose, next(model.parameters()).device)
         left = measures
-        with frozen(model, evaluating=False), _without_hooks(model):
+        with ExitStack() as stack:
+            with self._ranks.together():
+                check_gathering(model, self._ranks, self._allowance.bytes)
+                stack.enter_context(frozen(model, evaluating=False))
+                stack.enter_context(_without_hooks(model))
             while left := self._attempt(look, step, left, taken):
                 self._allowance.reduce()
         times = taken.times(step, time.perf_counter() - start, "step_")
@@ -59,7 +71,7 @@ class StepTracer(Recorder):
 
     def _attempt(
         self,
-        look: Callable[[int], StepStatistics],
+        look: Look,
         step: int,
         measures: Sequence[Measure],
         taken: Taken,
@@ -67,8 +79,9 @@ class StepTracer(Recorder):
         """Adds the records of one look; returns what to try again within less memory."""
         found: StepStatistics | Exception
         try:
-            found = look(self._allowance.bytes)
-            certificate = self._spot_checks(found.loss_gradients.shares, step)
+            with self._ranks.together():
+                found = look(self._allowance.bytes, self._ranks)
+                certificate = self._spot_checks(found.loss_gradients.shares, step)
             if certificate is not None:
                 taken.checks[:] = [spot_check(step, certificate, _CHECK)]
         except Exception as error:

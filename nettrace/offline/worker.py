@@ -29,7 +29,6 @@ from nettrace.probe import Probe, fingerprint
 from nettrace.record import Record
 from nettrace.statistics import Statistics, Unavailable
 from nettrace.statistics.preconditioned import PreconditionedStatistics
-from nettrace.tape import signature
 from nettrace.tracer import Tracer
 
 #: What one look left for later ones, by probe and reference, as `Past.state_dict` has it.
@@ -329,7 +328,7 @@ class _NumberedTracer(Tracer):
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
         position = self._worker.position(step)
         due = (1 << (position + 1).bit_length() - 1) - 1
-        now = signature(jacobian._gradients.outputs, jacobian._gradients.parameters)
+        now = jacobian._gradients.signature()
         if position != due and self._signature_passed(due) == now:
             return None
         self._passed[position] = None

@@ -14,7 +14,9 @@ from nettrace.gradients import strided
 from nettrace.operator import PerLayer
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
+from nettrace.ranks import ALONE, Ranks
 from nettrace.reduction import tape_of, terms_of
+from nettrace.shared_gradients import shared_losses
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable
 from nettrace.tape import opaque
@@ -100,6 +102,8 @@ class StepStatistics(GradientStatistics):
         memory_budget: as in `nettrace.jacobian`.
         scale: by what the loss is multiplied, as against the underflow of half precision.
         notes: what else to note beside each measure.
+        ranks: the processes, whose losses are averaged, that make the step together; samples and
+            loss are those of this process.
 
     Raises:
         CoupledSamplesError: if the loss is no mean or sum over samples, or some of the network is
@@ -115,6 +119,7 @@ class StepStatistics(GradientStatistics):
         memory_budget: int | str = "2GiB",
         scale: float = 1.0,
         notes: Mapping[str, str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if hidden := opaque(loss):
             raise CoupledSamplesError(
@@ -127,8 +132,11 @@ class StepStatistics(GradientStatistics):
         self._constants = list(model.buffers())
         self._scale = scale
         self._memory = parse_bytes(memory_budget)
-        self._gradients = reduced_jacobian(loss, model, samples, "mean", self._memory, scale)
-        self.samples = samples
+        self._ranks = ranks
+        with ranks.together():
+            own = reduced_jacobian(loss, model, samples, "mean", self._memory, scale)
+        self._gradients = shared_losses(own, ranks)
+        self._own_samples, self.samples = samples, self._gradients.samples
         self.step = step
 
     @classmethod
@@ -151,7 +159,7 @@ class StepStatistics(GradientStatistics):
             MemoryError: if their gradients take more than the memory budget.
         """
         parameters = self._parameters
-        tape = tape_of(self._loss, self.samples, parameters, self._constants)
+        tape = tape_of(self._loss, self._own_samples, parameters, self._constants)
         terms = terms_of(self._loss, tape)
         if len(terms) < 2:
             raise Inapplicable("the loss is made of one term")
@@ -173,15 +181,24 @@ class StepStatistics(GradientStatistics):
             for term in terms
         ]
         products = {}
+        self._check_terms([term.name for term in terms])
         for name, several in zip(parameters, zip(*gradients, strict=True), strict=True):
-            rows = torch.stack([strided(g).flatten() for g in several]) / self._scale
+            rows = torch.stack([strided(g).flatten() for g in several])
+            self._ranks.add_([rows])
+            rows = rows / (self._scale * self._ranks.count)
             rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
             products[name] = rows.double() @ rows.double().mT
         return [term.name for term in terms], products
 
+    def _check_terms(self, names: list[str]) -> None:
+        if any(one != names for one in self._ranks.each(names)):
+            raise Inapplicable("the processes' losses have other terms each")
+
     def about(self, needs: Iterable[str]) -> dict[str, str]:
         """What to note beside a measure: the mode, and what was held constant."""
         found = {"mode": "training step", "batch": f"{self.samples} samples"}
+        if self._ranks.count > 1:
+            found["batch"] += f" of {self._ranks.count} processes"
         if self._gradients.holds_statistics:
             found["batch_statistics"] = "held constant at those of this batch"
         return found | self._notes

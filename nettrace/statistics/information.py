@@ -12,6 +12,7 @@ from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import CANONICAL, Categorical
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.piecewise import check_piecewise_linear
+from nettrace.shared_gradients import shared
 from nettrace.statistics.kernel import KernelStatistics, spectrum_of
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.tape import Tape
@@ -109,7 +110,8 @@ class InformationStatistics(KernelStatistics):
         estimated = self.jacobian.outputs > self.exact_outputs
         logits = self._outputs
         centred = logits - logits.mean(likelihood.axis, keepdim=True)
-        found = jacobian(centred, self._model, memory_budget=self._memory)
+        own = jacobian(centred, self._model, memory_budget=self._memory)
+        found = shared(own, self._ranks)
         if estimated:
             return estimate_trace(found, "hutchinson", 8, self.relative_error, self._seed)[0]
         return exact_estimate(found.norms().double().square().sum())

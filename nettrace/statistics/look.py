@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,8 @@ from nettrace.own_loss import LossCheck, compare
 from nettrace.ownership import check_rows
 from nettrace.past import Kept, Past, Reference
 from nettrace.probe import Probe
+from nettrace.ranks import ALONE, Ranks
+from nettrace.shared_gradients import shared
 
 
 class Unavailable(Exception):
@@ -43,6 +46,8 @@ class Look:
         check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
             not to be had if it raises `SpotCheckError`.
         loss_check: what is known of a loss that is not declared, from where it is trained.
+        ranks: the processes that look together, each at its share of the samples; all must then ask
+            for the same statistics, in one order.
 
     Attributes:
         samples: N.
@@ -76,8 +81,14 @@ class Look:
         memory_budget: int | str = "2GiB",
         check: Callable[[Jacobian], None] = lambda jacobian: None,
         loss_check: LossCheck | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._outputs, self.selected = probe.see(model)
+        own = probe.take(ranks.share(len(probe))) if 1 < ranks.count <= len(probe) else None
+        #: This process's samples; where they cannot be told apart, each process takes all.
+        self._own = own or probe
+        self._ranks = ranks if own else ALONE
+        #: This process's outputs, with their tape.
+        self._outputs, self.selected = self._own.see(model)
         self._probe = probe
         self._model = model
         self.expect(needs)
@@ -87,7 +98,7 @@ class Look:
         self._loss_check = loss_check
         self._past = past or Past()
         self._optimizers = optimizers
-        self.samples = len(self._outputs)
+        self.samples = sum(self._ranks.each(len(self._outputs)))
         self.step = step
 
     def expect(self, needs: Iterable[str]) -> None:
@@ -110,6 +121,10 @@ class Look:
             raise Inapplicable("there is no earlier look to compare with")
         return Kept(self.step, values)
 
+    def together(self) -> AbstractContextManager[None]:
+        """What is done in this succeeds in all processes that look together, or in none."""
+        return self._ranks.together()
+
     @property
     def model(self) -> nn.Module:
         """The network, in the mode in which it is measured."""
@@ -128,7 +143,7 @@ class Look:
     @cached_property
     def outputs(self) -> Tensor:
         """(N, ...) the outputs."""
-        return self._outputs.detach()
+        return self._ranks.join(self._outputs.detach())
 
     @cached_property
     def targets(self) -> Tensor:
@@ -159,7 +174,7 @@ class Look:
     @cached_property
     def suggested_likelihood(self) -> Likelihood | None:
         """What outputs and targets suggest, whatever loss is trained; None if that is nothing."""
-        return self._probe.distribution(self._outputs)
+        return self._probe.distribution(self.outputs)
 
     @cached_property
     def loss_check(self) -> LossCheck | None:
@@ -167,15 +182,18 @@ class Look:
         if self._probe.losses is not None or self._probe.likelihood is not None:
             return None
         try:
-            own = self._probe.own_loss(self._model)
-            if own is not None:
-                found = compare(self._probe, self._outputs, own, "the probe")
-                # What is trained need not be what the network returns.
-                is_trained = self._loss_check is None or self._loss_check.agrees
-                return found if is_trained or not found.agrees else self._loss_check
+            own = self._own.own_loss(self._model)
+            found = own if own is None else compare(self._own, self._outputs, own, "the probe")
         except Exception as error:  # of the comparison; that of the loss itself is raised elsewhere
-            return LossCheck(f"not checked: {type(error).__name__}: {error}")
-        return self._loss_check or LossCheck("not checked: the network returned no loss of its own")
+            found = LossCheck(f"not checked: {type(error).__name__}: {error}")
+        several = [one for one in self._ranks.each(found) if one is not None]
+        if not several:
+            none = LossCheck("not checked: the network returned no loss of its own")
+            return self._loss_check or none
+        found = next((one for one in several if not one.agrees), several[0])
+        # What is trained need not be what the network returns.
+        is_trained = self._loss_check is None or self._loss_check.agrees
+        return found if is_trained or not found.agrees else self._loss_check
 
     def about(self, needs: Iterable[str]) -> dict[str, str]:
         """What to note beside a measure that needs some statistics.
@@ -202,22 +220,23 @@ class Look:
         if not isinstance(targets, Tensor):
             return ""
         return (
-            f"; outputs of shape {tuple(self._outputs.shape)} and {targets.dtype} targets of shape "
+            f"; outputs of shape {tuple(self.outputs.shape)} and {targets.dtype} targets of shape "
             f"{tuple(targets.shape)} fit neither by themselves"
         )
 
     @cached_property
     def losses(self) -> Tensor:
         """(N,) the loss of each sample."""
-        return self._losses.detach()
+        return self._ranks.join(self._losses.detach())
 
     @cached_property
     def _losses(self) -> Tensor:
+        """Those of this process's samples, with their tape."""
         self._check_loss()
-        return self._losses_of(self._outputs)
+        return self._losses_of(self._own, self._outputs)
 
-    def _losses_of(self, outputs: Tensor) -> Tensor:
-        losses = self._probe.per_sample_losses(outputs)
+    def _losses_of(self, probe: Probe, outputs: Tensor) -> Tensor:
+        losses = probe.per_sample_losses(outputs)
         if losses is None:
             raise Unavailable(
                 "the loss is not known: pass Probe(inputs, targets), and losses=... where neither "
@@ -242,19 +261,23 @@ class Look:
 
     @cached_property
     def _unchecked(self) -> Jacobian:
-        return jacobian(self._outputs, self._model, memory_budget=self._memory)
+        return shared(self._of_own, self._ranks)
 
-    @property
-    def routes(self) -> dict[str, str]:
-        """How each parameter's gradients are found; see `nettrace.Jacobian.coverage`."""
-        return self._unchecked.coverage()
+    @cached_property
+    def _of_own(self) -> Jacobian:
+        """The Jacobian of this process's outputs."""
+        return jacobian(self._outputs, self._model, memory_budget=self._memory)
 
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of each sample's loss by its outputs."""
+        return self._ranks.join(self._scores_of_own)
+
+    @cached_property
+    def _scores_of_own(self) -> Tensor:
         check_rows(self._losses, self._outputs, parse_bytes(self._memory))
         (gradient,) = torch.autograd.grad(self._losses.sum(), self._outputs, retain_graph=True)
-        return gradient.detach().reshape(self.samples, -1)
+        return gradient.detach().reshape(len(self._outputs), -1)
 
     @cached_property
     def fisher_metric(self) -> Tensor:

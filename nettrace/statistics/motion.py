@@ -64,9 +64,11 @@ class MotionStatistics(KernelStatistics):
         if first.step == self.step:
             return self.outputs
         state = {**first["constants"], **first["weights"]}
-        return linearised(self._model, self._probe, state, first["outputs"], self._memory)
+        before = self._ranks.part(first["outputs"], len(self._outputs))
+        own = linearised(self._model, self._own, state, before, self._memory)
+        return self._ranks.join(own)
 
     @cached_property
     def linearised_losses(self) -> Tensor:
         """(N,) the losses of these outputs."""
-        return self._losses_of(self.linearised_outputs).detach()
+        return self._losses_of(self._probe, self.linearised_outputs).detach()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.gathered import original, whole
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.statistics.kernel import KernelStatistics, spectrum_of
 from nettrace.statistics.look import Unavailable
@@ -29,7 +30,7 @@ class PreconditionedStatistics(KernelStatistics):
                 "the optimizer is not known: pass it on, as in tracer(model, step, optimizer)"
             )
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        names = {id(p): name for name, p in parameters.items()}
+        names = {id(original(p)): name for name, p in parameters.items()}
         roots: PerLayer = {}
         for optimizer in self._optimizers:
             found = _inverse_roots(optimizer)
@@ -72,13 +73,14 @@ def _inverse_roots(optimizer: Optimizer) -> dict[int, Tensor]:
     roots = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            real = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
-            root = torch.ones_like(real)
+            pair = (2,) if p.is_complex() else ()
+            root = torch.ones((*p.shape, *pair), dtype=p.dtype.to_real(), device=p.device)
             if not isinstance(optimizer, SGD):
                 state = optimizer.state.get(p, {})
                 moments = state.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
                 if moments is None:
                     continue
+                moments = whole(moments)
                 moments = torch.view_as_real(moments) if moments.is_complex() else moments
                 correction = 1 - float(group["betas"][1]) ** float(state["step"])
                 divisor = (moments.double() / correction).sqrt() + group["eps"]

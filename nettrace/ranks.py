@@ -1,0 +1,314 @@
+"""Several processes that measure together, each on its share of the samples.
+
+All make the same calls in the same order. Before any data is exchanged they tell each other whether
+all is well, so that an error in one is raised in all, and none waits for what never comes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+#: Seconds that the first call of several processes waits for all to come.
+PATIENCE = 120.0
+
+
+class LostProcessError(RuntimeError):
+    """Another process does not answer any more."""
+
+
+class Ranks:
+    """This process alone; what several do in its place is in `Several`.
+
+    Attributes:
+        number: of this process.
+        count: of all.
+    """
+
+    number = 0
+    count = 1
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done in here succeeds in all processes, or fails in all with one error."""
+        yield
+
+    def say(self, value: T) -> T:
+        """What the first process has."""
+        return value
+
+    def each(self, value: T) -> list[T]:
+        """What each process has, in their order."""
+        return [value]
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Rows (N, ...) of all processes one after the other; each may have another number."""
+        return rows
+
+    def part(self, rows: Tensor, count: int) -> Tensor:
+        """Those of joined rows that came from this process, so many."""
+        return rows
+
+    def add_(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up tensors over the processes, in place."""
+
+    def pass_on(self, value: Callable[[], T], owner: int) -> T:
+        """What one process makes, which holds tensors; in the others, a copy."""
+        return value()
+
+    def same_(self, tensors: Sequence[Tensor]) -> None:
+        """Writes the first process's values to tensors."""
+
+    def share(self, count: int) -> slice:
+        """Which of so many samples are this process's; of evenly sized shares, in order."""
+        return self.shares(count)[self.number]
+
+    def shares(self, count: int) -> list[slice]:
+        """Which are each process's."""
+        ends = [count * r // self.count for r in range(self.count + 1)]
+        return [slice(a, b) for a, b in pairwise(ends)]
+
+
+#: Where there is one process, or one measures by itself.
+ALONE = Ranks()
+
+
+class Several(Ranks):
+    """The processes of the default group of `torch.distributed`.
+
+    Args:
+        device: on which tensors are exchanged.
+
+    Raises:
+        LostProcessError: by all methods, once one of them has failed to reach the others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.number, self.count = distributed.get_rank(), distributed.get_world_size()
+        self._device = device
+        self._agreed: BaseException | None = None
+        self._lost = ""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done in here succeeds in all processes, or fails in all with one error.
+
+        That of the first process that fails.
+        """
+        try:
+            yield
+        except Exception as error:
+            if error is self._agreed or self._lost:
+                raise
+            self._meet(error)
+        else:
+            self._meet()
+
+    def say(self, value: T) -> T:
+        """What the first process has."""
+        return self.each(value)[0]
+
+    def each(self, value: T) -> list[T]:
+        """What each process has, in their order."""
+        self._meet()
+        return self._each(value)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Rows (N, ...) of all processes one after the other; each may have another number."""
+        lengths = self.each(len(rows))
+        longest = rows.new_zeros((max(lengths), *rows.shape[1:]))
+        longest[: len(rows)] = rows
+        found = [torch.empty_like(longest) for _ in lengths]
+        with self._reaching():
+            distributed.all_gather(_real(found), _real([longest])[0])
+        return torch.cat([one[:n] for one, n in zip(found, lengths, strict=True)])
+
+    def part(self, rows: Tensor, count: int) -> Tensor:
+        """Those of joined rows that came from this process, so many."""
+        start = sum(self.each(count)[: self.number])
+        return rows[start : start + count]
+
+    def add_(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up tensors over the processes, in place."""
+        self._meet()
+        with self._reaching():
+            for tensor in _real(tensors):
+                # Some backends take contiguous tensors alone.
+                flat = tensor.contiguous()
+                distributed.all_reduce(flat)
+                if flat is not tensor:
+                    tensor.copy_(flat)
+
+    def pass_on(self, value: Callable[[], T], owner: int) -> T:
+        """What one process makes, which holds tensors; in the others, a copy."""
+        tensors: list[Tensor] = []
+        made: T | None = None
+        error: Exception | None = None
+        if self.number == owner:
+            try:
+                made = value()
+            except Exception as failure:
+                error = failure
+        self._meet(error)
+        text = _pickled(made, tensors)
+        with self._reaching():
+            about = [(text, [(t.shape, t.dtype) for t in tensors])]
+            distributed.broadcast_object_list(about, owner, device=self._device)
+            text, kinds = about[0]
+            if self.number != owner:
+                tensors = [torch.empty(s, dtype=d, device=self._device) for s, d in kinds]
+            for tensor in _real(tensors):
+                distributed.broadcast(tensor, owner)
+        return made if self.number == owner else _unpickled(text, tensors)  # type: ignore[return-value]
+
+    def same_(self, tensors: Sequence[Tensor]) -> None:
+        """Writes the first process's values to tensors."""
+        self._meet()
+        with self._reaching(), torch.no_grad():
+            for tensor in _real(tensors):
+                flat = tensor.detach().contiguous()
+                distributed.broadcast(flat, 0)
+                if self.number and not torch.equal(flat, tensor):
+                    tensor.copy_(flat)
+
+    def _each(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.count
+        with self._reaching():
+            distributed.all_gather_object(found, value)
+        return found
+
+    def _meet(self, error: Exception | None = None) -> None:
+        """Waits for all, and raises in all what some raise."""
+        if self._lost:
+            raise LostProcessError(self._lost) from error
+        failed = torch.tensor([int(error is not None)], device=self._device)
+        with self._reaching():
+            distributed.all_reduce(failed)
+        if not int(failed):
+            return
+        errors = self._each(None if error is None else _portable(error))
+        first = next(number for number, one in enumerate(errors) if one is not None)
+        raised = error if first == self.number else errors[first]
+        assert raised is not None
+        if first != self.number:
+            raised.add_note(f"in process {first} of {self.count}")
+        self._agreed = raised
+        raise raised
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._lost = (
+                f"the other processes cannot be reached any more ({type(error).__name__}: {error})"
+            )
+            raise LostProcessError(self._lost) from error
+
+
+#: For which purposes all processes have come, and for which some alone.
+_together: dict[str, bool] = {}
+#: How often each was named.
+_named: Counter[str] = Counter()
+
+
+def purpose(name: str) -> str:
+    """A name of its own for what processes do together: they name the same in the same order."""
+    _named[name] += 1
+    return f"{name} {_named[name]}"
+
+
+def ranks(purpose: str, device: torch.device) -> Ranks:
+    """The processes that measure for a purpose together, or this alone.
+
+    The first call for a purpose waits until all have come, for at most `PATIENCE` seconds; if some
+    do not, each goes on alone, then and later.
+
+    Args:
+        purpose: the same in all of them.
+        device: on which tensors are exchanged.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ALONE
+    if distributed.get_world_size() == 1:
+        return ALONE
+    if purpose not in _together:
+        _together[purpose] = _all_come(purpose)
+    if not _together[purpose]:
+        return ALONE
+    if distributed.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Several(device)
+
+
+def _all_come(purpose: str) -> bool:
+    """Whether all processes call this for a purpose; all get one answer."""
+    store = distributed.distributed_c10d._get_default_store()
+    key = f"nettrace/{purpose}"
+    if store.add(f"{key}/come", 1) == distributed.get_world_size():
+        return bool(store.compare_set(f"{key}/verdict", "", "all") == b"all")
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if store.check([f"{key}/verdict"]):
+            return bool(store.get(f"{key}/verdict") == b"all")
+        time.sleep(0.002)
+    return bool(store.compare_set(f"{key}/verdict", "", "some") == b"all")
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, which are sent apart."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        self._tensors.append(obj.detach().resolve_conj().contiguous())
+        return len(self._tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        found: Tensor = self._tensors[pid]
+        return found
+
+
+def _pickled(value: Any, tensors: list[Tensor]) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, tensors).dump(value)
+    return file.getvalue()
+
+
+def _unpickled(text: bytes, tensors: Sequence[Tensor]) -> Any:
+    return _Unpickler(io.BytesIO(text), tensors).load()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent, of the same type if that is possible."""
+    try:
+        again = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return again if isinstance(again, Exception) else RuntimeError(str(error))
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory seen as real numbers, which all backends take."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]

@@ -1,0 +1,199 @@
+"""Measures in one of several processes, or alone: python measured_together.py FOLDER WHAT HOW.
+
+WHAT is one of `WHATS` below, HOW "ddp", "fsdp" or "plain". Leaves what was found in
+FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from torch import Tensor, distributed, nn
+
+import nettrace as nt
+from nettrace.measures import available
+from nettrace.ranks import Ranks, ranks
+from nettrace.shared_gradients import shared
+
+Found = dict[str, Any]
+
+
+class Classifier(nn.Sequential):
+    """With running statistics, dropout, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        twice = nn.Linear(6, 6)
+        super().__init__(
+            nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()),
+            nn.Sequential(twice, nn.Tanh(), twice, nn.Dropout(0.5)),
+            nn.Linear(6, 3),
+        )
+
+
+class Images(nn.Sequential):
+    """Of which the gradients of convolutions are written out where that is less."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 3, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.Flatten(),
+            nn.Linear(36, 2),
+        )
+
+
+class Texts(nn.Module):
+    """With so many logits that traces are estimated, and a head of low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(70, 5)
+        self.mix = nn.GRU(5, 6, batch_first=True)
+        self.head = nn.Linear(6, 70)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.mix(self.embed(tokens))[0])
+
+
+class Experts(nn.Module):
+    """Of which some see none of the samples of a process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        which = (x[:, 0] > 0).long() + (x[:, 0] > 1).long()
+        for number, expert in enumerate(self.experts):
+            rows = (which == number).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+def _probes(kind: str) -> nt.Probe | dict[str, nt.Probe]:
+    def drawn(count: int) -> nt.Probe:
+        x = torch.randn(count, 4, dtype=torch.float64)
+        if kind == "experts":
+            x[:, 0] = torch.linspace(-2, 2, count)
+        if kind == "images":
+            x = torch.randn(count, 1, 8, 8, dtype=torch.float64)
+            return nt.Probe(x, torch.randn(count, 2, dtype=torch.float64))
+        if kind == "texts":
+            tokens = torch.randint(0, 70, (count, 5))
+            return nt.Probe(tokens, torch.randint(0, 70, (count, 5)))
+        return nt.Probe(x, torch.randint(0, 3, (count,)))
+
+    return {"train": drawn(7), "val": drawn(5)} if kind == "classifier" else drawn(7)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "classifier": Classifier,
+    "images": Images,
+    "texts": Texts,
+    "experts": Experts,
+}
+
+
+def wrapped(model: nn.Module, how: str) -> nn.Module:
+    """The network as several processes train it."""
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for child in model.children():
+            if isinstance(child, nn.Sequential):
+                fully_shard(child)
+        return fully_shard(model)
+    return model
+
+
+def measures(kind: str, how: str) -> Found:
+    """All measures of a network at two steps, and those of a coupled and a diverged one."""
+    torch.manual_seed(0)
+    model, probe = NETWORKS[kind]().double(), _probes(kind)
+    if distributed.is_initialized() and how == "ddp":
+        for buffer in model.buffers():  # each process has statistics of its own batches
+            buffer.add_(distributed.get_rank())
+    model = wrapped(model, how)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    names = [measure.name for measure in available()]
+    if kind == "texts":  # whose kernel is large
+        names = ["ntk/trace", "ntk/trace_per_layer", "fisher/trace", "loss", "gradients"]
+    tracer = nt.Tracer(probe, names, max_seconds=30)
+    found: Found = {}
+    for step in range(2):
+        for record in tracer(model, step, optimizer):
+            if not record.name.startswith("nettrace/seconds"):
+                found[f"{record.name} {step}"] = record
+        for p in model.parameters():
+            p.grad = 0.1 * p.detach().sin()
+        optimizer.step()
+    with torch.no_grad():
+        next(model.parameters()).mul_(float("nan"))
+    for record in tracer(model, 2, optimizer):
+        found[f"{record.name} of NaN"] = record.missing
+    return found
+
+
+def every_member(of: Ranks) -> Found:
+    """Products of the Jacobians of the zoo's members, each process with a part of the batch."""
+    found: Found = {}
+    for name, kind in zoo.ZOO.items():
+        one_graph = name == "sparse-graph"
+        if kind.coupled or not kind.alone or kind.singles is not None or one_graph:
+            continue
+        member = zoo.build(name)
+        whole = member.batch
+        parts = whole if isinstance(whole, tuple) else (whole,)
+        if any(len(part) != zoo.N for part in parts):
+            continue
+        own = of.share(zoo.N)
+        batch = tuple(part[own] for part in parts)
+        outputs = member.forward(member.model, batch if isinstance(whole, tuple) else batch[0])
+        # Little memory, so that outputs and samples are taken in several parts.
+        jacobian = nt.jacobian(outputs, member.target, memory_budget="64kB")
+        together = shared(jacobian, of)
+        generator = torch.Generator().manual_seed(0)
+        u = torch.randn(together.parameters, generator=generator, dtype=torch.float64)
+        v = torch.randn(zoo.N, together.outputs, generator=generator, dtype=torch.float64)
+        found[name] = {
+            "norms": together.norms(per_layer=True),
+            "trace": together.trace(),
+            "jvp": together.jvp(u.to(together.norms())),
+            "vjp": together.vjp(v),
+            "columns": together.column_sqnorms(),
+            "projected": together.project(v[None]).gram(per_layer=True),
+        }
+        size = (together.samples * together.outputs) ** 2 * together._gradients.dtype.itemsize
+        if size < 64e3:
+            found[name]["gram"] = together.gram()
+            found[name]["traced"] = together.gram(trace_outputs=True)
+            found[name]["blocks"] = together.blocks()
+    return found
+
+
+def main(folder: Path, what: str, how: str) -> None:
+    """Measures as one of several processes."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    if what == "zoo":
+        found = every_member(ranks("zoo", torch.device("cpu")))
+    else:
+        found = measures(what, how)
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
