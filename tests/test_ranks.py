@@ -54,8 +54,8 @@ def test_every_measure_is_that_of_one_process(
     measured = 0
     for name, record in alone.items():
         for several in found:
-            if isinstance(record, str | None):
-                assert several[name] == record, name
+            if isinstance(record, str | None):  # of its own samples each
+                assert _without_numbers(several[name]) == _without_numbers(record), name
                 continue
             value, error = several[name].value, several[name].standard_error
             first = found[0][name]
@@ -72,7 +72,8 @@ def test_every_measure_is_that_of_one_process(
     logged.clear()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_every_member_of_the_zoo(processes: int, tmp_path: Path) -> None:
     alone = measured_together.every_member(ALONE)
     found = run(tmp_path, processes, "zoo", "plain")
