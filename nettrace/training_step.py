@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -51,7 +50,7 @@ class StepTracer(Recorder):
         taken = Taken()
         self._allow_all()
         left = measures
-        with frozen(model, evaluating=False), _without_hooks(model):
+        with frozen(model, evaluating=False):
             while left := self._attempt(look, step, left, taken):
                 self._allowance.reduce()
         times = taken.times(step, time.perf_counter() - start, "step_")
@@ -76,17 +75,3 @@ class StepTracer(Recorder):
                 taken.checks[:] = [spot_check(step, error, _CHECK)]
             found = error
         return self._take(measures, step, found, {}, taken)
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Sets the hooks of parameters aside, such as those that log gradients."""
-    found = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, these in zip(found, kept, strict=True):
-            hooks.update(these)

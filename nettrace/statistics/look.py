@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
+from nettrace.missing import told
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.own_loss import LossCheck, compare
 from nettrace.ownership import check_rows
@@ -174,7 +175,7 @@ class Look:
                 is_trained = self._loss_check is None or self._loss_check.agrees
                 return found if is_trained or not found.agrees else self._loss_check
         except Exception as error:  # of the comparison; that of the loss itself is raised elsewhere
-            return LossCheck(f"not checked: {type(error).__name__}: {error}")
+            return LossCheck(f"not checked: {told(error)}")
         return self._loss_check or LossCheck("not checked: the network returned no loss of its own")
 
     def about(self, needs: Iterable[str]) -> dict[str, str]:
