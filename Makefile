@@ -14,7 +14,7 @@ demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check

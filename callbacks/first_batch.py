@@ -11,6 +11,7 @@ from torch import Tensor
 from nettrace import Probe, Tracer
 from nettrace.freeze import frozen
 from nettrace.measures import Measure
+from nettrace.missing import told
 from nettrace.own_loss import LossCheck, compare
 from nettrace.statistics import Statistics
 
@@ -59,7 +60,7 @@ class FirstBatch:
                 probe, outputs = self._outputs(tracer.probe, batch)
                 self._seen.append((tracer, probe, outputs))
             except Exception as error:  # of a batch that is not made as the probe is
-                tracer.loss_check = _unchecked(f"{type(error).__name__}: {error}")
+                tracer.loss_check = _unchecked(told(error))
 
     def compare(self, returned: Any) -> None:
         """Compares with what the training step returned."""

@@ -11,7 +11,7 @@ from torch import nn
 from nettrace import Probe, Tracer
 from nettrace.budget import check_budget
 from nettrace.explanation import Explanation, PriceList
-from nettrace.missing import warn_missing
+from nettrace.missing import told, warn_missing
 from nettrace.probe import check_probes
 from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
@@ -102,7 +102,7 @@ def report(
         raise error
     if what not in said:
         said.add(what)
-        text = f"{type(callback).__name__} {what}: {type(error).__name__}: {error}"
+        text = f"{type(callback).__name__} {what}: {told(error)}"
         warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=3)
 
 

@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from nettrace.batch import tensors
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
 from nettrace.gathered import is_spread
+from nettrace.hooks import noted
 from nettrace.ranks import Ranks
 from nettrace.statistics import StepStatistics
 from nettrace.tape import opaque
@@ -153,26 +153,13 @@ class _Watch:
     """Notes whether tensors are given hooks, from now until it is asked."""
 
     def __init__(self) -> None:
-        self._found = ""
         self._stack = ExitStack()
-        for name in ("register_hook", "retain_grad"):
-            self._stack.enter_context(patch.object(Tensor, name, self._noting(name)))
-
-    def _noting(self, name: str) -> Callable[..., Any]:
-        method = getattr(Tensor, name)
-
-        @wraps(method)
-        def noting(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-            if not tensor.is_leaf:
-                self._found = f"Tensor.{name}"
-            return method(tensor, *arguments, **options)
-
-        return noting
+        self._found = self._stack.enter_context(noted())
 
     def seen(self) -> str:
-        """What was called, if anything was; nothing more is noted."""
+        """What was called last, if anything was; nothing more is noted."""
         self._stack.close()
-        return self._found
+        return self._found[-1] if self._found else ""
 
 
 def _hooks_of(module: Any) -> str:

@@ -14,7 +14,7 @@ from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.request import Request
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation
-from nettrace.missing import warn_missing
+from nettrace.missing import told, warn_missing
 from nettrace.recording import OnError
 from nettrace.schedule import Every
 from nettrace.statistics import StepStatistics
@@ -35,7 +35,7 @@ def _spared(hook: Callable[..., None]) -> Callable[..., None]:
             self._session = None
             warn_missing(
                 f"{type(self).__name__} measures no more in this training: {hook.__name__} failed "
-                f"by {type(error).__name__}: {error}. Report it, please, with the traceback that "
+                f"by {told(error)}. Report it, please, with the traceback that "
                 "on_error='raise' gives",
                 stacklevel=2,
             )

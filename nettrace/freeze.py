@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
+from nettrace import hooks
 from nettrace.gathered import gathered
 
 _INTERNALS = frozenset(vars(nn.Module()))
@@ -28,7 +29,8 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
 
     What comes back as it was: parameters' values, `.grad` and `requires_grad`; every module's mode,
     buffers and other attributes, as far as they are tensors, containers or random generators; and
-    the random states of Python, NumPy and torch on all devices that the model lives on. Buffers and
+    the random states of Python, NumPy and torch on all devices that the model lives on. Hooks of
+    parameters are not called, and anomalies of gradients not looked for, meanwhile. Buffers and
     attributes are swapped for copies rather than written back, so that a training step's tape that
     refers to them stays valid.
 
@@ -41,6 +43,8 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(gathered(model))
+        # Which looks for NaN in the training's backward passes, one cotangent at a time.
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         devices = {p.device for p in [*model.parameters(), *model.buffers()]}
         for kind in {"cpu"} | {d.type for d in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type=kind, enabled=False))
@@ -49,6 +53,8 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model, evaluating))
         stack.enter_context(_no_checkpoints())
+        stack.enter_context(hooks.set_aside(model))
+        stack.enter_context(hooks.noted())
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from nettrace import rules
+from nettrace.hooks import is_hooked
 from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense, total
 from nettrace.ownership import Edge, Ownership, attribute
 from nettrace.rules import Flow
@@ -244,11 +246,22 @@ class TapeGradients(Gradients):
         return found
 
     def _batches(self, layers: Sequence[Layer]) -> bool:
-        """Whether one pass for many cotangents is faster than one for each."""
+        """Whether one pass for many cotangents is faster than one for each, and possible."""
+        if not self._takes_many:
+            return False
         small = self.bytes_per_cotangent(layers) <= _SMALL
         return small and all(
             node.name() in _BATCHED for node in self._tape.nodes if node not in self._tape.weights
         )
+
+    @property
+    def _takes_many(self) -> bool:
+        """Whether one pass may be for many cotangents: hooks, and what looks for NaN, take one."""
+        return not (self._has_hooks or torch.is_anomaly_enabled())
+
+    @cached_property
+    def _has_hooks(self) -> bool:
+        return any(is_hooked(node) for node in self._tape.nodes)
 
     def at_once(self, layers: Sequence[Layer]) -> int:
         """As many as keep the gradients in a cache."""
@@ -435,12 +448,12 @@ class TapeGradients(Gradients):
         if meta.dtype.is_complex:
             weight = torch.view_as_complex(weight.unflatten(-1, (-1, 2)))
         weight = weight.view(-1, *meta.shape).to(meta.dtype)
-        through = _through(term.use.source, parameter, weight)
+        through = _through(term.use.source, parameter, weight, self._takes_many)
         through = written_out(through.reshape(len(through), -1), self.dtype)
         return Dense(through.view(*values.shape[:2], -1))
 
 
-def _through(source: GradientEdge, parameter: Tensor, weight: Tensor) -> Tensor:
+def _through(source: GradientEdge, parameter: Tensor, weight: Tensor, at_once: bool) -> Tensor:
     """Pulls gradients (B, *weight shape) of a computed weight back to a parameter."""
 
     def back(gradient: Tensor, batched: bool) -> Tensor:
@@ -449,10 +462,10 @@ def _through(source: GradientEdge, parameter: Tensor, weight: Tensor) -> Tensor:
         )
         return result
 
-    try:
-        return back(weight, batched=True)
-    except RuntimeError:  # an operation that cannot be batched
-        return torch.stack([back(w, batched=False) for w in weight])
+    if at_once:
+        with suppress(RuntimeError):  # of an operation that cannot be batched
+            return back(weight, batched=True)
+    return torch.stack([back(w, batched=False) for w in weight])
 
 
 def written_out(gradients: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ import importlib.util
 import random
 import reprlib
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
 from nettrace.freeze import random_states
+from nettrace.missing import place_of
 from nettrace.probe import Probe, check_probes
 
 #: How code of somebody else's fails. One that ends the process must not end it without a word.
@@ -252,9 +252,7 @@ def same_draws() -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """An error of somebody else's code, with the place where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    return f"{type(error).__name__}: {error}{place_of(error)}"
 
 
 def _kind(value: object) -> str:

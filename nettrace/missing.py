@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import traceback
 import warnings
 
 
@@ -21,6 +22,19 @@ def warn_missing(text: str, stacklevel: int = 1) -> None:
         warnings.warn(text, MissingMeasureWarning, stacklevel=stacklevel + 1)
     except MissingMeasureWarning:
         logging.getLogger("nettrace").warning(text)
+
+
+def told(error: BaseException) -> str:
+    """An error as a reason: its type and text; of one without a text, where it was raised."""
+    if isinstance(error.__cause__, StopIteration):  # of which a generator makes another error
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error) or f'it says no more{place_of(error)}'}"
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, to follow on what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
 def regardless_of_numbers(reason: str) -> str:

@@ -14,7 +14,7 @@ from nettrace.allowance import Allowance, is_out_of_memory
 from nettrace.certificate import Certificate, SpotCheckError
 from nettrace.measures import Measure, Value
 from nettrace.measures.registry import Numbers
-from nettrace.missing import regardless_of_numbers, warn_missing
+from nettrace.missing import regardless_of_numbers, told, warn_missing
 from nettrace.operator import OverBudgetError
 from nettrace.price import TooDear, size
 from nettrace.ranks import ALONE
@@ -144,7 +144,7 @@ class Recorder:
         return left
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
-        reason = f"{type(error).__name__}: {error}"
+        reason = told(error)
         once = regardless_of_numbers(reason)
         over = isinstance(error, OverBudgetError) and self._allowance.is_reduced
         if over or is_out_of_memory(error):

@@ -116,7 +116,7 @@ class Reduction:
     def flows(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The loss's own gradients at the roots, and at the common edges."""
         places = [*(root.edge for root in self.roots), *self.common]
-        with _ending_at({root.edge.node for root in self.roots}):
+        with _ending_at({place.node for place in places}):
             found = torch.autograd.grad(loss, places, retain_graph=True)
         return list(found[: len(self.roots)]), list(found[len(self.roots) :])
 
@@ -236,7 +236,12 @@ def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:
         found: dict[_Edge, bool] = {}
         known[node] = found
         for edge in _reaching(node, tape):
-            behind = _ends(edge, tape, known)
+            if tape.leaf(GradientEdge(*edge)) is None:
+                behind = _ends(edge, tape, known)
+            elif shape_of(node) == ():
+                behind = {edge: True}
+            else:  # which need not be added to each sample alike
+                behind = "it adds a parameter itself to what is made of samples"
             if isinstance(behind, str):
                 known[node] = behind
                 break
@@ -248,8 +253,6 @@ def _ends(edge: _Edge, tape: Tape, known: Mapping[Node, _Ends]) -> _Ends:
     """The edges at which to end behind an edge, itself perhaps."""
     node, nr = edge
     name = node.name()
-    if tape.leaf(GradientEdge(node, nr)) is not None:
-        return "it adds a parameter itself to what is made of samples"
     if tape.is_common(node):
         return {edge: True}
     behind = known.get(node, f"it goes through {name}, which is not linear")

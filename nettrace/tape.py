@@ -181,9 +181,10 @@ class Tape:
 
         It can where nothing differentiable but weights flows in, and no fixed operand looks like
         data. A fixed operand does not if it is combined element by element with a weight whose
-        shape the result keeps; or is a parameter, a buffer or a copy of one, a number, or a count
-        0, 1, 2, ...; or has no axis whose length is a multiple of the number of samples. One that
-        the tape does not keep looks like data if it gives the result such an axis.
+        shape the result keeps; or is a parameter, a buffer or a copy of one, a number, a count
+        0, 1, 2, ..., or a table of relative positions; or has no axis whose length is a multiple of
+        the number of samples. One that the tape does not keep looks like data if it gives the
+        result such an axis.
         """
         if node in self._root_nodes:
             return False
@@ -235,6 +236,8 @@ class Tape:
             flat = constant.flatten()
             if torch.equal(flat, torch.arange(len(flat), device=flat.device, dtype=flat.dtype)):
                 return True
+        if _is_of_relative_positions(constant):
+            return True
         return any(
             c.shape == constant.shape and c.device == constant.device and torch.equal(c, constant)
             for c in self._constants
@@ -302,6 +305,17 @@ class Tape:
     def consumers(self, node: Node) -> list[Node]:
         """The nodes on the tape that `node` flows into."""
         return [n for n in self.nodes if any(child is node for child, _ in n.next_functions)]
+
+
+def _is_of_relative_positions(constant: Tensor) -> bool:
+    """Whether whole numbers (queries, keys) go by the difference of their places alone.
+
+    As in T5. That samples' data do so by chance is unlikely but in small or constant tables.
+    """
+    if constant.is_floating_point() or constant.dim() != 2 or min(constant.shape) < 3:
+        return False
+    varies = bool((constant != constant[0, 0]).any())
+    return varies and torch.equal(constant[1:, 1:], constant[:-1, :-1])
 
 
 def signature(outputs: Tensor, parameters: Mapping[str, Tensor]) -> str:

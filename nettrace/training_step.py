@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeAlias
 
 from torch import nn
@@ -63,7 +63,6 @@ class StepTracer(Recorder):
             with self._ranks.together():
                 check_gathering(model, self._ranks, self._allowance.bytes)
                 stack.enter_context(frozen(model, evaluating=False))
-                stack.enter_context(_without_hooks(model))
             while left := self._attempt(look, step, left, taken):
                 self._allowance.reduce()
         times = taken.times(step, time.perf_counter() - start, "step_")
@@ -89,17 +88,3 @@ class StepTracer(Recorder):
                 taken.checks[:] = [spot_check(step, error, _CHECK)]
             found = error
         return self._take(measures, step, found, {}, taken)
-
-
-@contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Sets the hooks of parameters aside, such as those that log gradients."""
-    found = [p._backward_hooks for p in model.parameters() if p._backward_hooks]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, these in zip(found, kept, strict=True):
-            hooks.update(these)

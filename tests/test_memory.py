@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,6 @@ FULL = {"resnet": "resnet()", "gpt": "gpt()"}
 WARM = {"resnet": "resnet(samples=2, width=8)", "gpt": "gpt(samples=2, context=8, width=32)"}
 
 
-@cache
 def measured(build: str, warm: str) -> dict[str, dict[str, float]]:
     """Peak memory above the forward pass without a budget and with a quarter of that, in bytes."""
     path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
@@ -74,11 +72,10 @@ def measured(build: str, warm: str) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("quantity", ["norms", "trace", "column_sqnorms", "gram"])
 @pytest.mark.parametrize("network", ["resnet", "gpt"])
 @pytest.mark.parametrize("size", ["small", pytest.param("full", marks=pytest.mark.slow)])
-def test_peak_memory_stays_within_a_quarter_of_what_all_at_once_needs(network, quantity, size):
+def test_peak_memory_stays_within_a_quarter_of_what_all_at_once_needs(network, size):
     build = (SMALL if size == "small" else FULL)[network]
-    found = measured(build, WARM[network])[quantity]
-    assert found["peak"] < found["need"] / 4 + ALLOWANCE, found
-    assert found["error"] < ROUNDING, found
+    for quantity, found in measured(build, WARM[network]).items():
+        assert found["peak"] < found["need"] / 4 + ALLOWANCE, (quantity, found)
+        assert found["error"] < ROUNDING, (quantity, found)

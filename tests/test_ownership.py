@@ -263,3 +263,47 @@ def test_gradients_of_very_different_size_are_told_apart():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
     plain = nt.jacobian(model(x), model).norms()
     torch.testing.assert_close(nt.jacobian(model(x) * scale, model).norms(), plain * scale)
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each difference of places, as in T5, or for each token."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.tokens, self.bias = nn.Embedding(9, 4), nn.Embedding(9, 2)
+        self.out, self.table = nn.Linear(4, 3), table
+
+    def forward(self, t):
+        h = self.tokens(t)
+        bias = self.bias(self.table(t)).permute(2, 0, 1)  # heads first
+        scores = (h @ h.mT)[:, None] + bias[None]
+        return self.out((scores.softmax(-1) @ h[:, None]).sum(1)).mean(1)
+
+
+def differences(t):
+    places = torch.arange(t.shape[1])
+    return (places[None] - places[:, None]).clamp(-4, 4) + 4
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 8])
+@pytest.mark.parametrize("samples", [2, 3, 4, 8])
+def test_tables_of_relative_positions_are_no_samples(samples, length):
+    model, t = Biased(differences).double(), torch.randint(0, 9, (samples, length))
+    rows = [
+        torch.autograd.grad(one, list(model.parameters()), retain_graph=True)
+        for n in range(samples)
+        for one in model(t[n : n + 1])[0]
+    ]
+    norms = torch.stack([sum(g.square().sum() for g in row) for row in rows]).sqrt()
+    torch.testing.assert_close(nt.jacobian(model(t), model).norms().flatten(), norms)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [lambda t: t, lambda t: t.clamp(1, 1), lambda t: t.sort(1)[0]],
+    ids="any one sorted".split(),
+)
+def test_a_table_of_the_samples_own_numbers_couples_them(table):
+    model, t = Biased(table), torch.randint(0, 9, (4, 4))
+    with pytest.raises(nt.CoupledSamplesError):
+        nt.jacobian(model(t), model).norms()

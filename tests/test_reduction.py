@@ -80,6 +80,9 @@ LOSSES = {
         sum(row[k] for row, k in zip(m(x).exp(), y, strict=True)) / len(x)
     ),
     "penalised": lambda m, x, y: F.cross_entropy(m(x), y) + penalty(m),
+    "penalised twice": lambda m, x, y: (
+        F.cross_entropy(m(x), y) + (p := penalty(m)) - 2 * p.square() + p.exp()
+    ),
     "penalised samples": lambda m, x, y: (m(x).square().sum(1) + penalty(m)).mean(),
     "two terms": lambda m, x, y: F.cross_entropy(m(x), y) + 0.3 * hidden(m, x).square().mean(),
     "subtracted": lambda m, x, y: F.cross_entropy(m(x), y) - 0.3 * m(x).logsumexp(1).mean(),
@@ -101,6 +104,31 @@ def test_each_samples_share_is_what_it_gives_alone(name, samples, mlp):
     tolerance = 1e-6 if "single" in name else 1e-10
     assert_same(jacobian, rows_of(alone, mlp.parameters()), tolerance)
     assert certify(jacobian.shares).error < 1e-6
+
+
+class Weighted(nn.Module):
+    """Two losses with weights that are learned, as for uncertainties of several tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = nn.Linear(6, 3), nn.Parameter(torch.tensor(0.3))
+        self.other = nn.Parameter(torch.tensor(-0.2))
+
+    def forward(self, x, y):
+        first = F.cross_entropy(self.net(x), y, reduction="none")
+        second = self.net(x).square().mean(1)
+        first = (first * (-self.scale).exp()).mean() + self.scale
+        return self.other + first + (second * (-self.other).exp()).mean() - self.other * self.scale
+
+
+def test_weights_of_losses_are_learned_beside_a_penalty_on_them():
+    torch.manual_seed(0)
+    model, x, y = Weighted().double(), torch.randn(5, 6).double(), torch.arange(5) % 3
+    alone = torch.stack([model(x[n : n + 1], y[n : n + 1]) for n in range(5)])
+    loss = model(x, y)
+    assert_same(nt.loss_jacobian(loss, model, samples=5), rows_of(alone, model.parameters()))
+    terms = terms_of(loss, tape_of(loss, 5, dict(model.named_parameters()), ()))
+    assert [term.name for term in terms] == ["penalty", "Mean", "Mean 2"]
 
 
 def test_one_root_behind_another_is_counted_once(mlp):
@@ -266,6 +294,10 @@ COUPLED = {
     "two views of each": (lambda m, x: two_views(m, x), "10 rows for 5 samples"),
     "of single numbers": (lambda m, x: sum(row[0].exp() for row in m(x)), "ExpBackward0"),
     "of none": (lambda m, x: penalty(m), "parameters alone"),
+    "a parameter beside numbers": (
+        lambda m, x: torch.cat([m(x).mean(1), m[2].bias]).mean(),
+        "adds a parameter itself",
+    ),
     "a weight of the loss": (lambda m, x: m(x).mean() * m[0].bias.sum(), "MulBackward0"),
 }
 

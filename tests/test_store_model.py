@@ -216,7 +216,8 @@ def test_several_runs_are_read_as_they_are(tmp_path_factory, runs, asked):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))  # for as many processes
 @given(runs=st.lists(RUN, min_size=1, max_size=3), asked=st.lists(keys(), min_size=6, max_size=6))
-@settings(max_examples=3000)
-def test_many_runs_are_read_as_they_are(tmp_path_factory, runs, asked):
+@settings(max_examples=750)
+def test_many_runs_are_read_as_they_are(tmp_path_factory, runs, asked, part):
     verify(tmp_path_factory.mktemp("trace"), runs, asked)

@@ -23,6 +23,7 @@ from nettrace.checkpoints import Checkpoint, CheckpointError, Contents, build, l
 from nettrace.checkpoints.building import Model, is_fixed
 from nettrace.freeze import frozen, random_states
 from nettrace.measures import Measure, resolve
+from nettrace.missing import told
 from nettrace.offline.witness import Witness, seen, together
 from nettrace.operator import Jacobian
 from nettrace.probe import Probe, fingerprint
@@ -152,7 +153,7 @@ class Worker:
             except (CheckpointError, locate.LocateError) as error:
                 return Outcome(position, failure=str(error))
             except (Exception, SystemExit) as error:  # of code of the user's
-                return Outcome(position, failure=_told(error))
+                return Outcome(position, failure=told(error))
 
     def _measured(self, position: int) -> Outcome:
         step = self._plan.checkpoints[position].step
@@ -379,7 +380,7 @@ def _optimizers(model: nn.Module, contents: Contents) -> list[Optimizer]:
     except Exception as error:
         raise Unavailable(
             f"the optimizer is not known: {type(model).__name__}.configure_optimizers, called "
-            f"without a trainer, fails or does not fit the checkpoint ({_told(error)})"
+            f"without a trainer, fails or does not fit the checkpoint ({told(error)})"
         ) from error
     return found
 
@@ -407,7 +408,3 @@ def _threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

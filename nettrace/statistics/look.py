@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from nettrace.certificate import SpotCheckError
 from nettrace.differentiate import jacobian, parse_bytes
 from nettrace.likelihood import Likelihood
+from nettrace.missing import told
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.own_loss import LossCheck, compare
 from nettrace.ownership import check_rows
@@ -185,7 +186,7 @@ class Look:
             own = self._own.own_loss(self._model)
             found = own if own is None else compare(self._own, self._outputs, own, "the probe")
         except Exception as error:  # of the comparison; that of the loss itself is raised elsewhere
-            found = LossCheck(f"not checked: {type(error).__name__}: {error}")
+            found = LossCheck(f"not checked: {told(error)}")
         several = [one for one in self._ranks.each(found) if one is not None]
         if not several:
             none = LossCheck("not checked: the network returned no loss of its own")
