@@ -100,7 +100,9 @@ class Steps:
         hidden = opaque(loss)
         if hidden is None or not automatic:
             self._take(
-                lambda memory: StepStatistics(loss, model, samples, step, memory, scale, notes)
+                lambda memory: StepStatistics(
+                    *(loss, model, samples, step, memory, scale, notes), self._trainer.optimizers
+                )
             )
             return
         with silenced(model):
@@ -124,7 +126,10 @@ class Steps:
             f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
         )
         notes = {**notes, "evaluated": evaluated}
-        return StepStatistics(again, self._module, self._samples, self._step, memory, notes=notes)
+        return StepStatistics(
+            *(again, self._module, self._samples, self._step, memory, 1.0, notes),
+            self._trainer.optimizers,
+        )
 
     def _take(self, look: Callable[[int], StepStatistics]) -> None:
         for on_error, tracer in self._tracers.items():

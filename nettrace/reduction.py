@@ -113,11 +113,13 @@ class Reduction:
             "let the network see (samples, rows, ...), or take per-sample losses of shape (N,)"
         )
 
-    def flows(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The loss's own gradients at the roots, and at the common edges."""
+    def flows(
+        self, loss: Tensor, *, create_graph: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss's own gradients at the roots, and at the common edges, with a tape or not."""
         places = [*(root.edge for root in self.roots), *self.common]
         with _ending_at({root.edge.node for root in self.roots}):
-            found = torch.autograd.grad(loss, places, retain_graph=True)
+            found = torch.autograd.grad(loss, places, retain_graph=True, create_graph=create_graph)
         return list(found[: len(self.roots)]), list(found[len(self.roots) :])
 
 
@@ -203,11 +205,7 @@ class ReducedGradients(TapeGradients):
     def _entering(
         self, cotangents: Tensor
     ) -> tuple[Sequence[Tensor] | Sequence[GradientEdge], list[Tensor]]:
-        entering = []
-        for root, flow in zip(self._tape.roots, self._flows, strict=True):
-            weights = cotangents.to(flow).repeat_interleave(root.inner, -1)
-            entering.append(flow * weights.view(*weights.shape, *(1,) * (flow.dim() - 1)))
-        return [root.edge for root in self._tape.roots], entering
+        return weighted(self._tape.roots, self._flows, cotangents)
 
     def _autograd(
         self,
@@ -217,6 +215,23 @@ class ReducedGradients(TapeGradients):
     ) -> tuple[Tensor | None, ...]:
         with held(self._tape.held):
             return super()._autograd(places, cotangents, batched)
+
+
+def weighted(
+    roots: Sequence[Root], flows: Sequence[Tensor], weights: Tensor
+) -> tuple[list[GradientEdge], list[Tensor]]:
+    """Where gradients enter the tape, and as what, when each sample's has a weight.
+
+    Args:
+        roots: where the samples are still apart.
+        flows: the loss's gradients there.
+        weights: (..., N) of the samples.
+    """
+    entering = []
+    for root, flow in zip(roots, flows, strict=True):
+        each = weights.to(flow).repeat_interleave(root.inner, -1)
+        entering.append(flow * each.view(*each.shape, *(1,) * (flow.dim() - 1)))
+    return [root.edge for root in roots], entering
 
 
 def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:

@@ -174,6 +174,29 @@ def conflict_per_layer(term_products: tuple[list[str], PerLayer]) -> Value:
 
 
 @measure(
+    "gradients/conflict_per_group",
+    needs=["term_products", "parameter_groups"],
+    convention="cosines between the gradients of the terms that the step's loss is a sum of, over "
+    "the parameters of each of the optimizers' groups",
+    dims=["group", "term", "other_term"],
+    source="Yu et al. 2020, arXiv:2001.06782, definition 1",
+)
+def conflict_per_group(
+    term_products: tuple[list[str], PerLayer], parameter_groups: dict[str, list[str]]
+) -> Value:
+    """Whether the terms of a loss pull each group of parameters the same way."""
+    names, products = term_products
+    cosines = torch.stack(
+        [
+            _cosines(_total({name: products[name] for name in group}))
+            for group in parameter_groups.values()
+        ]
+    )
+    labels = {"group": list(parameter_groups), "term": names, "other_term": list(names)}
+    return Value(cosines, coordinates=labels)
+
+
+@measure(
     "gradients/gram",
     needs=["gradient_gram"],
     convention=f"inner products of per-sample loss gradients; {_OF_STEP}",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from nettrace.curvature import Curvature, Twice, curvature
 from nettrace.differentiate import parse_bytes, reduced_jacobian
 from nettrace.gradients import strided
 from nettrace.operator import PerLayer
@@ -24,6 +26,7 @@ class GradientStatistics(ABC):
     """Inner products of per-sample loss gradients."""
 
     samples: int
+    step: int
     #: Above this number of samples, the inner products of all pairs by layer are not made.
     most_pairs = 512
 
@@ -48,6 +51,21 @@ class GradientStatistics(ABC):
         if self.samples <= self.most_pairs:
             return torch.stack([gram.double() for gram in self._layer_grams.values()]).sum(0)
         return self.loss_gradients.gram().double()
+
+    @cached_property
+    def gradient_curvature(self) -> Curvature:
+        """The curvature that each part of the samples has along the gradients of the others."""
+        return curvature(self.loss_gradients, self._twice, self.step)
+
+    @property
+    @abstractmethod
+    def _twice(self) -> Twice:
+        """Gradients of the losses, to be differentiated again."""
+
+    @property
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """By optimizer's parameter group, the names of its parameters."""
+        raise Inapplicable("the groups of an optimizer are those of a training step")
 
     @property
     def term_products(self) -> tuple[list[str], PerLayer]:
@@ -88,6 +106,11 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
         """The Jacobian of the samples' losses."""
         return LossJacobian(self.jacobian.project(self.scores.unsqueeze(0)))
 
+    @property
+    def _twice(self) -> Twice:
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        return Twice.of_losses(self._losses, parameters)
+
 
 class StepStatistics(GradientStatistics):
     """Those of the loss of a training step.
@@ -100,6 +123,7 @@ class StepStatistics(GradientStatistics):
         memory_budget: as in `nettrace.jacobian`.
         scale: by what the loss is multiplied, as against the underflow of half precision.
         notes: what else to note beside each measure.
+        optimizers: those that update the weights.
 
     Raises:
         CoupledSamplesError: if the loss is no mean or sum over samples, or some of the network is
@@ -115,6 +139,7 @@ class StepStatistics(GradientStatistics):
         memory_budget: int | str = "2GiB",
         scale: float = 1.0,
         notes: Mapping[str, str] | None = None,
+        optimizers: Sequence[Optimizer] = (),
     ) -> None:
         if hidden := opaque(loss):
             raise CoupledSamplesError(
@@ -128,6 +153,7 @@ class StepStatistics(GradientStatistics):
         self._scale = scale
         self._memory = parse_bytes(memory_budget)
         self._gradients = reduced_jacobian(loss, model, samples, "mean", self._memory, scale)
+        self._optimizers = optimizers
         self.samples = samples
         self.step = step
 
@@ -141,6 +167,31 @@ class StepStatistics(GradientStatistics):
     def loss_gradients(self) -> LossJacobian:
         """The Jacobian of what the samples contribute: its rows' mean is the step's gradient."""
         return self._gradients
+
+    @property
+    def _twice(self) -> Twice:
+        return Twice.of_step(
+            self._loss, self.samples, self._parameters, self._constants, self._scale
+        )
+
+    @cached_property
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """By optimizer's parameter group, by its `name` or number, the names of its parameters.
+
+        Raises:
+            Inapplicable: if there is but one with parameters of the network.
+        """
+        names = {id(p): name for name, p in self._parameters.items()}
+        found: dict[str, list[str]] = {}
+        groups = [group for one in self._optimizers for group in one.param_groups]
+        for number, group in enumerate(groups):
+            own = [names[id(p)] for p in group["params"] if id(p) in names]
+            name = str(group.get("name", f"group{number}"))
+            if own:
+                found[name if name not in found else f"{name} {number}"] = own
+        if len(found) < 2:
+            raise Inapplicable("all parameters are of one group")
+        return found
 
     @cached_property
     def term_products(self) -> tuple[list[str], PerLayer]:

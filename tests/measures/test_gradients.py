@@ -194,6 +194,46 @@ def test_conflicts_are_cosines_between_the_gradients_of_terms():
         assert value == pytest.approx(unit @ unit.T)
 
 
+def groups(model, named):
+    """Two optimizers with three groups; one more has a tensor that is none of the model's."""
+    first, last = model[0], model[2]
+    name = {"name": "head"} if named else {}
+    return [
+        torch.optim.SGD([{"params": first.weight}, {"params": last.parameters(), **name}], 0.1),
+        torch.optim.SGD([torch.ones(3, requires_grad=True)], 0.1),
+        torch.optim.SGD([{"params": first.bias, **name}], 0.1),
+    ]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_conflicts_within_each_group_of_the_optimizers(named):
+    model, (x, y) = mlp(), batch()
+    parts = [F.cross_entropy(model(x), y), 0.5 * model(x).square().mean()]
+    found = of_step(
+        *(model, sum(parts), len(x), ["gradients/conflict_per_group"]),
+        optimizers=groups(model, named),
+    )["gradients/conflict_per_group"]
+    labels = ["group0", "head", "head 3"] if named else ["group0", "group1", "group3"]
+    assert found.coordinates["group"] == labels
+    assert found.coordinates["term"] == ["NllLoss", "Mean"]
+    several = [[model[0].weight], list(model[2].parameters()), [model[0].bias]]
+    for value, parameters in zip(found.value, several, strict=True):
+        g = [torch.autograd.grad(part, parameters, retain_graph=True) for part in parts]
+        flat = np.stack([torch.cat([h.flatten() for h in one]).numpy() for one in g])
+        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        assert value == pytest.approx(unit @ unit.T)
+
+
+@pytest.mark.parametrize("optimizers", [0, 1])
+def test_one_group_has_no_conflicts_of_its_own(optimizers):
+    model, (x, y) = mlp(), batch()
+    loss = F.cross_entropy(model(x), y) + model(x).square().mean()
+    several = [torch.optim.SGD(model.parameters(), 0.1)] * optimizers
+    found = of_step(model, loss, len(x), optimizers=several)
+    assert "gradients/conflict" in found
+    assert "gradients/conflict_per_group" not in found
+
+
 def test_one_term_has_no_conflicts():
     model, (x, y) = mlp(), batch()
     assert "gradients/conflict" not in of_step(model, F.cross_entropy(model(x), y), len(x))
