@@ -17,9 +17,11 @@ from torch import Tensor
 
 from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
+from nettrace.callbacks.accumulated import Accumulated, scale_of
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
 from nettrace.statistics import StepStatistics
+from nettrace.statistics.micro_batches import MEASURES
 from nettrace.tape import opaque
 from nettrace.training_step import StepTracer
 
@@ -51,6 +53,8 @@ class Steps:
         self._put_back: Callable[[], None] | None = None
         self._watch: _Watch | None = None
         self._records: list[Record] = []
+        #: Micro-batches, where some measures wait for all those of an update.
+        self.accumulated: Accumulated | None = None
 
     def new(self, step: int) -> list[Trace]:
         """The callbacks, unless a batch has been seen since the weights were updated so often.
@@ -61,6 +65,10 @@ class Steps:
 
     def begin_batch(self, batch: Any, index: int, step: int, due: Sequence[Trace]) -> None:
         """Sees a batch before its training step, which some callbacks are due to measure."""
+        if self.accumulated is not None and not self.accumulated.is_over:
+            self.accumulated.begin_batch(_samples_in(batch))
+            self._passes = 0
+            return
         self.due = list(due)
         self._step = step
         self.forget()
@@ -80,19 +88,29 @@ class Steps:
         """
         automatic = self._module.automatic_optimization
         self._passes += 1
+        if self.accumulated is not None:
+            if self._passes == 1 and not self.accumulated.is_over:
+                self.accumulated.before_backward()
+                return
+            self.conclude(whole=self._passes == 1)
+            if self._arguments is None:  # of a batch that is not the first
+                return
         if automatic and self._passes > 1:
             return
         hooks = self._watch.seen() if self._watch is not None else ""
         hooks = hooks or _hooks_of(self._module)
         if hooks:
             self._take(partial(_refuse, hooks))
-            return
+        else:
+            self._measure(loss, automatic)
+        if any(tracer.reason for tracer in self._tracers.values()):
+            self.accumulated = Accumulated(self._trainer, self._module, self._samples)
+            self.accumulated.before_backward()
+
+    def _measure(self, loss: Tensor, automatic: bool) -> None:
         if loss.numel() == 1:
             loss = loss.view(())
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        if automatic:
-            scale /= self._trainer.accumulate_grad_batches
+        scale = scale_of(self._trainer, automatic)
         model, samples, step = self._module, self._samples, self._step
         notes = {}
         if self._trainer.world_size > 1:
@@ -135,8 +153,26 @@ class Steps:
         for on_error, tracer in self._tracers.items():
             measures = {m.name: m for c in self.due if c.on_error == on_error for m in c.measures}
             if measures:
-                records = tracer.measure(look, self._module, self._step, list(measures.values()))
+                records = tracer.measure(
+                    look, self._module, self._step, list(measures.values()), self._deferrable
+                )
                 self._records += [_numbered(record, self._passes) for record in records]
+
+    @property
+    def _deferrable(self) -> frozenset[str]:
+        """What accumulated micro-batches would tell, of which there may be several."""
+        trainer = self._trainer
+        alone = self._module.automatic_optimization and trainer.accumulate_grad_batches == 1
+        # Of several processes, only the mean of their gradients is seen.
+        return frozenset() if alone or self._passes > 1 or trainer.world_size > 1 else MEASURES
+
+    def conclude(self, whole: bool) -> None:
+        """Takes what micro-batches tell, if each backward pass so far was of a whole one."""
+        accumulated, self.accumulated = self.accumulated, None
+        for tracer in self._tracers.values():
+            if accumulated is not None and tracer.reason:
+                found = accumulated.statistics(tracer.reason) if whole else None
+                self._records += tracer.conclude(found, accumulated.step)
 
     def forget(self) -> None:
         """Lets go of the batch, which may be large, and of what is watched meanwhile."""
@@ -145,8 +181,16 @@ class Steps:
             self._watch.seen()
             self._watch = None
 
-    def taken(self) -> tuple[list[Trace], list[Record]]:
-        """The callbacks that were due in the batch that has ended, and the records."""
+    def taken(self, last: bool = False) -> tuple[list[Trace], list[Record]]:
+        """The callbacks that were due in the batch that has ended, and the records.
+
+        None as long as some wait for further micro-batches, unless there will be none.
+        """
+        if self.accumulated is not None and not last:
+            if not self.accumulated.is_over:
+                self.forget()
+                return self.due, []
+            self.conclude(whole=True)
         records, self._records = self._records, []
         self.forget()
         return self.due, records

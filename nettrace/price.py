@@ -174,9 +174,9 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(seconds, passes, 0, fresh, of=("loss_gradients",), instead="take fewer samples")
 
 
-@prices("term_products", "parameter_groups")
+@prices("term_products", "parameter_groups", "gradient_batch")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work()  # of training steps alone
+    return Work()  # of training steps alone, or a number
 
 
 @prices("drawn_sqnorms")

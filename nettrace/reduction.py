@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ _LINEAR = _names(
 _PRODUCTS = _names("Mul Dot Mv Mm Div")
 #: What makes one number of others that are added, scaled perhaps.
 _ADDITIONS = _names(
-    "Add Sub Rsub Neg Mul Div ToCopy AddBackward1 SubBackward1 RsubBackward1 MulBackward1 "
+    "Add Sub Rsub Neg Mul Div ToCopy View AddBackward1 SubBackward1 RsubBackward1 MulBackward1 "
     "DivBackward1"
 )
 #: Losses that are reduced by the operation itself; the first axis of their inputs counts samples.
@@ -131,7 +132,7 @@ class Term:
         name: of the operation that it comes from; "penalty" for all that is computed of parameters
             alone.
         edges: where it enters.
-        flows: () the loss's derivatives by it.
+        flows: the loss's derivatives by it, each one number.
     """
 
     name: str
@@ -152,7 +153,7 @@ def terms_of(loss: Tensor, tape: Tape) -> list[Term]:
         edge = stack.pop()
         inputs = _reaching(edge[0], tape)
         adds = edge[0].name() in _ADDITIONS and _is_linear(edge[0], tape)
-        if adds and all(shape_of(*e) == () for e in inputs):
+        if adds and all(prod(shape_of(*e)) == 1 for e in inputs):
             stack += reversed(inputs)
         else:
             found[edge] = None

@@ -26,7 +26,7 @@ from nettrace.measures.registry import Value, measure
     "gradients/critical_batch_size",
     needs=["gradient_curvature"],
     convention="tr(H Sigma) / (G^T H G), in samples, with H the Hessian of the mean loss; both are "
-    "without bias, each Hessian being that of other samples than the gradients, their ratio is not; "
+    "without bias, each Hessian being that of other samples than the gradients, the ratio not; "
     "negative where the loss is not seen to be convex along the gradient; "
     "standard error over samples and random signs, by parts of the samples",
     source="McCandlish et al. 2018, arXiv:1812.06162, equation 2.8",

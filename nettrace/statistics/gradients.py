@@ -63,6 +63,11 @@ class GradientStatistics(ABC):
         """Gradients of the losses, to be differentiated again."""
 
     @property
+    def gradient_batch(self) -> float:
+        """How many samples each gradient is the mean over: 1, but for those of micro-batches."""
+        return 1.0
+
+    @property
     def parameter_groups(self) -> dict[str, list[str]]:
         """By optimizer's parameter group, the names of its parameters."""
         raise Inapplicable("the groups of an optimizer are those of a training step")
@@ -74,7 +79,7 @@ class GradientStatistics(ABC):
 
     @cached_property
     def _layer_grams(self) -> PerLayer:
-        return _finite(self.loss_gradients.gram(per_layer=True))
+        return finite(self.loss_gradients.gram(per_layer=True))
 
     @cached_property
     def _squares_and_overlaps(self) -> tuple[PerLayer, PerLayer]:
@@ -83,12 +88,17 @@ class GradientStatistics(ABC):
             squares = {name: gram.diagonal() for name, gram in grams.items()}
             return squares, {name: gram.mean(1) for name, gram in grams.items()}
         gradients = self.loss_gradients
-        norms = _finite(gradients.norms(per_layer=True))
+        norms = finite(gradients.norms(per_layer=True))
         squares = {name: norm.double().square() for name, norm in norms.items()}
         return squares, gradients.jvp(gradients.mean(per_layer=True))
 
 
-def _finite(shares: PerLayer) -> PerLayer:
+def finite(shares: PerLayer) -> PerLayer:
+    """Shares of parameters, as they are.
+
+    Raises:
+        ValueError: if some are not finite, with the parameter.
+    """
     for name, share in shares.items():
         if not bool(share.isfinite().all()):
             raise ValueError(

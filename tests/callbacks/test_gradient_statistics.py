@@ -529,3 +529,26 @@ def test_nothing_is_watched_after_a_hook_has_failed(monkeypatch: pytest.MonkeyPa
     with pytest.warns(nt.MissingMeasureWarning, match="measures no more in this training"):
         training.fit([GradientStatistics(every=1)], Plain(), data, max_steps=1)
     assert (Tensor.register_hook, "retain_grad" in vars(Tensor)) == before
+
+
+def test_the_critical_batch_size_and_the_groups_of_a_training(tmp_path: Any) -> None:
+    class Grouped(SeveralTerms):
+        def configure_optimizers(self) -> Any:
+            named = {"params": self.encoder.parameters(), "name": "encoder"}
+            rest = [*self.decoder.parameters(), *self.classifier.parameters()]
+            return torch.optim.AdamW([named, {"params": rest}], 0.01)
+
+    found = []
+    names = ["gradients", "gradients/critical_batch_size"]
+    for callbacks in ([], [GradientStatistics(names, every=1, to=tmp_path)]):
+        torch.manual_seed(0)
+        module = Grouped()
+        make = STYLES["several terms"][1]
+        its = training.fit(callbacks, module, DataLoader(Data(make), BATCH), max_steps=STEPS)
+        found.append({**training.result(its, module), "course": []})
+    assert training.differences(*found) == []
+    trace = nt.open(tmp_path)
+    assert np.isfinite(trace.gradients_critical_batch_size.values).all()
+    assert trace.term.values.tolist() == ["MseLoss", "NllLoss", "Sum", "Mean"]
+    assert trace.gradients_conflict_per_group.shape == (STEPS, 2, 4, 4)
+    assert trace.group.values.tolist() == ["encoder", "group1"]

@@ -171,7 +171,8 @@ def test_the_tail_index_of_pareto_distances(index):
     assert np.std(estimates) == pytest.approx(np.mean(errors), rel=0.2)
 
 
-def test_conflicts_are_cosines_between_the_gradients_of_terms():
+@pytest.mark.parametrize("shape", [None, (), (1,)])
+def test_conflicts_are_cosines_between_the_gradients_of_terms(shape):
     model, (x, y) = mlp(), batch()
     parts = [
         F.cross_entropy(model(x), y),
@@ -179,9 +180,8 @@ def test_conflicts_are_cosines_between_the_gradients_of_terms():
         0.1 * sum(p.square().sum() for p in model.parameters()),
     ]
     g = [torch.autograd.grad(part, list(model.parameters()), retain_graph=True) for part in parts]
-    found = of_step(
-        model, sum(parts), len(x), ["gradients/conflict", "gradients/conflict_per_layer"]
-    )
+    loss = sum(parts) if shape is None else sum(part.view(shape) for part in parts).view(())
+    found = of_step(model, loss, len(x), ["gradients/conflict", "gradients/conflict_per_layer"])
     flat = np.stack([torch.cat([h.flatten() for h in one]).numpy() for one in g])
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     conflict = found["gradients/conflict"]
