@@ -7,13 +7,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
@@ -22,7 +23,7 @@ from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
 from nettrace.statistics import StepStatistics
 from nettrace.statistics.micro_batches import MEASURES
-from nettrace.tape import opaque
+from nettrace.tape import has_fused_attention, opaque
 from nettrace.training_step import StepTracer
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ class Steps:
         if self._trainer.world_size > 1:
             notes["process"] = f"the first of {self._trainer.world_size}, and its samples alone"
         hidden = opaque(loss)
-        if hidden is None or not automatic:
+        why = hidden and f"{hidden} hides a part of the network from the tape"
+        if not why and self._is_twice and has_fused_attention(loss):
+            why = "fused attention cannot be differentiated twice"
+        if not why or not automatic:
             self._take(
                 lambda memory: StepStatistics(
                     *(loss, model, samples, step, memory, scale, notes), self._trainer.optimizers
@@ -125,23 +129,30 @@ class Steps:
             return
         with silenced(model):
             own = float(loss.detach()) / scale
-            self._take(lambda memory: self._again(own, hidden, memory, notes))
+            self._take(lambda memory: self._again(own, why, memory, notes))
+
+    @property
+    def _is_twice(self) -> bool:
+        """Whether the loss is to be differentiated twice."""
+        return any("gradient_curvature" in m.needs for c in self.due for m in c.measures)
 
     def _again(
-        self, loss: float, hidden: str, memory: int, notes: Mapping[str, str]
+        self, loss: float, why: str, memory: int, notes: Mapping[str, str]
     ) -> StepStatistics:
         """The step evaluated anew with a tape that hides nothing, from the same random states."""
         assert self._put_back is not None
         assert self._arguments is not None
         start = time.perf_counter()
         self._put_back()
-        with self._trainer.precision_plugin.train_step_context():
+        # Attention that is not fused leaves a tape to be differentiated twice, for more memory.
+        attention = sdpa_kernel(SDPBackend.MATH) if self._is_twice else nullcontext()
+        with self._trainer.precision_plugin.train_step_context(), attention:
             returned = self._module.training_step(*self._arguments)
         again = returned["loss"] if isinstance(returned, Mapping) else returned
         seconds = time.perf_counter() - start
         evaluated = (
-            f"again, as {hidden} hides a part of the network from the tape, in {seconds:.2g} s "
-            f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
+            f"again, as {why}, in {seconds:.2g} s more; its loss is {float(again.detach()):.6g}, "
+            f"that of the training {loss:.6g}"
         )
         notes = {**notes, "evaluated": evaluated}
         return StepStatistics(

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from nettrace.curvature import Curvature, Twice, curvature
@@ -19,7 +20,7 @@ from nettrace.per_sample import LossJacobian
 from nettrace.reduction import tape_of, terms_of
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable
-from nettrace.tape import opaque
+from nettrace.tape import has_fused_attention, opaque
 
 
 class GradientStatistics(ABC):
@@ -119,7 +120,11 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
     @property
     def _twice(self) -> Twice:
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        return Twice.of_losses(self._losses, parameters)
+        losses = self._losses
+        if has_fused_attention(losses):
+            with sdpa_kernel(SDPBackend.MATH):
+                losses = self._losses_of(self._probe.look(self._model))
+        return Twice.of_losses(losses, parameters)
 
 
 class StepStatistics(GradientStatistics):
