@@ -180,7 +180,7 @@ class GradientStatistics(Trace):
 
     Args:
         measures: names of measures of the group "gradients"; "gradients/critical_batch_size" is
-            not one for which that stands, since it takes as long as some sixty training steps.
+            not one for which that stands, since it takes as long as a hundred training steps.
         every: as in `Trace`.
         to: as in `Trace`.
         log: as in `Trace`.

@@ -12,6 +12,9 @@ is a multiple of the identity, that is the simple noise scale.
 Both are averages over parts m of the samples, of the Hessian H_m of the part's mean loss with the n
 samples that are not of it, of which g is the mean and D the sum over samples of d^T H_m d, d the
 gradients less g: tr(H Sigma) = D / (n - 1) and G^T H G = g^T H_m g - D / (n (n - 1)).
+
+With 8 parts it takes 24 products with Hessians, whatever the number of samples: as long as some
+hundred training steps, and the memory of three backward passes.
 """
 
 from __future__ import annotations

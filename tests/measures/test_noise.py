@@ -1,5 +1,6 @@
 """The critical batch size against dense Hessians and a population known in closed form."""
 
+import gc
 import math
 
 import numpy as np
@@ -330,3 +331,20 @@ def test_a_population_that_is_known():
     assert np.median(scales) == pytest.approx(noise / signal, rel=0.15)
     spread = np.subtract(*np.percentile(scales, [84, 16])) / 2
     assert 0.75 < np.median(errors) / spread < 1.33
+
+
+def test_the_steps_own_backward_pass_and_memory_are_left_alone():
+    torch.manual_seed(0)
+    model, (x, y) = convolution(), batch(12)
+    before = F.cross_entropy(model(x.float()), y)
+    before.backward()
+    kept = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = F.cross_entropy(model(x.float()), y)
+    gc.collect()
+    tensors = sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+    assert np.isfinite(of_step(model, loss, 12).value)
+    gc.collect()
+    assert sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects()) <= tensors
+    loss.backward()
+    assert all(map(torch.equal, kept, (p.grad for p in model.parameters())))
