@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,11 +136,23 @@ class Session:
         if not self._steps.due:
             return
         synchronise(self._module)
-        with self._budget.measuring(frozenset(self._steps.due)):
-            try:
-                self._steps.measure(loss)
-            except Exception as error:
-                self._report(self._steps.due[0], "cannot measure the training step", error)
+        due = () if self._steps.accumulated is not None else self._steps.due
+        with self._budget.measuring(frozenset(due)), self._reporting():
+            self._steps.measure(loss)
+
+    def after_backward(self) -> None:
+        """Sees the gradients of a micro-batch, where they are to be measured."""
+        if self._steps.accumulated is not None:
+            with self._budget.measuring(), self._reporting():
+                self._steps.accumulated.after_backward()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._report(self._steps.due[0], "cannot measure the training step", error)
+            self._steps.conclude(whole=False)
 
     def end_batch(self, returned: Any) -> None:
         """Sees what the training step returned, and writes what its tape told."""
@@ -151,9 +163,10 @@ class Session:
         """Lets go of the batch that is being trained on, and of what is watched meanwhile."""
         self._steps.forget()
 
-    def flush(self) -> None:
-        """Writes what was measured of a training step."""
-        due, records = self._steps.taken()
+    def flush(self, last: bool = False) -> None:
+        """Writes what was measured of a training step, if there is nothing to wait for."""
+        with self._budget.measuring():
+            due, records = self._steps.taken(last)
         if records:
             self._unfired = [callback for callback in self._unfired if callback not in due]
             if any(callback.budget is not None for callback in due):

@@ -7,22 +7,25 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
+from nettrace.callbacks.accumulated import Accumulated, scale_of
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
 from nettrace.gathered import is_spread
 from nettrace.hooks import noted
 from nettrace.ranks import Ranks
 from nettrace.statistics import StepStatistics
-from nettrace.tape import opaque
+from nettrace.statistics.micro_batches import MEASURES
+from nettrace.tape import has_fused_attention, opaque
 from nettrace.training_step import Look, StepTracer
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ class Steps:
         self._put_back: Callable[[], None] | None = None
         self._watch: _Watch | None = None
         self._records: list[Record] = []
+        #: Micro-batches, where some measures wait for all those of an update.
+        self.accumulated: Accumulated | None = None
 
     def new(self, step: int) -> list[Trace]:
         """The callbacks, unless a batch has been seen since the weights were updated so often.
@@ -63,6 +68,10 @@ class Steps:
 
     def begin_batch(self, batch: Any, index: int, step: int, due: Sequence[Trace]) -> None:
         """Sees a batch before its training step, which some callbacks are due to measure."""
+        if self.accumulated is not None and not self.accumulated.is_over:
+            self.accumulated.begin_batch(_samples_in(batch))
+            self._passes = 0
+            return
         self.due = list(due)
         self._step = step
         self.forget()
@@ -82,58 +91,98 @@ class Steps:
         """
         automatic = self._module.automatic_optimization
         self._passes += 1
+        if self.accumulated is not None:
+            if self._passes == 1 and not self.accumulated.is_over:
+                self.accumulated.before_backward()
+                return
+            self.conclude(whole=self._passes == 1)
+            if self._arguments is None:  # of a batch that is not the first
+                return
         if automatic and self._passes > 1:
             return
         hooks = self._watch.seen() if self._watch is not None else ""
         hooks = hooks or _hooks_of(self._module)
         if hooks:
             self._take(partial(_refuse, hooks))
-            return
+        else:
+            self._measure(loss, automatic)
+        if any(tracer.reason for tracer in self._tracers.values()):
+            self.accumulated = Accumulated(self._trainer, self._module, self._samples)
+            self.accumulated.before_backward()
+
+    def _measure(self, loss: Tensor, automatic: bool) -> None:
         if loss.numel() == 1:
             loss = loss.view(())
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
-        if automatic:
-            scale /= self._trainer.accumulate_grad_batches
+        scale = scale_of(self._trainer, automatic)
         model, samples, step = self._module, self._samples, self._step
         spread = any(is_spread(p) for p in model.parameters())
         hidden = "fully_shard" if spread else opaque(loss)
-        if hidden is None or not automatic:
+        why = hidden and f"{hidden} hides a part of the network from the tape"
+        if not why and self._is_twice and has_fused_attention(loss):
+            why = "fused attention cannot be differentiated twice"
+        if not why or not automatic:
+            optimizers = self._trainer.optimizers
             self._take(
                 lambda memory, ranks: StepStatistics(
-                    loss, model, samples, step, memory, scale, ranks=ranks
+                    *(loss, model, samples, step, memory, scale, None), optimizers, ranks
                 )
             )
             return
         with silenced(model):
             own = float(loss.detach()) / scale
-            self._take(partial(self._again, own, hidden))
+            self._take(partial(self._again, own, why))
 
-    def _again(self, loss: float, hidden: str, memory: int, ranks: Ranks) -> StepStatistics:
+    @property
+    def _is_twice(self) -> bool:
+        """Whether the loss is to be differentiated twice."""
+        return any("gradient_curvature" in m.needs for c in self.due for m in c.measures)
+
+    def _again(self, loss: float, why: str, memory: int, ranks: Ranks) -> StepStatistics:
         """The step evaluated anew with a tape that hides nothing, from the same random states."""
         assert self._put_back is not None
         assert self._arguments is not None
         start = time.perf_counter()
         self._put_back()
-        with self._trainer.precision_plugin.train_step_context():
+        # Attention that is not fused leaves a tape to be differentiated twice, for more memory.
+        attention = sdpa_kernel(SDPBackend.MATH) if self._is_twice else nullcontext()
+        with self._trainer.precision_plugin.train_step_context(), attention:
             returned = self._module.training_step(*self._arguments)
         again = returned["loss"] if isinstance(returned, Mapping) else returned
         seconds = time.perf_counter() - start
         evaluated = (
-            f"again, as {hidden} hides a part of the network from the tape, in {seconds:.2g} s "
-            f"more; its loss is {float(again.detach()):.6g}, that of the training {loss:.6g}"
+            f"again, as {why}, in {seconds:.2g} s more; its loss is {float(again.detach()):.6g}, "
+            f"that of the training {loss:.6g}"
         )
         notes = {"evaluated": evaluated}
         return StepStatistics(
-            again, self._module, self._samples, self._step, memory, notes=notes, ranks=ranks
+            *(again, self._module, self._samples, self._step, memory, 1.0, notes),
+            *(self._trainer.optimizers, ranks),
         )
 
     def _take(self, look: Look) -> None:
         for on_error, tracer in self._tracers.items():
             measures = {m.name: m for c in self.due if c.on_error == on_error for m in c.measures}
             if measures:
-                records = tracer.measure(look, self._module, self._step, list(measures.values()))
+                records = tracer.measure(
+                    look, self._module, self._step, list(measures.values()), self._deferrable
+                )
                 self._records += [_numbered(record, self._passes) for record in records]
+
+    @property
+    def _deferrable(self) -> frozenset[str]:
+        """What accumulated micro-batches would tell, of which there may be several."""
+        trainer = self._trainer
+        alone = self._module.automatic_optimization and trainer.accumulate_grad_batches == 1
+        # Of several processes, only the mean of their gradients is seen.
+        return frozenset() if alone or self._passes > 1 or trainer.world_size > 1 else MEASURES
+
+    def conclude(self, whole: bool) -> None:
+        """Takes what micro-batches tell, if each backward pass so far was of a whole one."""
+        accumulated, self.accumulated = self.accumulated, None
+        for tracer in self._tracers.values():
+            if accumulated is not None and tracer.reason:
+                found = accumulated.statistics(tracer.reason) if whole else None
+                self._records += tracer.conclude(found, accumulated.step)
 
     def forget(self) -> None:
         """Lets go of the batch, which may be large, and of what is watched meanwhile."""
@@ -142,8 +191,16 @@ class Steps:
             self._watch.seen()
             self._watch = None
 
-    def taken(self) -> tuple[list[Trace], list[Record]]:
-        """The callbacks that were due in the batch that has ended, and the records."""
+    def taken(self, last: bool = False) -> tuple[list[Trace], list[Record]]:
+        """The callbacks that were due in the batch that has ended, and the records.
+
+        None as long as some wait for further micro-batches, unless there will be none.
+        """
+        if self.accumulated is not None and not last:
+            if not self.accumulated.is_over:
+                self.forget()
+                return self.due, []
+            self.conclude(whole=True)
         records, self._records = self._records, []
         self.forget()
         return self.due, records

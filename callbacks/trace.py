@@ -88,6 +88,12 @@ class Trace(Request, Callback):
             self._session.before_backward(loss)
 
     @_spared
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Sees the gradients of a micro-batch, where samples could not be told apart."""
+        if self._session is not None:
+            self._session.after_backward()
+
+    @_spared
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -127,7 +133,7 @@ class Trace(Request, Callback):
 
     def _leave(self) -> None:
         if self._session is not None:
-            self._session.flush()
+            self._session.flush(last=True)
             self._past = self._session.state_dict()
             self._session = None
 
@@ -168,10 +174,13 @@ class GradientStatistics(Trace):
     Values at step k are those of the batch of the update after the k-th. Of several backward passes
     of a batch, as in manual optimisation, the second and later have names of their own, such as
     "gradients/noise_backward_2". Of several processes, the first measures its own samples, which
-    the trace notes.
+    the trace notes. Where samples are coupled, as by a contrastive loss, signal, noise and noise
+    scale are those of the micro-batches over which gradients are accumulated, if there are several:
+    their gradients are kept until the update.
 
     Args:
-        measures: names of measures of the group "gradients".
+        measures: names of measures of the group "gradients"; "gradients/critical_batch_size" is
+            not one for which that stands, since it takes as long as a hundred training steps.
         every: as in `Trace`.
         to: as in `Trace`.
         log: as in `Trace`.

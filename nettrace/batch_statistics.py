@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -50,6 +51,8 @@ def _affine(node: Any) -> Callable[[_Gradients, _Gradients], _Gradients]:
     def backward(inner: _Gradients, outer: _Gradients) -> _Gradients:
         gradient, *others = inner
         flow = outer[0]
+        if flow is not None and torch.is_grad_enabled():  # with a tape, to be differentiated again
+            return _recorded(node, inner, flow)
         if gradient is None or flow is None:
             return inner
         scale = node._saved_result2
@@ -59,3 +62,17 @@ def _affine(node: Any) -> Callable[[_Gradients, _Gradients], _Gradients]:
         return (flow * scale.detach().view(shape)).to(gradient), *others
 
     return backward
+
+
+def _recorded(node: Any, inner: _Gradients, flow: Tensor) -> _Gradients:
+    """The gradients of an affine map by its input, scale and shift, with their tape."""
+    shape = (1, -1) + (1,) * (flow.dim() - 2)
+    axes = [axis for axis in range(flow.dim()) if axis != 1]
+    mean, scale = (s.detach().view(shape) for s in (node._saved_result1, node._saved_result2))
+    weight = node._saved_weight
+    found = (
+        flow * scale if weight is None else flow * scale * weight.view(shape),
+        (flow * (node._saved_input - mean) * scale).sum(axes),
+        flow.sum(axes),
+    )
+    return tuple(None if g is None else f.to(g) for f, g in zip(found, inner, strict=True))

@@ -83,11 +83,20 @@ class LossJacobian:
     def mean(self, *, per_layer: Literal[True]) -> PerLayer: ...
     def mean(self, *, per_layer: bool = False) -> Tensor | PerLayer:
         """The mean gradient over samples, (P,), or in each parameter's shape if `per_layer`."""
-        weights = torch.full((self.samples, 1), 1 / self.samples, dtype=torch.float64)
-        shares = self.shares.vjp(weights * self._factor, per_layer=True)
-        if self._common is not None:
-            shares = {name: share + self._common[name] for name, share in shares.items()}
+        shares = self.vjp(torch.full((self.samples,), 1 / self.samples, dtype=torch.float64))
         return shares if per_layer else self.shares._flat(shares)
+
+    def vjp(self, w: Tensor) -> PerLayer:
+        """By parameter, in its shape, the sum of the gradients with weights; by one backward pass.
+
+        Args:
+            w: (N,) the weights.
+        """
+        shares = self.shares.vjp(w.unsqueeze(1) * self._factor, per_layer=True)
+        if self._common is None:
+            return shares
+        total = float(w.sum())
+        return {name: share + total * self._common[name] for name, share in shares.items()}
 
     def jvp(self, u: PerLayer) -> PerLayer:
         """By parameter, the inner products (N,) of the gradients with a vector.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from nettrace.curvature import PARTS, PRODUCTS
 from nettrace.jackknife import GROUPS
 from nettrace.pieces import Pieces
 from nettrace.statistics import Statistics
@@ -167,9 +168,19 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(seconds, 1, kept, pieces.pulled(1) + pieces.one_pass, of=("loss_gradients",))
 
 
-@prices("term_products")
+@prices("gradient_curvature")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work()  # of training steps alone
+    """Products with Hessians, each of a pass there, a pass back through it and norms' own."""
+    products = PRODUCTS + PARTS
+    seconds = products * (3 * pieces.vjp + pieces.norms(1)) + 2 * PARTS * pieces.vjp
+    passes = 4 * products + 2 * PARTS
+    fresh = 3 * pieces.one_pass + pieces.chunk(1) + pieces.norms_keep
+    return Work(seconds, passes, 0, fresh, of=("loss_gradients",), instead="take fewer samples")
+
+
+@prices("term_products", "parameter_groups", "gradient_batch")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work()  # of training steps alone, or a number
 
 
 @prices("drawn_sqnorms")

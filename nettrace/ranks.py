@@ -56,9 +56,9 @@ class Ranks:
         """Rows (N, ...) of all processes one after the other; each may have another number."""
         return rows
 
-    def part(self, rows: Tensor, count: int) -> Tensor:
-        """Those of joined rows that came from this process, so many."""
-        return rows
+    def place(self, count: int) -> slice:
+        """Where so many rows of this process's are among those of all."""
+        return slice(0, count)
 
     def add_(self, tensors: Sequence[Tensor]) -> None:
         """Adds up tensors over the processes, in place."""
@@ -134,10 +134,10 @@ class Several(Ranks):
             distributed.all_gather(_real(found), _real([longest])[0])
         return torch.cat([one[:n] for one, n in zip(found, lengths, strict=True)])
 
-    def part(self, rows: Tensor, count: int) -> Tensor:
-        """Those of joined rows that came from this process, so many."""
+    def place(self, count: int) -> slice:
+        """Where so many rows of this process's are among those of all."""
         start = sum(self.each(count)[: self.number])
-        return rows[start : start + count]
+        return slice(start, start + count)
 
     def add_(self, tensors: Sequence[Tensor]) -> None:
         """Adds up tensors over the processes, in place."""

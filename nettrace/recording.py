@@ -138,10 +138,16 @@ class Recorder:
                 if self._allowance.may_help(error) and measure.name not in self._too_large:
                     left.append(measure)
                     continue
+                if self._defers(measure, error):
+                    continue
                 if self.on_error == "raise":
                     raise
                 taken.records[measure.name] = self._missing(measure, step, error)
         return left
+
+    def _defers(self, measure: Measure, error: Exception) -> bool:
+        """Whether what failed is to be found in another way, later."""
+        return False
 
     def _missing(self, measure: Measure, step: int, error: Exception) -> Record:
         reason = told(error)

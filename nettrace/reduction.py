@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ _LINEAR = _names(
 _PRODUCTS = _names("Mul Dot Mv Mm Div")
 #: What makes one number of others that are added, scaled perhaps.
 _ADDITIONS = _names(
-    "Add Sub Rsub Neg Mul Div ToCopy AddBackward1 SubBackward1 RsubBackward1 MulBackward1 "
+    "Add Sub Rsub Neg Mul Div ToCopy View AddBackward1 SubBackward1 RsubBackward1 MulBackward1 "
     "DivBackward1"
 )
 #: Losses that are reduced by the operation itself; the first axis of their inputs counts samples.
@@ -113,11 +114,13 @@ class Reduction:
             "let the network see (samples, rows, ...), or take per-sample losses of shape (N,)"
         )
 
-    def flows(self, loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The loss's own gradients at the roots, and at the common edges."""
+    def flows(
+        self, loss: Tensor, *, create_graph: bool = False
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The loss's own gradients at the roots, and at the common edges, with a tape or not."""
         places = [*(root.edge for root in self.roots), *self.common]
         with _ending_at({place.node for place in places}):
-            found = torch.autograd.grad(loss, places, retain_graph=True)
+            found = torch.autograd.grad(loss, places, retain_graph=True, create_graph=create_graph)
         return list(found[: len(self.roots)]), list(found[len(self.roots) :])
 
 
@@ -129,7 +132,7 @@ class Term:
         name: of the operation that it comes from; "penalty" for all that is computed of parameters
             alone.
         edges: where it enters.
-        flows: () the loss's derivatives by it.
+        flows: the loss's derivatives by it, each one number.
     """
 
     name: str
@@ -150,7 +153,7 @@ def terms_of(loss: Tensor, tape: Tape) -> list[Term]:
         edge = stack.pop()
         inputs = _reaching(edge[0], tape)
         adds = edge[0].name() in _ADDITIONS and _is_linear(edge[0], tape)
-        if adds and all(shape_of(*e) == () for e in inputs):
+        if adds and all(prod(shape_of(*e)) == 1 for e in inputs):
             stack += reversed(inputs)
         else:
             found[edge] = None
@@ -203,11 +206,7 @@ class ReducedGradients(TapeGradients):
     def _entering(
         self, cotangents: Tensor
     ) -> tuple[Sequence[Tensor] | Sequence[GradientEdge], list[Tensor]]:
-        entering = []
-        for root, flow in zip(self._tape.roots, self._flows, strict=True):
-            weights = cotangents.to(flow).repeat_interleave(root.inner, -1)
-            entering.append(flow * weights.view(*weights.shape, *(1,) * (flow.dim() - 1)))
-        return [root.edge for root in self._tape.roots], entering
+        return weighted(self._tape.roots, self._flows, cotangents)
 
     def _autograd(
         self,
@@ -217,6 +216,23 @@ class ReducedGradients(TapeGradients):
     ) -> tuple[Tensor | None, ...]:
         with held(self._tape.held):
             return super()._autograd(places, cotangents, batched)
+
+
+def weighted(
+    roots: Sequence[Root], flows: Sequence[Tensor], weights: Tensor
+) -> tuple[list[GradientEdge], list[Tensor]]:
+    """Where gradients enter the tape, and as what, when each sample's has a weight.
+
+    Args:
+        roots: where the samples are still apart.
+        flows: the loss's gradients there.
+        weights: (..., N) of the samples.
+    """
+    entering = []
+    for root, flow in zip(roots, flows, strict=True):
+        each = weights.to(flow).repeat_interleave(root.inner, -1)
+        entering.append(flow * each.view(*each.shape, *(1,) * (flow.dim() - 1)))
+    return [root.edge for root in roots], entering
 
 
 def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:

@@ -355,6 +355,11 @@ def opaque(outputs: Tensor) -> str | None:
     return None
 
 
+def has_fused_attention(outputs: Tensor) -> bool:
+    """Whether there is attention on the tape whose backward pass cannot be differentiated."""
+    return any(node.name().startswith("ScaledDotProduct") for node in _reachable(outputs))
+
+
 def precision(outputs: Tensor) -> float:
     """The distance from 1 to the next number in the coarsest arithmetic on the tape of `outputs`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from typing import TypeAlias
 
@@ -13,10 +13,12 @@ from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import frozen
 from nettrace.gathered import check_gathering
 from nettrace.measures import Measure
+from nettrace.ownership import CoupledSamplesError
 from nettrace.ranks import Ranks, purpose, ranks
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.statistics import StepStatistics
+from nettrace.statistics.micro_batches import MicroBatchStatistics
 
 #: What gives the statistics of a step.
 Look: TypeAlias = Callable[[int, Ranks], StepStatistics]
@@ -34,6 +36,14 @@ class StepTracer(Recorder):
         super().__init__(on_error, memory_budget, " of the training")
         self._purpose = purpose("StepTracer")
         self._spot_checks = SpotChecks()
+        self._deferrable: Container[str] = ()
+        #: What failed as samples are not told apart, to be found of micro-batches.
+        self._deferred: list[tuple[Measure, CoupledSamplesError]] = []
+
+    @property
+    def reason(self) -> str:
+        """Why some measures wait for micro-batches; empty if none does."""
+        return str(self._deferred[0][1]) if self._deferred else ""
 
     def measure(
         self,
@@ -41,6 +51,7 @@ class StepTracer(Recorder):
         model: nn.Module,
         step: int,
         measures: Sequence[Measure],
+        deferrable: Container[str] = (),
     ) -> list[Record]:
         """Takes some measures of a step.
 
@@ -50,10 +61,12 @@ class StepTracer(Recorder):
             model: the network.
             step: how many updates the weights have had.
             measures: of the statistics of a step.
+            deferrable: the names of those that are left for `conclude` where samples are coupled.
 
         Raises:
             Exception: whatever goes wrong, if `on_error="raise"`.
         """
+        self._deferrable, self._deferred = deferrable, []
         start = time.perf_counter()
         taken = Taken()
         self._allow_all()
@@ -67,6 +80,29 @@ class StepTracer(Recorder):
                 self._allowance.reduce()
         times = taken.times(step, time.perf_counter() - start, "step_")
         return [*taken.in_order(measures), *taken.checks, *times]
+
+    def conclude(self, found: MicroBatchStatistics | None, step: int) -> list[Record]:
+        """Takes what was deferred.
+
+        Args:
+            found: the statistics of micro-batches; None if there are none, so that it is missing.
+            step: how many updates the weights have had.
+
+        Raises:
+            Exception: whatever goes wrong, if `on_error="raise"`.
+        """
+        taken = Taken()
+        deferred, self._deferred, self._deferrable = self._deferred, [], ()
+        self._allow_all()
+        for measure, error in deferred:
+            self._take([measure], step, found or error, {}, taken)
+        return taken.in_order([measure for measure, _ in deferred])
+
+    def _defers(self, measure: Measure, error: Exception) -> bool:
+        if not isinstance(error, CoupledSamplesError) or measure.name not in self._deferrable:
+            return False
+        self._deferred.append((measure, error))
+        return True
 
     def _attempt(
         self,

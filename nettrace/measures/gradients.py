@@ -27,6 +27,7 @@ from nettrace.statistics.kernel import spectrum_of
 
 _SOURCE = "McCandlish et al. 2018, arXiv:1812.06162, appendix A"
 _PARTS = ("gradient_layer_squares", "gradient_layer_overlaps")
+_IN_SAMPLES = (*_PARTS, "gradient_batch")
 _OF_STEP = "of a step's batch, the samples' shares of its loss, times N"
 #: How many samples a tail index takes, at least.
 _FEWEST = 16
@@ -58,43 +59,49 @@ def signal(gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer) 
 
 @measure(
     "gradients/noise",
-    needs=_PARTS,
+    needs=_IN_SAMPLES,
     convention="trace of the covariance of per-sample loss gradients, unbiased, of single samples; "
     "standard error by the jackknife",
     source=_SOURCE,
 )
-def noise(gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer) -> Value:
+def noise(
+    gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer, gradient_batch: float
+) -> Value:
     """The trace of the covariance of per-sample gradients, unbiased."""
-    return _estimate(_noise, _total(gradient_layer_squares), _total(gradient_layer_overlaps))
+    squares, overlaps = _total(gradient_layer_squares), _total(gradient_layer_overlaps)
+    return _estimate(_noise, squares, overlaps, gradient_batch)
 
 
 @measure(
     "gradients/noise_scale",
-    needs=_PARTS,
+    needs=_IN_SAMPLES,
     convention="noise over signal, in samples: the simple noise scale; negative where the samples "
     "do not tell the signal from zero; standard error by the jackknife",
     source=_SOURCE,
 )
-def noise_scale(gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer) -> Value:
+def noise_scale(
+    gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer, gradient_batch: float
+) -> Value:
     """The batch size at which the gradient's signal and noise are equal."""
-    return _estimate(_noise_scale, _total(gradient_layer_squares), _total(gradient_layer_overlaps))
+    squares, overlaps = _total(gradient_layer_squares), _total(gradient_layer_overlaps)
+    return _estimate(_noise_scale, squares, overlaps, gradient_batch)
 
 
 @measure(
     "gradients/signal_to_noise_per_layer",
-    needs=_PARTS,
+    needs=_IN_SAMPLES,
     convention="signal over noise of single samples, by parameter, each unbiased; standard error "
     "by the jackknife",
     dims=["layer"],
     source="Liu et al. 2020, arXiv:2001.07384, definition 1, with sums over a parameter's entries",
 )
 def signal_to_noise_per_layer(
-    gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer
+    gradient_layer_squares: PerLayer, gradient_layer_overlaps: PerLayer, gradient_batch: float
 ) -> Value:
     """Each parameter's ratio of gradient signal to noise."""
     squares = torch.stack(list(gradient_layer_squares.values()), 1)
     overlaps = torch.stack(list(gradient_layer_overlaps.values()), 1)
-    found = _estimate(lambda s, m, n: 1 / _noise_scale(s, m, n), squares, overlaps)
+    found = _estimate(_signal_to_noise, squares, overlaps, 1 / gradient_batch)
     return Value(found.value, found.standard_error, {"layer": list(gradient_layer_squares)})
 
 
@@ -174,6 +181,29 @@ def conflict_per_layer(term_products: tuple[list[str], PerLayer]) -> Value:
 
 
 @measure(
+    "gradients/conflict_per_group",
+    needs=["term_products", "parameter_groups"],
+    convention="cosines between the gradients of the terms that the step's loss is a sum of, over "
+    "the parameters of each of the optimizers' groups",
+    dims=["group", "term", "other_term"],
+    source="Yu et al. 2020, arXiv:2001.06782, definition 1",
+)
+def conflict_per_group(
+    term_products: tuple[list[str], PerLayer], parameter_groups: dict[str, list[str]]
+) -> Value:
+    """Whether the terms of a loss pull each group of parameters the same way."""
+    names, products = term_products
+    cosines = torch.stack(
+        [
+            _cosines(_total({name: products[name] for name in group}))
+            for group in parameter_groups.values()
+        ]
+    )
+    labels = {"group": list(parameter_groups), "term": names, "other_term": list(names)}
+    return Value(cosines, coordinates=labels)
+
+
+@measure(
     "gradients/gram",
     needs=["gradient_gram"],
     convention=f"inner products of per-sample loss gradients; {_OF_STEP}",
@@ -210,8 +240,15 @@ def _noise_scale(square: Tensor, of_mean: Tensor, count: int) -> Tensor:
     return _noise(square, of_mean, count) / _signal(square, of_mean, count)
 
 
+def _signal_to_noise(square: Tensor, of_mean: Tensor, count: int) -> Tensor:
+    return 1 / _noise_scale(square, of_mean, count)
+
+
 def _estimate(
-    function: Callable[[Tensor, Tensor, int], Tensor], squares: Tensor, overlaps: Tensor
+    function: Callable[[Tensor, Tensor, int], Tensor],
+    squares: Tensor,
+    overlaps: Tensor,
+    unit: float = 1.0,
 ) -> Value:
     """A function of those, and its standard error.
 
@@ -219,6 +256,7 @@ def _estimate(
         function: of the mean square, the square of the mean and N.
         squares: (N, ...) |g_n|^2.
         overlaps: (N, ...) the products of g_n with the mean.
+        unit: by what to multiply it.
     """
     count = len(squares)
     if count < 2:
@@ -228,4 +266,4 @@ def _estimate(
     less = (count * square - squares) / (count - 1)
     less_mean = (count**2 * of_mean - 2 * count * overlaps + squares) / (count - 1) ** 2
     error = delete_one_error(function(less, less_mean, count - 1))
-    return Value(function(square, of_mean, count), error)
+    return Value(unit * function(square, of_mean, count), unit * error)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
 
+from nettrace.curvature import Curvature, Twice, curvature
 from nettrace.differentiate import parse_bytes, reduced_jacobian
 from nettrace.gradients import strided
 from nettrace.operator import PerLayer
@@ -19,13 +22,14 @@ from nettrace.reduction import tape_of, terms_of
 from nettrace.shared_gradients import shared_losses
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable
-from nettrace.tape import opaque
+from nettrace.tape import has_fused_attention, opaque
 
 
 class GradientStatistics(ABC):
     """Inner products of per-sample loss gradients."""
 
     samples: int
+    step: int
     #: Above this number of samples, the inner products of all pairs by layer are not made.
     most_pairs = 512
 
@@ -51,6 +55,26 @@ class GradientStatistics(ABC):
             return torch.stack([gram.double() for gram in self._layer_grams.values()]).sum(0)
         return self.loss_gradients.gram().double()
 
+    @cached_property
+    def gradient_curvature(self) -> Curvature:
+        """The curvature that each part of the samples has along the gradients of the others."""
+        return curvature(self.loss_gradients, self._twice, self.step)
+
+    @property
+    @abstractmethod
+    def _twice(self) -> Twice:
+        """Gradients of the losses, to be differentiated again."""
+
+    @property
+    def gradient_batch(self) -> float:
+        """How many samples each gradient is the mean over: 1, but for those of micro-batches."""
+        return 1.0
+
+    @property
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """By optimizer's parameter group, the names of its parameters."""
+        raise Inapplicable("the groups of an optimizer are those of a training step")
+
     @property
     def term_products(self) -> tuple[list[str], PerLayer]:
         """The names of a step's loss terms, and by parameter the products of their gradients."""
@@ -58,7 +82,7 @@ class GradientStatistics(ABC):
 
     @cached_property
     def _layer_grams(self) -> PerLayer:
-        return _finite(self.loss_gradients.gram(per_layer=True))
+        return finite(self.loss_gradients.gram(per_layer=True))
 
     @cached_property
     def _squares_and_overlaps(self) -> tuple[PerLayer, PerLayer]:
@@ -67,12 +91,17 @@ class GradientStatistics(ABC):
             squares = {name: gram.diagonal() for name, gram in grams.items()}
             return squares, {name: gram.mean(1) for name, gram in grams.items()}
         gradients = self.loss_gradients
-        norms = _finite(gradients.norms(per_layer=True))
+        norms = finite(gradients.norms(per_layer=True))
         squares = {name: norm.double().square() for name, norm in norms.items()}
         return squares, gradients.jvp(gradients.mean(per_layer=True))
 
 
-def _finite(shares: PerLayer) -> PerLayer:
+def finite(shares: PerLayer) -> PerLayer:
+    """Shares of parameters, as they are.
+
+    Raises:
+        ValueError: if some are not finite, with the parameter.
+    """
     for name, share in shares.items():
         if not bool(share.isfinite().all()):
             raise ValueError(
@@ -90,6 +119,15 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
         """The Jacobian of the samples' losses."""
         return LossJacobian(self.jacobian.project(self.scores.unsqueeze(0)))
 
+    @property
+    def _twice(self) -> Twice:
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        losses = self._losses
+        if has_fused_attention(losses):
+            with sdpa_kernel(SDPBackend.MATH):
+                losses = self._losses_of(self._own, self._own.look(self._model))
+        return Twice.of_losses(losses, parameters, self._ranks)
+
 
 class StepStatistics(GradientStatistics):
     """Those of the loss of a training step.
@@ -102,6 +140,7 @@ class StepStatistics(GradientStatistics):
         memory_budget: as in `nettrace.jacobian`.
         scale: by what the loss is multiplied, as against the underflow of half precision.
         notes: what else to note beside each measure.
+        optimizers: those that update the weights.
         ranks: the processes, whose losses are averaged, that make the step together; samples and
             loss are those of this process.
 
@@ -119,6 +158,7 @@ class StepStatistics(GradientStatistics):
         memory_budget: int | str = "2GiB",
         scale: float = 1.0,
         notes: Mapping[str, str] | None = None,
+        optimizers: Sequence[Optimizer] = (),
         ranks: Ranks = ALONE,
     ) -> None:
         if hidden := opaque(loss):
@@ -136,6 +176,7 @@ class StepStatistics(GradientStatistics):
         with ranks.together():
             own = reduced_jacobian(loss, model, samples, "mean", self._memory, scale)
         self._gradients = shared_losses(own, ranks)
+        self._optimizers = optimizers
         self._own_samples, self.samples = samples, self._gradients.samples
         self.step = step
 
@@ -149,6 +190,32 @@ class StepStatistics(GradientStatistics):
     def loss_gradients(self) -> LossJacobian:
         """The Jacobian of what the samples contribute: its rows' mean is the step's gradient."""
         return self._gradients
+
+    @property
+    def _twice(self) -> Twice:
+        return Twice.of_step(
+            *(self._loss, self._own_samples, self._parameters, self._constants, self._scale),
+            self._ranks,
+        )
+
+    @cached_property
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """By optimizer's parameter group, by its `name` or number, the names of its parameters.
+
+        Raises:
+            Inapplicable: if there is but one with parameters of the network.
+        """
+        names = {id(p): name for name, p in self._parameters.items()}
+        found: dict[str, list[str]] = {}
+        groups = [group for one in self._optimizers for group in one.param_groups]
+        for number, group in enumerate(groups):
+            own = [names[id(p)] for p in group["params"] if id(p) in names]
+            name = str(group.get("name", f"group{number}"))
+            if own:
+                found[name if name not in found else f"{name} {number}"] = own
+        if len(found) < 2:
+            raise Inapplicable("all parameters are of one group")
+        return found
 
     @cached_property
     def term_products(self) -> tuple[list[str], PerLayer]:

@@ -66,7 +66,7 @@ class Look:
         "loss_gradient_column_sqnorms fisher_sqnorms fisher_layer_sqnorms fisher_column_sqnorms "
         "fisher_eigenvalues fisher_layer_eigenvalues fisher_metric drawn_sqnorms hessian_traces "
         "centred_trace linearised_losses gradient_layer_squares gradient_layer_overlaps "
-        "gradient_gram".split()
+        "gradient_gram gradient_curvature".split()
     )
 
     def __init__(

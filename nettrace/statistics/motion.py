@@ -64,7 +64,7 @@ class MotionStatistics(KernelStatistics):
         if first.step == self.step:
             return self.outputs
         state = {**first["constants"], **first["weights"]}
-        before = self._ranks.part(first["outputs"], len(self._outputs))
+        before = first["outputs"][self._ranks.place(len(self._outputs))]
         own = linearised(self._model, self._own, state, before, self._memory)
         return self._ranks.join(own)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import training
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -529,3 +531,60 @@ def test_nothing_is_watched_after_a_hook_has_failed(monkeypatch: pytest.MonkeyPa
     with pytest.warns(nt.MissingMeasureWarning, match="measures no more in this training"):
         training.fit([GradientStatistics(every=1)], Plain(), data, max_steps=1)
     assert (Tensor.register_hook, "retain_grad" in vars(Tensor)) == before
+
+
+def test_the_critical_batch_size_and_the_groups_of_a_training(tmp_path: Any) -> None:
+    class Grouped(SeveralTerms):
+        def configure_optimizers(self) -> Any:
+            named = {"params": self.encoder.parameters(), "name": "encoder"}
+            rest = [*self.decoder.parameters(), *self.classifier.parameters()]
+            return torch.optim.AdamW([named, {"params": rest}], 0.01)
+
+    found = []
+    names = ["gradients", "gradients/critical_batch_size"]
+    for callbacks in ([], [GradientStatistics(names, every=1, to=tmp_path)]):
+        torch.manual_seed(0)
+        module = Grouped()
+        make = STYLES["several terms"][1]
+        its = training.fit(callbacks, module, DataLoader(Data(make), BATCH), max_steps=STEPS)
+        found.append({**training.result(its, module), "course": []})
+    assert training.differences(*found) == []
+    trace = nt.open(tmp_path)
+    assert np.isfinite(trace.gradients_critical_batch_size.values).all()
+    assert trace.term.values.tolist() == ["MseLoss", "NllLoss", "Sum", "Mean"]
+    assert trace.gradients_conflict_per_group.shape == (STEPS, 2, 4, 4)
+    assert trace.group.values.tolist() == ["encoder", "group1"]
+
+
+class Fuses(Plain):
+    """Attention whose backward pass cannot be differentiated, unless `apart`."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.net, self.dropout = nn.Linear(1, 12), nn.Dropout(0.2)
+        self.head, self.apart = nn.Linear(4, 3), apart
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        q, k, v = self.dropout(self.net(batch[0][:, None, :, None])).chunk(3, -1)
+        with sdpa_kernel(SDPBackend.MATH) if self.apart else nullcontext():
+            found = F.scaled_dot_product_attention(q, k, v)
+        return F.cross_entropy(self.head(found.mean((1, 2))), batch[1])
+
+
+def test_fused_attention_is_evaluated_again_to_be_differentiated_twice(tmp_path: Any) -> None:
+    found, weights = {}, []
+    names = ["gradients/critical_batch_size", "gradients/noise"]
+    for kind in ("none", "fused", "apart"):
+        torch.manual_seed(0)
+        module = Fuses(kind == "apart").double()
+        statistics = GradientStatistics(names, every=1, to=tmp_path / kind)
+        data = DataLoader(Data(lambda x, y, t: (x.double(), y)), BATCH)
+        its = training.fit([statistics] * (kind != "none"), module, data, max_steps=STEPS)
+        weights.append({**training.result(its, module), "course": []})
+        found[kind] = None if kind == "none" else nt.open(tmp_path / kind)
+    assert training.differences(weights[0], weights[1]) == []
+    fused, apart = found["fused"], found["apart"]
+    for name in ("gradients_critical_batch_size", "gradients_noise"):
+        assert fused[name].values == pytest.approx(apart[name].values, rel=1e-6)
+        assert "cannot be differentiated twice" in str(fused[name].attrs["evaluated"])
+        assert "evaluated" not in apart[name].attrs

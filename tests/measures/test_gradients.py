@@ -171,7 +171,8 @@ def test_the_tail_index_of_pareto_distances(index):
     assert np.std(estimates) == pytest.approx(np.mean(errors), rel=0.2)
 
 
-def test_conflicts_are_cosines_between_the_gradients_of_terms():
+@pytest.mark.parametrize("shape", [None, (), (1,)])
+def test_conflicts_are_cosines_between_the_gradients_of_terms(shape):
     model, (x, y) = mlp(), batch()
     parts = [
         F.cross_entropy(model(x), y),
@@ -179,9 +180,8 @@ def test_conflicts_are_cosines_between_the_gradients_of_terms():
         0.1 * sum(p.square().sum() for p in model.parameters()),
     ]
     g = [torch.autograd.grad(part, list(model.parameters()), retain_graph=True) for part in parts]
-    found = of_step(
-        model, sum(parts), len(x), ["gradients/conflict", "gradients/conflict_per_layer"]
-    )
+    loss = sum(parts) if shape is None else sum(part.view(shape) for part in parts).view(())
+    found = of_step(model, loss, len(x), ["gradients/conflict", "gradients/conflict_per_layer"])
     flat = np.stack([torch.cat([h.flatten() for h in one]).numpy() for one in g])
     unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     conflict = found["gradients/conflict"]
@@ -192,6 +192,46 @@ def test_conflicts_are_cosines_between_the_gradients_of_terms():
         unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
         value = found["gradients/conflict_per_layer"].value[layer]
         assert value == pytest.approx(unit @ unit.T)
+
+
+def groups(model, named):
+    """Two optimizers with three groups; one more has a tensor that is none of the model's."""
+    first, last = model[0], model[2]
+    name = {"name": "head"} if named else {}
+    return [
+        torch.optim.SGD([{"params": first.weight}, {"params": last.parameters(), **name}], 0.1),
+        torch.optim.SGD([torch.ones(3, requires_grad=True)], 0.1),
+        torch.optim.SGD([{"params": first.bias, **name}], 0.1),
+    ]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_conflicts_within_each_group_of_the_optimizers(named):
+    model, (x, y) = mlp(), batch()
+    parts = [F.cross_entropy(model(x), y), 0.5 * model(x).square().mean()]
+    found = of_step(
+        *(model, sum(parts), len(x), ["gradients/conflict_per_group"]),
+        optimizers=groups(model, named),
+    )["gradients/conflict_per_group"]
+    labels = ["group0", "head", "head 3"] if named else ["group0", "group1", "group3"]
+    assert found.coordinates["group"] == labels
+    assert found.coordinates["term"] == ["NllLoss", "Mean"]
+    several = [[model[0].weight], list(model[2].parameters()), [model[0].bias]]
+    for value, parameters in zip(found.value, several, strict=True):
+        g = [torch.autograd.grad(part, parameters, retain_graph=True) for part in parts]
+        flat = np.stack([torch.cat([h.flatten() for h in one]).numpy() for one in g])
+        unit = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+        assert value == pytest.approx(unit @ unit.T)
+
+
+@pytest.mark.parametrize("optimizers", [0, 1])
+def test_one_group_has_no_conflicts_of_its_own(optimizers):
+    model, (x, y) = mlp(), batch()
+    loss = F.cross_entropy(model(x), y) + model(x).square().mean()
+    several = [torch.optim.SGD(model.parameters(), 0.1)] * optimizers
+    found = of_step(model, loss, len(x), optimizers=several)
+    assert "gradients/conflict" in found
+    assert "gradients/conflict_per_group" not in found
 
 
 def test_one_term_has_no_conflicts():
