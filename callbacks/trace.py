@@ -14,6 +14,7 @@ from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.request import Request
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation
+from nettrace.measures import resolve
 from nettrace.missing import warn_missing
 from nettrace.recording import OnError
 from nettrace.schedule import Every
@@ -170,8 +171,16 @@ class GradientStatistics(Trace):
     "gradients/noise_backward_2". Of several processes, the first measures its own samples, which
     the trace notes.
 
+    Also the kernel and the Fisher information, where the tape tells what the outputs are: "ntk" and
+    "fisher", or their measures by name, for a loss that is cross-entropy (of classes or
+    probabilities, smoothed, weighted or with targets to ignore), binary cross-entropy, a squared
+    error or that of counts by their logarithmic rates. The batch of the step is then the probe, in
+    the network's own mode; what was found is noted beside each value, and another loss is the
+    reason for what is missing. Weights in the loss make no difference, but for zeros.
+
     Args:
-        measures: names of measures of the group "gradients".
+        measures: names of measures or groups; of a group, those that a training step has: none that
+            compare with an earlier look, as batches differ.
         every: as in `Trace`.
         to: as in `Trace`.
         log: as in `Trace`.
@@ -197,8 +206,13 @@ class GradientStatistics(Trace):
         on_error: OnError = "record",
         budget: float | None = None,
     ) -> None:
+        names = [measures] if isinstance(measures, str) else list(measures or ())
+        known = StepStatistics.known()
+        found = {
+            name: [m.name for m in resolve(name) if known.issuperset(m.needs)] for name in names
+        }
         super().__init__(
-            measures,
+            [one for name in names for one in found[name] or [name]],
             every=every,
             to=to,
             log=log,
@@ -206,7 +220,7 @@ class GradientStatistics(Trace):
             on_error=on_error,
             budget=budget,
         )
-        others = [m.name for m in self.measures if not set(m.needs) <= StepStatistics.known()]
+        others = [m.name for m in self.measures if not known.issuperset(m.needs)]
         if others:
             raise ValueError(
                 f"{others[0]!r} is not measured in training steps, but on a probe: pass it to Trace"

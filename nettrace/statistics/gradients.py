@@ -91,7 +91,7 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
         return LossJacobian(self.jacobian.project(self.scores.unsqueeze(0)))
 
 
-class StepStatistics(GradientStatistics):
+class StepGradientStatistics(GradientStatistics):
     """Those of the loss of a training step.
 
     Args:
