@@ -11,8 +11,9 @@ from torch import Tensor
 from nettrace.certificate import SpotCheckError
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import Categorical, Likelihood
-from nettrace.logits import LogitGradients, Logits
+from nettrace.logits import LogitGradients, Logits, NoLikelihoodError
 from nettrace.operator import Jacobian, OverBudgetError
+from nettrace.ownership import CoupledSamplesError
 from nettrace.statistics.gradients import StepGradientStatistics
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
@@ -62,9 +63,18 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
     def _seed(self) -> int:  # type: ignore[override]
         return self.step
 
-    @cached_property
+    @property
     def _logits(self) -> Logits:
-        return Logits.behind(self._loss, self.samples, self._parameters, self._constants)
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
+
+    @cached_property
+    def _found(self) -> Logits | Exception:
+        try:
+            return Logits.behind(self._loss, self.samples, self._parameters, self._constants)
+        except (NoLikelihoodError, CoupledSamplesError) as error:  # the same for each measure
+            return error
 
     @cached_property
     def outputs(self) -> Tensor:
