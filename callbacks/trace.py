@@ -208,11 +208,9 @@ class GradientStatistics(Trace):
     ) -> None:
         names = [measures] if isinstance(measures, str) else list(measures or ())
         known = StepStatistics.known()
-        found = {
-            name: [m.name for m in resolve(name) if known.issuperset(m.needs)] for name in names
-        }
+        groups = [[m.name for m in resolve([n]) if known.issuperset(m.needs)] or [n] for n in names]
         super().__init__(
-            [one for name in names for one in found[name] or [name]],
+            [name for group in groups for name in group],
             every=every,
             to=to,
             log=log,

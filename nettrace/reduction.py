@@ -281,12 +281,11 @@ def _is_mixed(node: Any, layout: Layout, tape: Tape) -> bool:
         return False
     if rows.dtype in (torch.bool, torch.uint8):
         rows = rows.nonzero()[:, 0]
-    rows = rows.reshape(len(rows), -1)[:, 0]
-    if len(rows) != layout.inner * tape.samples:
+    if rows.dim() == 0 or len(rows) != layout.inner * tape.samples:
         return False  # as where other indices say which of these make a row
-    owners = (rows % length // (length // tape.samples)).view(-1, layout.inner)
+    owners = rows.reshape(-1, layout.inner, *rows.shape[1:]) % length // (length // tape.samples)
     alike = bool((owners == owners[:, :1]).all())
-    return not alike or len(owners[:, 0].unique()) != tape.samples
+    return not alike or len(owners.flatten(1)[:, 0].unique()) != tape.samples
 
 
 def _is_apart(edge: _Edge, tape: Tape) -> bool:

@@ -400,21 +400,59 @@ def test_tokens_that_are_picked_are_not_taken_for_samples(each: int) -> None:
             assert found["ntk/gram"].value == pytest.approx(true.numpy(), abs=1e-10)
 
 
-def test_a_probe_gives_the_same() -> None:
+PROBES: dict[str, tuple[Tensor, dict[str, str], Callable[[Tensor], Tensor]]] = {
+    "classes": (Y, {}, lambda z: F.cross_entropy(z, Y)),
+    "real": (REAL, {}, lambda z: F.mse_loss(z, REAL)),
+    "yes": (
+        YES,
+        {"likelihood": "bernoulli"},
+        lambda z: F.binary_cross_entropy_with_logits(z, YES, pos_weight=WEIGHTS),
+    ),
+    "counts": (COUNTS, {"likelihood": "poisson"}, lambda z: F.poisson_nll_loss(z, COUNTS)),
+}
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_a_probe_gives_the_same(kind: str) -> None:
     """All that a step and a probe both have, but what is drawn."""
+    targets, options, loss = PROBES[kind]
     model = network()
-    names = known(["ntk", "fisher", "collective"])
-    tracer = Tracer(Probe(X, Y), names, on_error="raise", max_seconds=None)
+    names = known(["ntk", "fisher", "collective", "loss"])
+    tracer = Tracer(Probe(X, targets, **options), names, on_error="raise", max_seconds=None)
     of_probe = {record.name: record for record in tracer(model, step=0)}
-    found = of_step(model, F.cross_entropy(model(X), Y), names)
-    assert {"ntk/alignment", "ntk/class_ratio", "ntk/residual_modes"} <= set(found)
+    found = of_step(model, loss(model(X)), names)
+    assert {"ntk/alignment", "ntk/residual_modes", "ntk/entropy_traced"} <= set(found)
     assert {"fisher/trace_empirical", "collective/chi_loss"} <= set(found)
+    assert ("ntk/class_ratio" in found) == (kind == "classes")
     for name in names:
-        value = of_probe[name].value
+        if name not in of_probe:
+            assert name not in found
+            continue
+        value, error = of_probe[name].value, of_probe[name].standard_error
         assert found[name].value == pytest.approx(value, rel=1e-8, abs=1e-10, nan_ok=True)
-        if of_probe[name].standard_error is not None:
-            error = of_probe[name].standard_error
+        if error is not None:
             assert found[name].standard_error == pytest.approx(error, rel=1e-6)
+
+
+def test_what_the_tape_does_not_keep_is_missing_alone() -> None:
+    model = network()
+    loss = ((model(X) - REAL) ** 2).mean()
+    with pytest.warns(nt.MissingMeasureWarning, match="mse_loss"):
+        found = of_step(model, loss, ["ntk", "fisher"])
+    assert {n for n, r in found.items() if r.missing} == {
+        "ntk/alignment",
+        "ntk/alignment_centred",
+        "ntk/class_blocks",
+        "ntk/class_ratio",
+    }
+    model = network("texts")
+    with pytest.warns(nt.MissingMeasureWarning, match="targets of the step are ignored"):
+        found = of_step(model, next_tokens(model(TEXTS[:, :-1]), PADDED), ["ntk/alignment"])
+    assert found["ntk/alignment"].missing
+    model = network()
+    with pytest.warns(nt.MissingMeasureWarning, match="are probabilities, and no classes"):
+        found = of_step(model, mixup(model(X)), ["ntk/alignment"])
+    assert found["ntk/alignment"].missing
 
 
 def test_statistics_of_the_batch_are_held_constant() -> None:
