@@ -92,6 +92,11 @@ def mixup(z: Tensor) -> Tensor:
     return 0.3 * F.cross_entropy(z, Y) + 0.7 * F.cross_entropy(z, Y.flip(0))
 
 
+def with_entropy(z: Tensor) -> Tensor:
+    logs = z.log_softmax(1)
+    return F.nll_loss(logs, Y) - 3 * (logs.exp() * logs).sum(1).mean()
+
+
 def distribution(z: Tensor) -> Tensor:
     return -torch.distributions.Categorical(logits=z).log_prob(Y).mean()
 
@@ -161,6 +166,7 @@ CASES = {
     "mixup": classes(mixup),
     "temperature": classes(lambda z: F.cross_entropy(z / 0.3, Y), outputs=lambda z: z / 0.3),
     "penalised": classes(lambda z: F.cross_entropy(z, Y) + z.abs().mean()),
+    "penalised by entropy": classes(with_entropy),
     "in single precision": classes(lambda z: F.cross_entropy(z.float(), Y)),
     "with logits": yes(lambda z: F.binary_cross_entropy_with_logits(z, YES)),
     "with logits, summed": yes(lambda z: nn.BCEWithLogitsLoss(reduction="sum")(z, SHARES)),
@@ -347,6 +353,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda z: ((z[:, :1] - REAL[:, 0]) ** 2).mean(),
         "PowBackward0",
     ),
+    "targets broadcast by the loss": (
+        lambda z: F.mse_loss(z[:, :1], REAL[:, 0]),
+        "MseLossBackward0",
+    ),
     "contrasts": (contrastive, "samples are coupled"),
     "classes along samples": (lambda z: -(z.log_softmax(0) * SHARES).mean(), "coupled"),
     "nothing counts": (
@@ -357,6 +367,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
 @pytest.mark.filterwarnings("ignore::nettrace.MissingMeasureWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_likelihood_is_refused_with_what_was_found(name: str) -> None:
@@ -432,6 +443,32 @@ def test_a_probe_gives_the_same(kind: str) -> None:
         assert found[name].value == pytest.approx(value, rel=1e-8, abs=1e-10, nan_ok=True)
         if error is not None:
             assert found[name].standard_error == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.mse_loss(z, REAL),
+        lambda z: F.mse_loss(REAL, z, reduction="sum"),
+        lambda z: ((z - REAL) ** 2).mean(),
+        lambda z: (REAL - z).square().sum(1).mean() / 2,
+    ],
+)
+def test_residuals_have_their_sign(loss: Callable[[Tensor], Tensor]) -> None:
+    model = network()
+    scores = StepStatistics(loss(model(X)), model, N, 0).scores
+    assert torch.allclose(scores, model(X).detach() - REAL)
+
+
+def test_a_penalty_on_weights_is_no_squared_error() -> None:
+    model = network()
+    anchored = sum(
+        (torch.rand_like(p) * (p - p.detach() + 0.1) ** 2).sum() for p in model.parameters()
+    )
+    found = of_step(model, F.cross_entropy(model(X), Y) + anchored, ["ntk/trace"])["ntk/trace"]
+    plain = of_step(model, F.cross_entropy(model(X), Y), ["ntk/trace"])["ntk/trace"]
+    assert found.value == plain.value
+    assert "a penalty on parameters" in found.attributes["beside"]
 
 
 def test_what_the_tape_does_not_keep_is_missing_alone() -> None:
