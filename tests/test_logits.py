@@ -233,7 +233,10 @@ def known(names: list[str]) -> list[str]:
 def of_step(model: nn.Module, loss: Tensor, names: list[str], **options: Any) -> dict[str, Any]:
     options = {"scale": 1.0, **options}
     records = StepTracer("record").measure(
-        lambda memory: StepStatistics(loss, model, N, 0, **options), model, 0, resolve(known(names))
+        lambda memory, ranks: StepStatistics(loss, model, N, 0, ranks=ranks, **options),
+        model,
+        0,
+        resolve(known(names)),
     )
     return {record.name: record for record in records}
 

@@ -14,6 +14,7 @@ from nettrace.likelihood import Categorical, Likelihood
 from nettrace.logits import LogitGradients, Logits, NoLikelihoodError
 from nettrace.operator import Jacobian, OverBudgetError
 from nettrace.ownership import CoupledSamplesError
+from nettrace.shared_gradients import shared
 from nettrace.statistics.gradients import StepGradientStatistics
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
@@ -71,8 +72,14 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
 
     @cached_property
     def _found(self) -> Logits | Exception:
+        given = (self._loss, self._own_samples, self._parameters, self._constants)
         try:
-            return Logits.behind(self._loss, self.samples, self._parameters, self._constants)
+            with self._ranks.together():
+                found = Logits.behind(*given)
+            shapes = self._ranks.each((found.likelihood.name, found.shape[1:]))
+            if len(set(shapes)) > 1:
+                raise NoLikelihoodError(f"the processes have outputs of several kinds: {shapes}")
+            return found
         except (NoLikelihoodError, CoupledSamplesError) as error:  # the same for each measure
             return error
 
@@ -84,7 +91,7 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
                 "the tape of a squared error that is written out does not keep the outputs: take "
                 "torch.nn.functional.mse_loss, or a probe"
             )
-        return self._logits.values
+        return self._ranks.join(self._logits.values)
 
     @cached_property
     def likelihood(self) -> Likelihood:
@@ -104,23 +111,23 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of the likelihood's losses by the outputs, at the step's targets."""
-        return self._logits.scores.reshape(self.samples, -1)
+        return self._ranks.join(self._logits.scores).reshape(self.samples, -1)
 
     @cached_property
     def targets(self) -> Tensor:
         """The step's targets: classes, or real numbers in the outputs' shape."""
         found = self._logits
-        if not bool(found.counted.all()):
+        if not all(self._ranks.each(bool(found.counted.all()))):
             raise Unavailable("some targets of the step are ignored")
         if isinstance(found.likelihood, Categorical):
             axis = found.likelihood.axis
-            shares = self.outputs.exp() - found.scores
+            shares = self.outputs.exp() - self.scores.view_as(self.outputs)
             if float((shares.amax(axis) - 1).abs().max()) > 1e-3:
                 raise Unavailable("the targets of the step are probabilities, and no classes")
             return shares.argmax(axis)
         means = {"bernoulli": torch.sigmoid, "poisson": torch.exp}
         mean = means.get(found.likelihood.name, torch.Tensor.detach)(self.outputs)
-        return mean - found.scores
+        return mean - self.scores.view_as(mean)
 
     @cached_property
     def _unchecked(self) -> Jacobian:
@@ -137,7 +144,7 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
     def _jacobian_of(self, centred: int | None) -> Jacobian:
         memory = self._memory
         gradients = LogitGradients(self._loss, self._logits, self._parameters, memory, centred)
-        return Jacobian(gradients, memory)
+        return shared(Jacobian(gradients, memory), self._ranks)
 
     @cached_property
     def centred_trace(self) -> Estimate:
@@ -154,8 +161,8 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
 
     @property
     def _parametrised(self) -> Tensor:
-        values = self._logits.values
-        return self._logits.scores if values is None else values
+        found = self._logits
+        return self._ranks.join(found.scores if found.values is None else found.values)
 
     @cached_property
     def fisher_metric(self) -> Tensor:
