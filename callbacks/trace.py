@@ -14,6 +14,7 @@ from nettrace.callbacks.lightning import Callback
 from nettrace.callbacks.request import Request
 from nettrace.callbacks.session import Session
 from nettrace.explanation import Explanation
+from nettrace.measures import resolve
 from nettrace.missing import told, warn_missing
 from nettrace.recording import OnError
 from nettrace.schedule import Every
@@ -178,9 +179,17 @@ class GradientStatistics(Trace):
     scale are those of the micro-batches over which gradients are accumulated, if there are several:
     their gradients are kept until the update.
 
+    Also the kernel and the Fisher information, where the tape tells what the outputs are: "ntk" and
+    "fisher", or their measures by name, for a loss that is cross-entropy (of classes or
+    probabilities, smoothed, weighted or with targets to ignore), binary cross-entropy, a squared
+    error or that of counts by their logarithmic rates. The batch of the step is then the probe, in
+    the network's own mode; what was found is noted beside each value, and another loss is the
+    reason for what is missing. Weights in the loss make no difference, but for zeros.
+
     Args:
-        measures: names of measures of the group "gradients"; "gradients/critical_batch_size" is
-            not one for which that stands, since it takes as long as a hundred training steps.
+        measures: names of measures or groups; of a group, those that a training step has: none that
+            compare with an earlier look, as batches differ. "gradients/critical_batch_size" is one
+            for which no group stands, since it takes as long as a hundred training steps.
         every: as in `Trace`.
         to: as in `Trace`.
         log: as in `Trace`.
@@ -206,8 +215,11 @@ class GradientStatistics(Trace):
         on_error: OnError = "record",
         budget: float | None = None,
     ) -> None:
+        names = [measures] if isinstance(measures, str) else list(measures or ())
+        known = StepStatistics.known()
+        groups = [[m.name for m in resolve([n]) if known.issuperset(m.needs)] or [n] for n in names]
         super().__init__(
-            measures,
+            [name for group in groups for name in group],
             every=every,
             to=to,
             log=log,
@@ -215,7 +227,7 @@ class GradientStatistics(Trace):
             on_error=on_error,
             budget=budget,
         )
-        others = [m.name for m in self.measures if not set(m.needs) <= StepStatistics.known()]
+        others = [m.name for m in self.measures if not known.issuperset(m.needs)]
         if others:
             raise ValueError(
                 f"{others[0]!r} is not measured in training steps, but on a probe: pass it to Trace"

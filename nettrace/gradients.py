@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from nettrace import rules
+from nettrace.batch_statistics import held
 from nettrace.hooks import is_hooked
 from nettrace.kernels import Dense, Factor, Outer, Still, Sum, dense, total
 from nettrace.ownership import Edge, Ownership, attribute
@@ -72,6 +73,7 @@ class Gradients(ABC):
         places: Sequence[Tensor] | Sequence[GradientEdge],
         cotangents: Tensor,
         batched: bool = False,
+        create_graph: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Pulls one cotangent, or K if `batched`, back to places on the tape."""
         roots, entering = self._entering(cotangents)
@@ -82,6 +84,7 @@ class Gradients(ABC):
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=batched,
+            create_graph=create_graph,
         )
 
     def _entering(
@@ -199,6 +202,10 @@ class TapeGradients(Gradients):
         self._tape = tape
         self._memory = memory
         self._stills: dict[tuple[Any, ...], Still] = {}
+
+    def _autograd(self, *arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+        with held(self._tape.held):
+            return super()._autograd(*arguments, **options)
 
     def layers(self, apart: bool) -> list[Layer]:
         """The parameters with a use; a weight and its bias together unless wanted apart."""

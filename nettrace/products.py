@@ -30,12 +30,10 @@ class Pushforward:
         self._v = v.detach().to(gradients.outputs).requires_grad_()
         with torch.enable_grad():
             cotangent = self._v if mix is None else torch.einsum("nk,knc->nc", self._v, mix)
-            pulled = torch.autograd.grad(
-                gradients.outputs,
+            pulled = gradients._autograd(
                 list(gradients.parameters.values()),
                 cotangent.view_as(gradients.outputs),
                 create_graph=True,
-                allow_unused=True,
             )
         self._pulled = {
             name: gradients.scaled(name, g)

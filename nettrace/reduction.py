@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from nettrace.batch_statistics import held
 from nettrace.gradients import TapeGradients
 from nettrace.layout import Layout, layouts
 from nettrace.ownership import CoupledSamplesError
@@ -89,21 +89,33 @@ class Reduction:
             raise CoupledSamplesError("the loss is computed of parameters alone, of no sample")
         return cls(roots, [GradientEdge(*e) for e, is_common in found.items() if is_common])
 
-    def check_order(self, tape: Tape) -> None:
-        """Checks that where there are several rows a sample, they are seen to follow each other.
+    @staticmethod
+    def check_order(tape: Tape) -> None:
+        """Checks that rows belong to the samples whose place they have, as far as can be seen.
+
+        Where there are several rows a sample, they are to follow each other.
 
         Args:
             tape: that behind one of the roots.
 
         Raises:
-            CoupledSamplesError: if nothing on the tape has the samples on an axis of their own.
+            CoupledSamplesError: if nothing on the tape has the samples on an axis of their own, or
+                rows are picked without regard to samples.
         """
         (root,) = tape.roots
+        known = layouts(tape)
+        for node in tape.nodes:
+            if isinstance(layout := known.get((node, 0)), Layout) and _is_mixed(node, layout, tape):
+                raise CoupledSamplesError(
+                    f"the loss is made of rows that {node.name()} picked, not as many of each of "
+                    f"the {tape.samples} samples, one sample after the other: keep the rows, and "
+                    "mask what does not count by weights, or by targets to ignore"
+                )
         if root.inner == 1 or any(
             isinstance(layout, Layout)
             and layout.inner == 1
             and shape_of(node, nr)[layout.dim] == tape.samples
-            for (node, nr), layout in layouts(tape).items()
+            for (node, nr), layout in known.items()
         ):
             return
         rows = root.inner * tape.samples
@@ -119,7 +131,7 @@ class Reduction:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The loss's own gradients at the roots, and at the common edges, with a tape or not."""
         places = [*(root.edge for root in self.roots), *self.common]
-        with _ending_at({place.node for place in places}):
+        with ending_at({place.node for place in places}):
             found = torch.autograd.grad(loss, places, retain_graph=True, create_graph=create_graph)
         return list(found[: len(self.roots)]), list(found[len(self.roots) :])
 
@@ -151,14 +163,14 @@ def terms_of(loss: Tensor, tape: Tape) -> list[Term]:
     stack = [edge_key(get_gradient_edge(loss))]
     while stack:
         edge = stack.pop()
-        inputs = _reaching(edge[0], tape)
-        adds = edge[0].name() in _ADDITIONS and _is_linear(edge[0], tape)
+        inputs = reaching(edge[0], tape)
+        adds = edge[0].name() in _ADDITIONS and is_linear(edge[0], tape)
         if adds and all(prod(shape_of(*e)) == 1 for e in inputs):
             stack += reversed(inputs)
         else:
             found[edge] = None
     places = [GradientEdge(*edge) for edge in found]
-    with _ending_at({node for node, _ in found}):
+    with ending_at({node for node, _ in found}):
         flows = torch.autograd.grad(loss, places, retain_graph=True)
     terms: dict[str, Term] = {}
     for place, flow in zip(places, flows, strict=True):
@@ -208,15 +220,6 @@ class ReducedGradients(TapeGradients):
     ) -> tuple[Sequence[Tensor] | Sequence[GradientEdge], list[Tensor]]:
         return weighted(self._tape.roots, self._flows, cotangents)
 
-    def _autograd(
-        self,
-        places: Sequence[Tensor] | Sequence[GradientEdge],
-        cotangents: Tensor,
-        batched: bool = False,
-    ) -> tuple[Tensor | None, ...]:
-        with held(self._tape.held):
-            return super()._autograd(places, cotangents, batched)
-
 
 def weighted(
     roots: Sequence[Root], flows: Sequence[Tensor], weights: Tensor
@@ -242,7 +245,7 @@ def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:
     stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
-        if node not in linear and _is_linear(node, tape):
+        if node not in linear and is_linear(node, tape):
             linear[node] = None
             stack += [child for child, nr in edges(node) if tape.carries_samples(child)]
     known: dict[Node, _Ends] = {}
@@ -251,7 +254,7 @@ def _behind(loss: Tensor, tape: Tape) -> dict[Node, _Ends]:
             continue
         found: dict[_Edge, bool] = {}
         known[node] = found
-        for edge in _reaching(node, tape):
+        for edge in reaching(node, tape):
             if tape.leaf(GradientEdge(*edge)) is None:
                 behind = _ends(edge, tape, known)
             elif shape_of(node) == ():
@@ -276,10 +279,32 @@ def _ends(edge: _Edge, tape: Tape, known: Mapping[Node, _Ends]) -> _Ends:
         return behind
     if _is_apart(edge, tape):
         return {edge: False}
-    inputs = _reaching(node, tape)
+    inputs = reaching(node, tape)
     if name in _LOSSES and all(_is_apart(e, tape) for e in inputs):
         return dict.fromkeys(inputs, False)
     return behind
+
+
+def _is_mixed(node: Any, layout: Layout, tape: Tape) -> bool:
+    """Whether an operation picks rows, and not as many of each sample, one after the other."""
+    if node.name() == "MaskedSelectBackward0":
+        return True
+    if node.name() == "IndexSelectBackward0":
+        given = {node._saved_dim: node._saved_index}
+    elif node.name() == "IndexBackward0":
+        given = {d: index for d, index in enumerate(node._saved_indices) if index is not None}
+    else:
+        return False
+    rows, length = given.get(layout.dim), shape_of(*edges(node)[0])[layout.dim]
+    if rows is None or length % tape.samples:
+        return False
+    if rows.dtype in (torch.bool, torch.uint8):
+        rows = rows.nonzero()[:, 0]
+    if rows.dim() == 0 or len(rows) != layout.inner * tape.samples:
+        return False  # as where other indices say which of these make a row
+    owners = rows.reshape(-1, layout.inner, *rows.shape[1:]) % length // (length // tape.samples)
+    alike = bool((owners == owners[:, :1]).all())
+    return not alike or len(owners.flatten(1)[:, 0].unique()) != tape.samples
 
 
 def _is_apart(edge: _Edge, tape: Tape) -> bool:
@@ -287,22 +312,22 @@ def _is_apart(edge: _Edge, tape: Tape) -> bool:
     return len(shape) > 0 and shape[0] > 0 and shape[0] % tape.samples == 0
 
 
-def _is_linear(node: Node, tape: Tape) -> bool:
+def is_linear(node: Node, tape: Tape) -> bool:
     """Whether a result is linear in what depends on parameters."""
     if node.name() not in _PRODUCTS:
         return node.name() in _LINEAR
-    inputs = _reaching(node, tape)
+    inputs = reaching(node, tape)
     divides = node.name().startswith("Div") and node.next_functions[1] in inputs
     return len(inputs) == 1 and not divides
 
 
-def _reaching(node: Node, tape: Tape) -> list[_Edge]:
+def reaching(node: Node, tape: Tape) -> list[_Edge]:
     """The inputs that depend on parameters."""
     return [e for e in edges(node) if tape.reaches(e)]
 
 
 @contextmanager
-def _ending_at(nodes: Iterable[Node]) -> Iterator[None]:
+def ending_at(nodes: Iterable[Node]) -> Iterator[None]:
     """Lets no gradient through some nodes in the backward passes within."""
 
     def nothing(inner: tuple[Tensor | None, ...], _: object) -> tuple[Tensor | None, ...]:

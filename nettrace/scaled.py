@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class ScaledGradients(Gradients):
         super().__init__(gradients.outputs, gradients.parameters)
         self._gradients = gradients
         self._scales = dict(scales)
+
+    def _autograd(self, *arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+        return self._gradients._autograd(*arguments, **options)
 
     def scaled(self, name: str, gradient: Tensor) -> Tensor:
         """The gradient of a parameter, scaled, with its tape."""

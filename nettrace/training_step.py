@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TypeAlias
 
 from torch import nn
@@ -13,6 +14,7 @@ from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import frozen
 from nettrace.gathered import check_gathering
 from nettrace.measures import Measure
+from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
 from nettrace.ranks import Ranks, purpose, ranks
 from nettrace.record import Record
@@ -23,19 +25,23 @@ from nettrace.statistics.micro_batches import MicroBatchStatistics
 #: What gives the statistics of a step.
 Look: TypeAlias = Callable[[int, Ranks], StepStatistics]
 _CHECK = "nettrace/step_spot_check"
+_OUTPUTS_CHECK = "nettrace/step_outputs_spot_check"
 
 
 class StepTracer(Recorder):
     """Measures training steps by the tapes of their losses, and leaves both as they are.
 
     No forward pass is made; the tape is read by backward passes that write nothing. What they give
-    is compared with plain autograd as `nettrace.Tracer` does, as "nettrace/step_spot_check".
+    is compared with plain autograd as `nettrace.Tracer` does, as "nettrace/step_spot_check"; that
+    of the outputs behind the loss, where measures need them, as
+    "nettrace/step_outputs_spot_check".
     """
 
     def __init__(self, on_error: OnError = "record", memory_budget: int | str = "2GiB") -> None:
         super().__init__(on_error, memory_budget, " of the training")
         self._purpose = purpose("StepTracer")
         self._spot_checks = SpotChecks()
+        self._outputs_spot_checks = SpotChecks()
         self._deferrable: Container[str] = ()
         #: What failed as samples are not told apart, to be found of micro-batches.
         self._deferred: list[tuple[Measure, CoupledSamplesError]] = []
@@ -116,11 +122,27 @@ class StepTracer(Recorder):
         try:
             with self._ranks.together():
                 found = look(self._allowance.bytes, self._ranks)
+                found.expect(need for measure in measures for need in measure.needs)
+                found.check = partial(self._check_outputs, step, taken)
                 certificate = self._spot_checks(found.loss_gradients.shares, step)
             if certificate is not None:
-                taken.checks[:] = [spot_check(step, certificate, _CHECK)]
+                _note(spot_check(step, certificate, _CHECK), taken)
         except Exception as error:
             if isinstance(error, SpotCheckError):
-                taken.checks[:] = [spot_check(step, error, _CHECK)]
+                _note(spot_check(step, error, _CHECK), taken)
             found = error
         return self._take(measures, step, found, {}, taken)
+
+    def _check_outputs(self, step: int, taken: Taken, jacobian: Jacobian) -> None:
+        try:
+            certificate = self._outputs_spot_checks(jacobian, step)
+            if certificate is not None:
+                _note(spot_check(step, certificate, _OUTPUTS_CHECK), taken)
+        except SpotCheckError as error:
+            _note(spot_check(step, error, _OUTPUTS_CHECK), taken)
+            raise
+
+
+def _note(check: Record, taken: Taken) -> None:
+    """Adds a check, in place of one before memory ran out."""
+    taken.checks[:] = [*(c for c in taken.checks if c.name != check.name), check]

@@ -14,6 +14,7 @@ from torch import Tensor
 from nettrace.estimators import Estimate
 from nettrace.jackknife import infinitesimal_error
 from nettrace.measures.registry import Value, measure
+from nettrace.operator import Jacobian
 
 _NTK = "Jacot et al. 2018, arXiv:1806.07572"
 _ERROR = (
@@ -37,15 +38,15 @@ def trace(whole: Estimate, sample_traces: Mapping[str, Tensor] | None) -> Value:
 
 @measure(
     "ntk/trace_per_output",
-    needs=["trace", "sample_traces", "outputs"],
+    needs=["trace", "sample_traces", "jacobian"],
     convention="ntk/trace over N C: mean over samples and outputs; " + _ERROR,
     source=_NTK,
 )
 def trace_per_output(
-    whole: Estimate, sample_traces: Mapping[str, Tensor] | None, outputs: Tensor
+    whole: Estimate, sample_traces: Mapping[str, Tensor] | None, jacobian: Jacobian
 ) -> Value:
     """The mean squared norm of the gradient of an output."""
-    found, count = trace(whole, sample_traces), outputs.numel()
+    found, count = trace(whole, sample_traces), jacobian.samples * jacobian.outputs
     error = None if found.standard_error is None else found.standard_error / count
     return Value(found.value / count, error, attributes=found.attributes)
 

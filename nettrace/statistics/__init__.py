@@ -4,10 +4,11 @@ A statistic is a property of `Statistics`; a measure names those that it needs. 
 or raw arrays: measures divide, and say by what.
 """
 
-from nettrace.statistics.gradients import ProbeGradientStatistics, StepStatistics
+from nettrace.statistics.gradients import ProbeGradientStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.preconditioned import PreconditionedStatistics
+from nettrace.statistics.step import StepStatistics
 
 
 class Statistics(ProbeGradientStatistics, MotionStatistics, PreconditionedStatistics):

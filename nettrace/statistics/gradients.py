@@ -129,7 +129,7 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
         return Twice.of_losses(losses, parameters, self._ranks)
 
 
-class StepStatistics(GradientStatistics):
+class StepGradientStatistics(GradientStatistics):
     """Those of the loss of a training step.
 
     Args:

@@ -94,7 +94,7 @@ class Look:
         self._model = model
         self.expect(needs)
         self._seed = seed
-        self._memory = memory_budget
+        self._memory = parse_bytes(memory_budget)
         self._check = check
         self._loss_check = loss_check
         self._past = past or Past()
@@ -276,7 +276,7 @@ class Look:
 
     @cached_property
     def _scores_of_own(self) -> Tensor:
-        check_rows(self._losses, self._outputs, parse_bytes(self._memory))
+        check_rows(self._losses, self._outputs, self._memory)
         (gradient,) = torch.autograd.grad(self._losses.sum(), self._outputs, retain_graph=True)
         return gradient.detach().reshape(len(self._outputs), -1)
 

@@ -498,11 +498,6 @@ def test_it_shares_a_folder_and_the_loggers_with_measures_of_a_probe(tmp_path: A
     assert np.isfinite(trace.gradients_noise.values).all()
 
 
-def test_measures_of_a_probe_are_refused() -> None:
-    with pytest.raises(ValueError, match="'ntk/trace' is not measured in training steps"):
-        GradientStatistics(["gradients", "ntk/trace"])
-
-
 def test_a_probes_gradients_have_the_same_names(tmp_path: Any) -> None:
     samples = training.Samples()
     probe = nt.Probe(samples.inputs, samples.targets)

@@ -39,7 +39,7 @@ def rows(model, x, y):
 def of_step(model, loss, samples, names=NAMES, **options):
     """The records of some measures of a training step, by name."""
     records = StepTracer("raise").measure(
-        lambda memory: StepStatistics(loss, model, samples, 0, **options), model, 0, resolve(names)
+        lambda *_: StepStatistics(loss, model, samples, 0, **options), model, 0, resolve(names)
     )
     return {record.name: record for record in records}
 
@@ -127,7 +127,7 @@ def test_signal_and_noise_are_unbiased_and_their_errors_calibrated():
         e = torch.randn(samples, 1, generator=generator).double()
         loss = F.mse_loss(model(x), e) / 2
         look = StepStatistics(loss, model, samples, 0)
-        for record in tracer.measure(lambda memory, look=look: look, model, 0, measures):
+        for record in tracer.measure(lambda *_, look=look: look, model, 0, measures):
             if record.name in found:
                 found[record.name].append(float(record.value))
                 errors[record.name].append(float(record.standard_error))
@@ -243,7 +243,7 @@ def test_one_sample_does_not_tell_signal_from_noise():
     model, (x, y) = mlp(), batch(1)
     with pytest.warns(nt.MissingMeasureWarning, match="at least 2 samples, got 1"):
         records = StepTracer("record").measure(
-            lambda memory: StepStatistics(F.cross_entropy(model(x), y), model, 1, 0),
+            lambda *_: StepStatistics(F.cross_entropy(model(x), y), model, 1, 0),
             *(model, 0, resolve("gradients")),
         )
     missing = {record.name for record in records if record.missing is not None}

@@ -111,7 +111,7 @@ def batch(samples):
 def of_step(model, loss, samples, step=0, **options):
     """The record of a training step."""
     return StepTracer("raise").measure(
-        lambda memory: StepStatistics(loss, model, samples, step, **options),
+        lambda *_: StepStatistics(loss, model, samples, step, **options),
         *(model, step, resolve(NAME)),
     )[0]
 
@@ -241,7 +241,7 @@ def taken(where, model, x, y):
     if where == "probe":
         return nt.Tracer(nt.Probe(x, y), names, max_seconds=None)(model, step=0)
     look = StepStatistics(F.cross_entropy(model(x), y), model, len(x), 0)
-    return StepTracer("record").measure(lambda _: look, model, 0, resolve(names))
+    return StepTracer("record").measure(lambda *_: look, model, 0, resolve(names))
 
 
 @pytest.mark.parametrize("why", REFUSED)
