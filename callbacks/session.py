@@ -22,6 +22,7 @@ from nettrace.callbacks.progress import announced
 from nettrace.callbacks.request import report, warn_idle
 from nettrace.callbacks.samples import batch_of
 from nettrace.callbacks.steps import Steps, asked
+from nettrace.ranks import purpose, ranks
 from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
@@ -80,6 +81,7 @@ class Session:
         self._writers: dict[tuple[Path, str | None], Journal] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
+        self._ranks = ranks(purpose("Session"), module)
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
         for callback in self._probing:
             key: object = (_shared(callback), callback.on_error, callback.max_seconds)
@@ -88,7 +90,7 @@ class Session:
             try:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
-                    with self._budget.measuring():
+                    with self._budget.measuring(), self._ranks.together():
                         probe = self._probe(callback)
                     tracer = Tracer(
                         probe,
@@ -398,7 +400,8 @@ class Session:
         candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
         with batch_of(candidates, callback.samples, self._module) as batch:
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
-        return Probe.from_batch(batch)
+        probe = Probe.from_batch(batch)  # in all processes the first's, whose data may differ
+        return Probe(*self._ranks.pass_on(lambda: (probe.inputs, probe.targets), 0))
 
 
 def _shared(callback: Trace) -> object:

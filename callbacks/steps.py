@@ -106,7 +106,12 @@ class Steps:
             self._take(partial(_refuse, hooks))
         else:
             self._measure(loss, automatic)
-        if any(tracer.reason for tracer in self._tracers.values()):
+        waiting = [tracer for tracer in self._tracers.values() if tracer.reason]
+        if waiting and self._trainer.world_size > 1:
+            scale = scale_of(self._trainer, automatic)
+            given = (loss.view(()), self._module, self._samples, self._step, scale)
+            self._records += [r for tracer in waiting for r in tracer.conclude_together(*given)]
+        elif waiting:
             self.accumulated = Accumulated(self._trainer, self._module, self._samples)
             self.accumulated.before_backward()
 
@@ -170,11 +175,11 @@ class Steps:
 
     @property
     def _deferrable(self) -> frozenset[str]:
-        """What accumulated micro-batches would tell, of which there may be several."""
+        """What micro-batches would tell, of which there may be several, or other processes'."""
         trainer = self._trainer
-        alone = self._module.automatic_optimization and trainer.accumulate_grad_batches == 1
-        # Of several processes, only the mean of their gradients is seen.
-        return frozenset() if alone or self._passes > 1 or trainer.world_size > 1 else MEASURES
+        one = self._module.automatic_optimization and trainer.accumulate_grad_batches == 1
+        alone = one and trainer.world_size == 1
+        return frozenset() if alone or self._passes > 1 else MEASURES
 
     def conclude(self, whole: bool) -> None:
         """Takes what micro-batches tell, if each backward pass so far was of a whole one."""

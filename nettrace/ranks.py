@@ -10,13 +10,13 @@ import io
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
 
@@ -38,6 +38,20 @@ class Ranks:
 
     number = 0
     count = 1
+    #: The fingerprints of their probes.
+    probes: Set[str] = frozenset()
+
+    def check(self) -> None:
+        """Checks that all are to measure on one probe.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if len(self.probes) > 1:
+            raise ValueError(
+                f"{self.count} processes measure together, on {len(self.probes)} probes: give all "
+                "of them the same, as by drawing it from a seed; each measures its share of it"
+            )
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -163,13 +177,18 @@ class Several(Ranks):
         self._meet(error)
         text = _pickled(made, tensors)
         with self._reaching():
-            about = [(text, [(t.shape, t.dtype) for t in tensors])]
+            about = [(text, [(t.shape, t.dtype, t.device.type) for t in tensors])]
             distributed.broadcast_object_list(about, owner, device=self._device)
             text, kinds = about[0]
-            if self.number != owner:
-                tensors = [torch.empty(s, dtype=d, device=self._device) for s, d in kinds]
+            if self.number == owner:
+                tensors = [t.to(self._device) for t in tensors]
+            else:
+                tensors = [torch.empty(s, dtype=d, device=self._device) for s, d, _ in kinds]
             for tensor in _real(tensors):
                 distributed.broadcast(tensor, owner)
+            if self.number != owner:
+                devices = [self._device if self._device.type == k else k for _, _, k in kinds]
+                tensors = [t.to(d) for t, d in zip(tensors, devices, strict=True)]
         return made if self.number == owner else _unpickled(text, tensors)  # type: ignore[return-value]
 
     def same_(self, tensors: Sequence[Tensor]) -> None:
@@ -217,8 +236,8 @@ class Several(Ranks):
             raise LostProcessError(self._lost) from error
 
 
-#: For which purposes all processes have come, and for which some alone.
-_together: dict[str, bool] = {}
+#: By purpose, the processes that have come.
+_come: dict[str, Ranks] = {}
 #: How often each was named.
 _named: Counter[str] = Counter()
 
@@ -229,7 +248,7 @@ def purpose(name: str) -> str:
     return f"{name} {_named[name]}"
 
 
-def ranks(purpose: str, device: torch.device) -> Ranks:
+def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ranks:
     """The processes that measure for a purpose together, or this alone.
 
     The first call for a purpose waits until all have come, for at most `PATIENCE` seconds; if some
@@ -237,19 +256,20 @@ def ranks(purpose: str, device: torch.device) -> Ranks:
 
     Args:
         purpose: the same in all of them.
-        device: on which tensors are exchanged.
+        model: what is measured.
+        probe: the fingerprint of what it is measured on; where it differs, `check` will raise.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return ALONE
     if distributed.get_world_size() == 1:
         return ALONE
-    if purpose not in _together:
-        _together[purpose] = _all_come(purpose)
-    if not _together[purpose]:
-        return ALONE
-    if distributed.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Several(device)
+    if purpose not in _come:
+        device = next(model.parameters(), torch.empty(0)).device
+        if distributed.get_backend() == "nccl":
+            device = torch.device("cuda", torch.cuda.current_device())
+        _come[purpose] = Several(device) if _all_come(purpose) else ALONE
+        _come[purpose].probes = set(_come[purpose].each(probe()))
+    return _come[purpose]
 
 
 def _all_come(purpose: str) -> bool:

@@ -145,7 +145,7 @@ class Tracer(Recorder):
         """The same for a probe by that name, with a past of its own, and nothing written."""
         twin = copy.copy(self)
         twin.probe, twin._where = probe, f" on {name}"
-        twin._purpose = f"{self._purpose} on {name}"
+        twin._purpose += twin._where
         twin._writer = twin._several = None
         twin._spot_checks, twin._past = SpotChecks(), Past()
         twin._prices = PriceList(self._prices.max_seconds)
@@ -279,8 +279,7 @@ class Tracer(Recorder):
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
         self._join(model)
-        start = time.perf_counter()
-        taken = Taken()
+        start, taken = time.perf_counter(), Taken()
         optimizers = plain_optimizers(optimizer)
         self._allow_all()
         left = measures
@@ -419,13 +418,14 @@ class Tracer(Recorder):
 
     def _join(self, model: nn.Module) -> None:
         """Finds the processes that measure this network together."""
-        self._ranks = ranks(self._purpose, next(model.parameters(), torch.empty(0)).device)
+        self._ranks = ranks(self._purpose, model, self.probe.fingerprint)
 
     @contextmanager
     def _frozen(self, model: nn.Module) -> Iterator[None]:
         """The network as it is measured, and the same in all processes."""
         with ExitStack() as stack:
             with self._ranks.together():
+                self._ranks.check()
                 check_gathering(model, self._ranks, parse_bytes(self._memory_budget))
                 stack.enter_context(frozen(model))
             self._ranks.same_(list(model.buffers()))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nettrace.certificate import SpotCheckError, SpotChecks
 from nettrace.freeze import frozen
 from nettrace.gathered import check_gathering
+from nettrace.gradients import strided
 from nettrace.measures import Measure
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -20,7 +22,7 @@ from nettrace.ranks import Ranks, purpose, ranks
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.statistics import StepStatistics
-from nettrace.statistics.micro_batches import MicroBatchStatistics
+from nettrace.statistics.micro_batches import MicroBatches, MicroBatchStatistics
 
 #: What gives the statistics of a step.
 Look: TypeAlias = Callable[[int, Ranks], StepStatistics]
@@ -76,7 +78,7 @@ class StepTracer(Recorder):
         start = time.perf_counter()
         taken = Taken()
         self._allow_all()
-        self._ranks = ranks(self._purpose, next(model.parameters()).device)
+        self._ranks = ranks(self._purpose, model)
         left = measures
         with ExitStack() as stack:
             with self._ranks.together():
@@ -103,6 +105,34 @@ class StepTracer(Recorder):
         for measure, error in deferred:
             self._take([measure], step, found or error, {}, taken)
         return taken.in_order([measure for measure, _ in deferred])
+
+    def conclude_together(
+        self, loss: Tensor, model: nn.Module, samples: int, step: int, scale: float
+    ) -> list[Record]:
+        """Takes what was deferred of the gradients that several processes have of their batches.
+
+        Args:
+            loss: () that of this process's batch.
+            model: the network.
+            samples: how many are in the batch.
+            step: as in `measure`.
+            scale: by what the loss is multiplied.
+        """
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        batches = MicroBatches(parameters, self._allowance.bytes, self._ranks)
+        found = None
+        with suppress(Exception), self._ranks.together(), frozen(model, evaluating=False):
+            gradients = torch.autograd.grad(
+                loss,
+                list(parameters.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            own = {n: strided(g) / scale for n, g in zip(parameters, gradients, strict=True)}
+            batches.add(own, samples)
+            found = MicroBatchStatistics(batches, step, self.reason)
+        return self.conclude(found, step)
 
     def _defers(self, measure: Measure, error: Exception) -> bool:
         if not isinstance(error, CoupledSamplesError) or measure.name not in self._deferrable:

@@ -6,16 +6,21 @@ FOLDER/RANK.pt.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
+import training
 import zoo
 from torch import Tensor, distributed, nn
 
 import nettrace as nt
+from nettrace.callbacks import GradientStatistics, Trace
 from nettrace.measures import available
 from nettrace.ranks import Ranks, ranks
 from nettrace.shared_gradients import shared
@@ -181,12 +186,71 @@ def every_member(of: Ranks) -> Found:
     return found
 
 
+class Trained(pl.LightningModule):
+    """Trained on a loss that tells samples apart, or on one that couples them."""
+
+    def __init__(self, coupled: bool, batches: list[Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        self.coupled = coupled
+        self.batches = batches
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        out = self.net(batch)
+        if self.coupled:
+            return -F.log_softmax(out @ out.mT, 1).diagonal().mean()
+        return F.cross_entropy(out, batch[:, 0].gt(0).long()) + 0.01 * self.net[0].weight.norm()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def lightning(folder: Path, how: str) -> Found:
+    """A training whose steps are measured, each process with other batches."""
+    training.seed()
+    several = distributed.is_initialized() or "LOCAL_RANK" in os.environ
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 12, 4, dtype=torch.float64, generator=generator)
+    size = 12 // processes
+    batches = [one[rank * size : (rank + 1) * size] for one in drawn]
+    names = ["gradients", "gradients/critical_batch_size"]
+    names += [] if how == "coupled" else ["ntk/entropy", "fisher/trace"]
+    steps = GradientStatistics(names, every=1, to=folder / "steps", log=False)
+    probe = nt.Probe(drawn[0], drawn[0][:, 0].gt(0).long())
+    trace = Trace(["ntk", "fisher/trace"], every=1, to=folder / "probe", probe=probe, log=False)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if several else "auto",
+        use_distributed_sampler=False,
+        callbacks=[] if how == "bare" else [steps, trace],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Trained(how == "coupled", batches)
+    trainer.fit(module)
+    return training.state(module)
+
+
 def main(folder: Path, what: str, how: str) -> None:
     """Measures as one of several processes."""
+    if what == "lightning":
+        found = lightning(folder, how)
+        torch.save(found, folder / f"{os.environ['RANK']}.pt")
+        return
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     if what == "zoo":
-        found = every_member(ranks("zoo", torch.device("cpu")))
+        found = every_member(ranks("zoo", nn.Linear(1, 1)))
     else:
         found = measures(what, how)
     torch.save(found, folder / f"{rank}.pt")

@@ -13,9 +13,12 @@ import measured_together
 import numpy as np
 import pytest
 import torch
+import training
 
+import nettrace as nt
 from nettrace.ranks import ALONE
 
+pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
 SCRIPT = Path(measured_together.__file__)
 
 
@@ -88,6 +91,54 @@ def test_every_member_of_the_zoo(processes: int, tmp_path: Path) -> None:
                 for key, one in values.items():
                     wrong = float((one - trues[key]).abs().max())
                     assert wrong <= 1e-9 * largest, (name, what, key)
+
+
+def test_the_training_s_own_steps_are_those_of_all_processes(
+    tmp_path: Path, logged: list[str]
+) -> None:
+    """Of batches that lie one after the other in a larger one."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    together.mkdir()
+    one = measured_together.lightning(alone, "separable")
+    logged.clear()
+    states = run(together, 2, "lightning", "separable")
+    bare = run(together, 2, "lightning", "bare")
+    assert [training.differences(a, b) for a, b in zip(states, bare, strict=True)] == [[], []]
+    for key, weight in one.items():
+        if key.startswith("weight"):
+            assert torch.allclose(states[0][key], weight, rtol=1e-12)
+    for kind in ("steps", "probe"):
+        assert len(list((together / kind).iterdir())) == 1
+        expected, found = nt.open(alone / kind), nt.open(together / kind)
+        assert found.step.values.tolist() == expected.step.values.tolist() == [0, 1, 2]
+        names = [n for n in expected.data_vars if not n.startswith("nettrace_")]
+        assert len(names) > (30 if kind == "probe" else 20)
+        for name in names:
+            value, true = found[name].values, expected[name].values
+            assert np.isfinite(true).any(), name
+            atol = 1e-10 * np.abs(np.nan_to_num(true)).max(initial=1e-2)
+            np.testing.assert_allclose(value, true, 1e-10, atol, err_msg=name)
+
+
+def test_where_samples_are_coupled_the_processes_batches_tell_the_noise(tmp_path: Path) -> None:
+    run(tmp_path, 3, "lightning", "coupled")
+    trace = nt.open(tmp_path / "steps")
+    torch.manual_seed(1)
+    module = measured_together.Trained(True, [])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 12, 4, dtype=torch.float64, generator=generator)[0]
+    rows = []
+    for batch in drawn.split(4):
+        loss = module.training_step(batch, 0)
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    gradients = torch.stack(rows)
+    noise = gradients.var(0).sum()  # of batches of 4 samples
+    signal = gradients.mean(0).square().sum() - noise / 3
+    first = trace.isel(step=0)
+    assert float(first.gradients_signal) == pytest.approx(float(signal), rel=1e-10)
+    assert float(first.gradients_noise) == pytest.approx(4 * float(noise), rel=1e-10)
+    assert "3 processes' batches of 4 samples" in trace.gradients_noise.attrs["batch"]
 
 
 def _without_numbers(text: str | None) -> str:

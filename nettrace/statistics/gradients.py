@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nettrace.curvature import Curvature, Twice, curvature
 from nettrace.differentiate import parse_bytes, reduced_jacobian
+from nettrace.gathered import original
 from nettrace.gradients import strided
 from nettrace.operator import PerLayer
 from nettrace.ownership import CoupledSamplesError
@@ -205,7 +206,7 @@ class StepGradientStatistics(GradientStatistics):
         Raises:
             Inapplicable: if there is but one with parameters of the network.
         """
-        names = {id(p): name for name, p in self._parameters.items()}
+        names = {id(original(p)): name for name, p in self._parameters.items()}
         found: dict[str, list[str]] = {}
         groups = [group for one in self._optimizers for group in one.param_groups]
         for number, group in enumerate(groups):

@@ -4,7 +4,7 @@ Gradients g_m of M batches of b_m samples, at the same weights, scatter about th
 with covariance Sigma / b_m. So what is found of them as of single gradients is the signal itself,
 and the noise over the batches' harmonic mean size: McCandlish et al. (2018), arXiv:1812.06162,
 appendix A.1, with all M batches rather than one small and one large. Such batches are those over
-which gradients are accumulated; they may as well be those of several processes.
+which gradients are accumulated, or those of several processes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nettrace.gradients import strided
 from nettrace.operator import OverBudgetError, PerLayer
+from nettrace.ranks import ALONE, Ranks
 from nettrace.statistics.gradients import finite
 
 #: The measures that such gradients define.
@@ -31,9 +32,11 @@ class MicroBatches:
     Args:
         parameters: by name.
         memory: bytes that the gradients may take.
+        ranks: the processes that have batches of their own.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], memory: int) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], memory: int, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
         self._parameters = dict(parameters)
         self._memory = memory
         self._each = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -100,6 +103,7 @@ class MicroBatches:
         for name in self._parameters:
             rows = torch.stack([gradients[name].flatten() for gradients in self._gradients])
             rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+            rows = self.ranks.join(rows)
             found[name] = rows.double() @ rows.double().mT
         return found
 
@@ -108,7 +112,7 @@ class MicroBatchStatistics:
     """Inner products of micro-batches' gradients.
 
     Args:
-        batches: those, at least two.
+        batches: those, at least two in all processes.
         step: how many updates the weights have had.
         reason: why samples are not told apart.
 
@@ -119,7 +123,8 @@ class MicroBatchStatistics:
     def __init__(self, batches: MicroBatches, step: int, reason: str) -> None:
         self._batches = batches
         self._reason = reason
-        self.samples = len(batches.sizes)
+        self._sizes = [size for sizes in batches.ranks.each(batches.sizes) for size in sizes]
+        self.samples = len(self._sizes)
         self.step = step
 
     @property
@@ -135,8 +140,7 @@ class MicroBatchStatistics:
     @property
     def gradient_batch(self) -> float:
         """The harmonic mean of the batches' sizes."""
-        sizes = self._batches.sizes
-        return len(sizes) / sum(1 / size for size in sizes)
+        return len(self._sizes) / sum(1 / size for size in self._sizes)
 
     @cached_property
     def _products(self) -> PerLayer:
@@ -144,10 +148,12 @@ class MicroBatchStatistics:
 
     def about(self, needs: Iterable[str]) -> dict[str, str]:
         """What to note beside a measure: that it is of micro-batches, and why."""
-        sizes = ", ".join(map(str, dict.fromkeys(self._batches.sizes)))
+        sizes = ", ".join(map(str, dict.fromkeys(self._sizes)))
+        alone = self._batches.ranks.count == 1
+        batches = "accumulated micro-batches" if alone else "processes' batches"
         return {
             "mode": "training step",
-            "batch": f"{self.samples} accumulated micro-batches of {sizes} samples",
+            "batch": f"{self.samples} {batches} of {sizes} samples",
             "gradients": "of whole micro-batches, of which the noise is told for single samples by "
             "their size; standard error by leaving out micro-batches",
             "samples_apart": f"no: {self._reason}",
