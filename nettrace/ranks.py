@@ -130,8 +130,11 @@ class Several(Ranks):
             self._meet()
 
     def say(self, value: T) -> T:
-        """What the first process has."""
-        return self.each(value)[0]
+        """What the first process has; once others are lost, what this has."""
+        try:
+            return self.each(value)[0]
+        except LostProcessError:
+            return value
 
     def each(self, value: T) -> list[T]:
         """What each process has, in their order."""
@@ -274,8 +277,14 @@ def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ran
 
 def _all_come(purpose: str) -> bool:
     """Whether all processes call this for a purpose; all get one answer."""
-    store = distributed.distributed_c10d._get_default_store()
     key = f"nettrace/{purpose}"
+    try:
+        return _decided(distributed.distributed_c10d._get_default_store(), key)
+    except RuntimeError:  # of a store that is gone with the process that held it
+        return False
+
+
+def _decided(store: Any, key: str) -> bool:
     if store.add(f"{key}/come", 1) == distributed.get_world_size():
         return bool(store.compare_set(f"{key}/verdict", "", "all") == b"all")
     end = time.monotonic() + PATIENCE

@@ -205,7 +205,7 @@ class Tracer(Recorder):
         self._join(model)
         all_ = frozenset({"all"})
         reserve = all_ if not last and has_last_after(self.due, step) else frozenset()
-        if not self._ranks.say(self._ledger.allows(all_, reserve)):
+        if self.budget and not self._ranks.say(self._ledger.allows(all_, reserve)):
             self._skipped += 1
             return []
         with self._ledger.measuring(all_):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import training
@@ -20,7 +19,7 @@ import zoo
 from torch import Tensor, distributed, nn
 
 import nettrace as nt
-from nettrace.callbacks import GradientStatistics, Trace
+import nettrace.ranks
 from nettrace.measures import available
 from nettrace.ranks import Ranks, ranks
 from nettrace.shared_gradients import shared
@@ -186,31 +185,39 @@ def every_member(of: Ranks) -> Found:
     return found
 
 
-class Trained(pl.LightningModule):
-    """Trained on a loss that tells samples apart, or on one that couples them."""
+def trained(coupled: bool, batches: list[Tensor]) -> Any:
+    """A module with a loss that tells samples apart, or one that couples them."""
+    import pytorch_lightning as pl  # which takes long, and is needed here alone
 
-    def __init__(self, coupled: bool, batches: list[Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        self.coupled = coupled
-        self.batches = batches
+    class Trained(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+            self.coupled = coupled
+            self.batches = batches
 
-    def training_step(self, batch: Tensor, _: int) -> Tensor:
-        out = self.net(batch)
-        if self.coupled:
-            return -F.log_softmax(out @ out.mT, 1).diagonal().mean()
-        return F.cross_entropy(out, batch[:, 0].gt(0).long()) + 0.01 * self.net[0].weight.norm()
+        def training_step(self, batch: Tensor, _: int) -> Tensor:
+            out = self.net(batch)
+            if self.coupled:
+                return -F.log_softmax(out @ out.mT, 1).diagonal().mean()
+            return F.cross_entropy(out, batch[:, 0].gt(0).long()) + 0.01 * self.net[0].weight.norm()
 
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(self.batches, batch_size=None)
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    return Trained()
 
 
 def lightning(folder: Path, how: str) -> Found:
     """A training whose steps are measured, each process with other batches."""
+    import pytorch_lightning as pl
+
+    from nettrace.callbacks import GradientStatistics, Trace
+
     training.seed()
     several = distributed.is_initialized() or "LOCAL_RANK" in os.environ
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -236,9 +243,40 @@ def lightning(folder: Path, how: str) -> Found:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Trained(how == "coupled", batches)
+    module = trained(how == "coupled", batches)
     trainer.fit(module)
     return training.state(module)
+
+
+def faults(how: str) -> Found:
+    """Records where not all processes measure, or one of them fails at step 1."""
+    rank = distributed.get_rank()
+    if how == "first-alone":
+        nettrace.ranks.PATIENCE = 1.0
+        if rank:
+            return {}
+
+    @nt.measure("tests/failing", needs=["outputs"], convention="1, but where it fails")
+    def failing(outputs: Tensor) -> Tensor:
+        if step == 1 and rank == 1:
+            if how == "killed":
+                os._exit(1)
+            if how == "memory":
+                raise torch.OutOfMemoryError("out of memory, as it is said")
+            raise KeyError("of this process alone")
+        return outputs.new_ones(())
+
+    torch.manual_seed(rank if how == "probes" else 0)
+    probe = nt.Probe(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))
+    torch.manual_seed(0)
+    model = wrapped(Experts().double(), "fsdp" if how.startswith("fsdp") else "plain")
+    memory = "100B" if how == "fsdp-memory" else "1GB"
+    tracer = nt.Tracer(probe, ["ntk/trace", "tests/failing", "loss"], memory_budget=memory)
+    found: Found = {}
+    for step in range(3):
+        for record in tracer(model, step):
+            found[f"{record.name} {step}"] = record
+    return found
 
 
 def main(folder: Path, what: str, how: str) -> None:
@@ -251,10 +289,13 @@ def main(folder: Path, what: str, how: str) -> None:
     rank = distributed.get_rank()
     if what == "zoo":
         found = every_member(ranks("zoo", nn.Linear(1, 1)))
+    elif what == "faults":
+        found = faults(how)
     else:
         found = measures(what, how)
     torch.save(found, folder / f"{rank}.pt")
-    distributed.barrier()
+    if how != "killed":
+        distributed.barrier()
     distributed.destroy_process_group()
 
 
