@@ -174,10 +174,10 @@ class GradientStatistics(Trace):
     these would be called. In batch normalisation, the statistics of the batch are held constant.
     Values at step k are those of the batch of the update after the k-th. Of several backward passes
     of a batch, as in manual optimisation, the second and later have names of their own, such as
-    "gradients/noise_backward_2". Of several processes, the first measures its own samples, which
-    the trace notes. Where samples are coupled, as by a contrastive loss, signal, noise and noise
-    scale are those of the micro-batches over which gradients are accumulated, if there are several:
-    their gradients are kept until the update.
+    "gradients/noise_backward_2". Of several processes, the batches of all count as one. Where
+    samples are coupled, as by a contrastive loss, signal, noise and noise scale are those of the
+    micro-batches over which gradients are accumulated, whose gradients are kept until the update,
+    or of the batches of several processes, if there are several of either.
 
     Also the kernel and the Fisher information, where the tape tells what the outputs are: "ntk" and
     "fisher", or their measures by name, for a loss that is cross-entropy (of classes or
