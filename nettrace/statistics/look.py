@@ -269,6 +269,11 @@ class Look:
         """The Jacobian of this process's outputs."""
         return jacobian(self._outputs, self._model, memory_budget=self._memory)
 
+    @property
+    def routes(self) -> dict[str, str]:
+        """How each parameter's gradients are found; see `nettrace.Jacobian.coverage`."""
+        return self._unchecked.coverage()
+
     @cached_property
     def scores(self) -> Tensor:
         """(N, C) the gradient of each sample's loss by its outputs."""
