@@ -28,6 +28,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/store.py
 	.venv/peers/bin/python benchmarks/analysis.py
 	.venv/peers/bin/python benchmarks/budget.py
+	.venv/peers/bin/python benchmarks/steps.py
 
 clean:
 	rm -rf .venv build *.egg-info

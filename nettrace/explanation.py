@@ -91,8 +91,9 @@ class PriceList:
         """By name, which measures are too dear on a look; the others' needs alone are expected."""
         if self.max_seconds is None:
             return {}
-        with suppress(Exception):  # which the measures will say
-            _ = look.assumed_likelihood  # which processes find together, and prices by themselves
+        if look._ranks.count > 1:
+            with suppress(Exception):  # which the measures will say
+                _ = look.assumed_likelihood  # found together, while prices are found by each alone
         several = look._ranks.each(self._refused(look, measures))
         refused = {name: error for own in several for name, error in own.items()}
         look.expect({need for m in measures if m.name not in refused for need in m.needs})
