@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import training
+import zoo
 
 import nettrace as nt
 from nettrace.ranks import ALONE
@@ -91,7 +92,7 @@ def test_every_member_of_the_zoo(processes: int, tmp_path: Path) -> None:
                 largest = max(float(t.abs().max()) for t in trues.values())
                 for key, one in values.items():
                     wrong = float((one - trues[key]).abs().max())
-                    assert wrong <= 1e-9 * largest, (name, what, key)
+                    assert wrong <= 10 * zoo.ZOO[name].tolerance * largest, (name, what, key)
 
 
 def test_the_training_s_own_steps_are_those_of_all_processes(
@@ -111,7 +112,8 @@ def test_the_training_s_own_steps_are_those_of_all_processes(
     for kind in ("steps", "probe"):
         assert len(list((together / kind).iterdir())) == 1
         expected, found = nt.open(alone / kind), nt.open(together / kind)
-        assert found.step.values.tolist() == expected.step.values.tolist() == [0, 1, 2]
+        assert found.step.values.tolist() == expected.step.values.tolist()
+        assert len(found.step) == (3 if kind == "steps" else 4)
         names = [n for n in expected.data_vars if not n.startswith("nettrace_")]
         assert len(names) > (30 if kind == "probe" else 15)
         for name in names:
