@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -131,6 +130,10 @@ class Gradients(ABC):
     def precision(self) -> float:
         """The distance from 1 to the next number in the coarsest arithmetic on the tape."""
         return precision(self.outputs)
+
+    def form(self, layer: Layer) -> str:
+        """How a factor that is not `oriented` sees the parameter."""
+        return ""
 
     def remade(self, make: Callable[[Gradients], Gradients]) -> Gradients:
         """What is made of these, sample by sample."""
@@ -307,6 +310,10 @@ class TapeGradients(Gradients):
             or not isinstance(self._probed(terms[0].use), Outer)
         )
 
+    def form(self, layer: Layer) -> str:
+        """The uses of the layer's weight."""
+        return str([(t.view, t.use.node.name(), t.use.slot) for t in self._terms[layer[0]]])
+
     def factor(
         self, layer: Layer, pulled: Pulled, samples: slice, oriented: bool = False
     ) -> Factor:
@@ -455,24 +462,9 @@ class TapeGradients(Gradients):
         if meta.dtype.is_complex:
             weight = torch.view_as_complex(weight.unflatten(-1, (-1, 2)))
         weight = weight.view(-1, *meta.shape).to(meta.dtype)
-        through = _through(term.use.source, parameter, weight, self._takes_many)
+        through = rules.through(term.use.source, parameter, weight, self._takes_many)
         through = written_out(through.reshape(len(through), -1), self.dtype)
         return Dense(through.view(*values.shape[:2], -1))
-
-
-def _through(source: GradientEdge, parameter: Tensor, weight: Tensor, at_once: bool) -> Tensor:
-    """Pulls gradients (B, *weight shape) of a computed weight back to a parameter."""
-
-    def back(gradient: Tensor, batched: bool) -> Tensor:
-        (result,) = torch.autograd.grad(
-            [source], [parameter], [gradient], retain_graph=True, is_grads_batched=batched
-        )
-        return result
-
-    if at_once:
-        with suppress(RuntimeError):  # of an operation that cannot be batched
-            return back(weight, batched=True)
-    return torch.stack([back(w, batched=False) for w in weight])
 
 
 def written_out(gradients: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,12 +11,14 @@ To add a rule, write a function with the signature of `Rule` and register it und
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, dense, patches
 from nettrace.ownership import Axis, Ownership
@@ -116,6 +118,21 @@ def slots_of_weight_and_bias(node: Any, ownership: Ownership) -> tuple[int, int]
         bias, nr = node.next_functions[0]
         return (2, 0) if bias is not None and shape_of(bias, nr) == shape_of(node)[1:] else None
     return None
+
+
+def through(source: GradientEdge, parameter: Tensor, weight: Tensor, at_once: bool) -> Tensor:
+    """Pulls gradients (B, *weight shape) of a computed weight back to a parameter."""
+
+    def back(gradient: Tensor, batched: bool) -> Tensor:
+        (result,) = torch.autograd.grad(
+            [source], [parameter], [gradient], retain_graph=True, is_grads_batched=batched
+        )
+        return result
+
+    if at_once:
+        with suppress(RuntimeError):  # of an operation that cannot be batched
+            return back(weight, batched=True)
+    return torch.stack([back(w, batched=False) for w in weight])
 
 
 def pullback(

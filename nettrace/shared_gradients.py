@@ -75,6 +75,8 @@ class SharedGradients(Gradients):
         self._range = self._ranges[ranks.number]
         #: What the processes have agreed on, by what was asked.
         self._agreed: dict[object, object] = {}
+        #: Layers that are used in several ways, so that factors must be laid out as parameters are.
+        self._unlike: set[Layer] = set()
         self._last: tuple[object, Pulled, Factor] | None = None
 
     def signature(self) -> str:
@@ -96,11 +98,11 @@ class SharedGradients(Gradients):
         own = self._own_layers(apart)
         found = self._agree(("layers", apart), lambda: own)
         if all(one == found[0] for one in found):
-            return own
+            return self._compared(own)
         if not apart:
             return self.layers(apart=True)
         known = {layer for one in found for layer in one}
-        return [(name,) for name in self.parameters if (name,) in known]
+        return self._compared([(name,) for name in self.parameters if (name,) in known])
 
     def coverage(self) -> dict[str, str]:
         """The route that is furthest from a rule of those that processes go."""
@@ -138,7 +140,7 @@ class SharedGradients(Gradients):
             return self._last[2]
         first = self._range.start
         own = slice(samples.start - first, samples.stop - first)
-        found = self._own.factor(layer, pulled, own, oriented)
+        found = self._own.factor(layer, pulled, own, oriented or layer in self._unlike)
         self._last = (key, pulled, found)
         return found
 
@@ -198,6 +200,16 @@ class SharedGradients(Gradients):
     def complete(self, shares: Mapping[str, Tensor]) -> None:
         """Adds up results, to which each process has added what it made of its samples."""
         self._ranks.add_(list(shares.values()))
+
+    def _compared(self, layers: list[Layer]) -> list[Layer]:
+        """The layers, after noting which of them processes use in several ways."""
+        forms = self._agree(
+            ("forms", tuple(layers)), lambda: {x: self._own.form(x) for x in self._known(layers)}
+        )
+        for layer in layers:
+            if len({one[layer] for one in forms if layer in one}) > 1:
+                self._unlike.add(layer)
+        return layers
 
     def _own_layers(self, apart: bool) -> list[Layer]:
         with self._ranks.together():
