@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
-from nettrace.budget import Budget, left_out
+from nettrace.budget import Budget, left_out, synchronise
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
@@ -26,7 +26,6 @@ from nettrace.ranks import purpose, ranks
 from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
-from nettrace.tracer import synchronise
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace

@@ -11,22 +11,25 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel.distributed import _DDPSink
 
 from nettrace import CoupledSamplesError, Record
 from nettrace.batch import tensors
 from nettrace.callbacks.accumulated import Accumulated, scale_of
 from nettrace.callbacks.lightning import silenced
 from nettrace.freeze import random_streams
-from nettrace.gathered import is_spread
 from nettrace.hooks import noted
 from nettrace.ranks import Ranks
 from nettrace.statistics import StepStatistics
 from nettrace.statistics.micro_batches import MEASURES
 from nettrace.tape import has_fused_attention, opaque
 from nettrace.training_step import Look, StepTracer
+from nettrace.unwrapped import is_spread
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
@@ -100,28 +103,28 @@ class Steps:
                 return
         if automatic and self._passes > 1:
             return
+        inner, scale = None, scale_of(self._trainer, automatic)
+        if self._watch is not None and (inner := self._watch.within(loss)) is not None:
+            loss, scale = inner, 1.0
         hooks = self._watch.seen() if self._watch is not None else ""
-        hooks = hooks or _hooks_of(self._module)
+        hooks = "" if self._is_spread else hooks or _hooks_of(self._module)
         if hooks:
             self._take(partial(_refuse, hooks))
         else:
-            self._measure(loss, automatic)
+            self._measure(loss, scale, automatic)
         waiting = [tracer for tracer in self._tracers.values() if tracer.reason]
         if waiting and self._trainer.world_size > 1:
-            scale = scale_of(self._trainer, automatic)
             given = (loss.view(()), self._module, self._samples, self._step, scale)
             self._records += [r for tracer in waiting for r in tracer.conclude_together(*given)]
         elif waiting:
             self.accumulated = Accumulated(self._trainer, self._module, self._samples)
             self.accumulated.before_backward()
 
-    def _measure(self, loss: Tensor, automatic: bool) -> None:
+    def _measure(self, loss: Tensor, scale: float, automatic: bool) -> None:
         if loss.numel() == 1:
             loss = loss.view(())
-        scale = scale_of(self._trainer, automatic)
         model, samples, step = self._module, self._samples, self._step
-        spread = any(is_spread(p) for p in model.parameters())
-        hidden = "fully_shard" if spread else opaque(loss)
+        hidden = "fully_shard" if self._is_spread else opaque(loss)
         why = hidden and f"{hidden} hides a part of the network from the tape"
         if not why and self._is_twice and has_fused_attention(loss):
             why = "fused attention cannot be differentiated twice"
@@ -138,6 +141,11 @@ class Steps:
             self._take(partial(self._again, own, why))
 
     @property
+    def _is_spread(self) -> bool:
+        """Whether parameters are spread over processes, which put hooks of theirs on the tape."""
+        return any(is_spread(p) for p in self._module.parameters())
+
+    @property
     def _is_twice(self) -> bool:
         """Whether the loss is to be differentiated twice."""
         return any("gradient_curvature" in m.needs for c in self.due for m in c.measures)
@@ -150,8 +158,10 @@ class Steps:
         self._put_back()
         # Attention that is not fused leaves a tape to be differentiated twice, for more memory.
         attention = sdpa_kernel(SDPBackend.MATH) if self._is_twice else nullcontext()
-        with self._trainer.precision_plugin.train_step_context(), attention:
+        with self._trainer.precision_plugin.train_step_context(), attention, noted() as hooks:
             returned = self._module.training_step(*self._arguments)
+        if hooked := hooks[0] if hooks else _hooks_of(self._module):
+            _refuse(hooked)
         again = returned["loss"] if isinstance(returned, Mapping) else returned
         seconds = time.perf_counter() - start
         evaluated = (
@@ -179,7 +189,7 @@ class Steps:
         trainer = self._trainer
         one = self._module.automatic_optimization and trainer.accumulate_grad_batches == 1
         alone = one and trainer.world_size == 1
-        return frozenset() if alone or self._passes > 1 else MEASURES
+        return frozenset() if alone or self._passes > 1 or self._is_spread else MEASURES
 
     def conclude(self, whole: bool) -> None:
         """Takes what micro-batches tell, if each backward pass so far was of a whole one."""
@@ -212,11 +222,36 @@ class Steps:
 
 
 class _Watch:
-    """Notes whether tensors are given hooks, from now until it is asked."""
+    """Notes what the training step does that its tape does not tell, from now until it is asked.
+
+    That tensors are given hooks, and what DistributedDataParallel passes through an operation of
+    its own, of which the backward pass is not to be called by others.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._found = self._stack.enter_context(noted())
+        self._sunk: dict[Any, tuple[Any, ...]] = {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._stack.enter_context(patch.object(_DDPSink, "apply", self._noting(_DDPSink.apply)))
+
+    def _noting(self, apply: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(ddp: Any, *inputs: Any) -> Any:
+            outputs = apply(ddp, *inputs)
+            for one in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(one, Tensor) and one.grad_fn is not None:
+                    self._sunk[one.grad_fn] = inputs
+            return outputs
+
+        return noting
+
+    def within(self, loss: Tensor) -> Tensor | None:
+        """The training step's own loss, if DistributedDataParallel has passed it through."""
+        node, number = loss.grad_fn, loss.output_nr
+        while node is not None and node not in self._sunk:
+            behind = [edge for edge in node.next_functions if edge[0] is not None]
+            node, number = behind[0] if len(behind) == 1 else (None, 0)
+        return None if node is None else self._sunk[node][number]
 
     def seen(self) -> str:
         """What was called last, if anything was; nothing more is noted."""

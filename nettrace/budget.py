@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
+from torch import nn
 
 from nettrace.record import Record
 
@@ -151,3 +153,9 @@ def check_budget(limit: float) -> float:
             f"5 %, got {limit!r}"
         )
     return float(limit)
+
+
+def synchronise(model: nn.Module) -> None:
+    """Waits for the devices, so that the time measured is that of what is done meanwhile."""
+    for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
+        torch.cuda.synchronize(device)

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from nettrace.operator import OverBudgetError
 from nettrace.ranks import Ranks
-
-
-def is_spread(parameter: Tensor) -> bool:
-    """Whether a tensor is spread over processes, as by `torch.distributed.fsdp.fully_shard`."""
-    return hasattr(parameter, "full_tensor") and hasattr(parameter, "placements")
+from nettrace.unwrapped import is_spread
 
 
 def whole(tensor: Tensor) -> Tensor:

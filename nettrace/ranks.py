@@ -11,17 +11,24 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parameter import is_lazy
+
+from nettrace.missing import warn_missing
+from nettrace.unwrapped import is_main_process, is_spread
 
 T = TypeVar("T")
 
 #: Seconds that the first call of several processes waits for all to come.
 PATIENCE = 120.0
+#: Seconds after which that is said.
+_TOLD = 5.0
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LostProcessError(RuntimeError):
@@ -40,6 +47,8 @@ class Ranks:
     count = 1
     #: The fingerprints of their probes.
     probes: Set[str] = frozenset()
+    #: Why the others cannot be reached any more, if that is so.
+    lost = ""
 
     def check(self) -> None:
         """Checks that all are to measure on one probe.
@@ -112,7 +121,6 @@ class Several(Ranks):
         self.number, self.count = distributed.get_rank(), distributed.get_world_size()
         self._device = device
         self._agreed: BaseException | None = None
-        self._lost = ""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -123,7 +131,7 @@ class Several(Ranks):
         try:
             yield
         except Exception as error:
-            if error is self._agreed or self._lost:
+            if error is self._agreed or self.lost:
                 raise
             self._meet(error)
         else:
@@ -212,8 +220,8 @@ class Several(Ranks):
 
     def _meet(self, error: Exception | None = None) -> None:
         """Waits for all, and raises in all what some raise."""
-        if self._lost:
-            raise LostProcessError(self._lost) from error
+        if self.lost:
+            raise LostProcessError(self.lost) from error
         failed = torch.tensor([int(error is not None)], device=self._device)
         with self._reaching():
             distributed.all_reduce(failed)
@@ -232,16 +240,20 @@ class Several(Ranks):
     def _reaching(self) -> Iterator[None]:
         try:
             yield
+        except NotImplementedError:  # of a tensor that cannot be sent
+            raise
         except Exception as error:
-            self._lost = (
+            self.lost = (
                 f"the other processes cannot be reached any more ({type(error).__name__}: {error})"
             )
-            raise LostProcessError(self._lost) from error
+            raise LostProcessError(self.lost) from error
 
 
-#: By purpose, the processes that have come.
+#: By purpose, the processes that have come, how often, and where the first of them writes.
 _come: dict[str, Ranks] = {}
-#: How often each was named.
+_calls: Counter[str] = Counter()
+_folders: dict[str, str] = {}
+#: How often each purpose was named.
 _named: Counter[str] = Counter()
 
 
@@ -254,8 +266,8 @@ def purpose(name: str) -> str:
 def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ranks:
     """The processes that measure for a purpose together, or this alone.
 
-    The first call for a purpose waits until all have come, for at most `PATIENCE` seconds; if some
-    do not, each goes on alone, then and later.
+    Each call waits until all have come, for at most `PATIENCE` seconds; if some do not, each goes
+    on alone, then and later. It also goes on alone at steps where they have other weights.
 
     Args:
         purpose: the same in all of them.
@@ -264,35 +276,82 @@ def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ran
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return ALONE
-    if distributed.get_world_size() == 1:
+    known = _come.get(purpose)
+    if distributed.get_world_size() == 1 or known is ALONE:
         return ALONE
-    if purpose not in _come:
-        device = next(model.parameters(), torch.empty(0)).device
-        if distributed.get_backend() == "nccl":
-            device = torch.device("cuda", torch.cuda.current_device())
-        _come[purpose] = Several(device) if _all_come(purpose) else ALONE
-        _come[purpose].probes = set(_come[purpose].each(probe()))
-    return _come[purpose]
+    if known is not None and known.lost:
+        return known
+    if not _all_come(purpose):
+        _come[purpose] = ALONE
+        return ALONE
+    try:
+        if known is None:
+            device = next(model.parameters(), torch.empty(0)).device
+            if distributed.get_backend() == "nccl":
+                device = torch.device("cuda", torch.cuda.current_device())
+            known = _come[purpose] = Several(device)
+            known.probes = set(known.each(probe()))
+        weights = known.each(_digest(model))
+    except LostProcessError:  # which all that is measured will say
+        return known or ALONE
+    return known if weights.count(weights[0]) == len(weights) else ALONE
+
+
+def leads(purpose: str, folder: str) -> bool:
+    """Whether this process writes to a folder: the first does, and those with one of their own."""
+    if purpose not in _folders:
+        _folders[purpose] = _come.get(purpose, ALONE).say(folder)
+    return is_main_process() or folder != _folders[purpose]
 
 
 def _all_come(purpose: str) -> bool:
     """Whether all processes call this for a purpose; all get one answer."""
-    key = f"nettrace/{purpose}"
+    _calls[purpose] += 1
+    key = f"nettrace/{purpose}/"
     try:
-        return _decided(distributed.distributed_c10d._get_default_store(), key)
+        store = distributed.distributed_c10d._get_default_store()
+        found = _decided(store, f"{key}{_calls[purpose]}", purpose)
+        with suppress(RuntimeError):  # of stores that cannot forget
+            for part in ("come", "verdict"):
+                store.delete_key(f"{key}{_calls[purpose] - 1}/{part}")
     except RuntimeError:  # of a store that is gone with the process that held it
         return False
+    return found
 
 
-def _decided(store: Any, key: str) -> bool:
-    if store.add(f"{key}/come", 1) == distributed.get_world_size():
+def _decided(store: Any, key: str, purpose: str) -> bool:
+    count = distributed.get_world_size()
+    if store.add(f"{key}/come", 1) == count:
         return bool(store.compare_set(f"{key}/verdict", "", "all") == b"all")
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
+    begun, told = time.monotonic(), False
+    while (waited := time.monotonic() - begun) < PATIENCE:
         if store.check([f"{key}/verdict"]):
             return bool(store.get(f"{key}/verdict") == b"all")
         time.sleep(0.002)
-    return bool(store.compare_set(f"{key}/verdict", "", "some") == b"all")
+        if waited > _TOLD and not told:
+            told = True
+            warn_missing(
+                f"waiting for others of {count} processes to measure with this one, for "
+                f"{PATIENCE:.0f} s at most ({purpose}): call the tracer in each, at the same steps"
+            )
+    found = bool(store.compare_set(f"{key}/verdict", "", "some") == b"all")
+    if not found:
+        warn_missing(
+            f"not all of {count} processes came to measure together ({purpose}): this one "
+            "measures what it has alone, now and later"
+        )
+    return found
+
+
+def _digest(model: nn.Module) -> list[int]:
+    """Sums of the bits of the parameters, as far as each process has them whole."""
+    sums = [torch.zeros((), dtype=torch.int64)]
+    for p in model.parameters():
+        if not (is_spread(p) or is_lazy(p) or p.is_meta):
+            flat = p.detach().flatten()
+            flat = torch.view_as_real(flat) if flat.is_complex() else flat
+            sums.append(flat.contiguous().view(_WHOLE[flat.itemsize]).sum(dtype=torch.int64))
+    return [int(one) for one in torch.stack([one.to(sums[-1].device) for one in sums])]
 
 
 class _Pickler(pickle.Pickler):

@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from nettrace.attached import Attached
-from nettrace.budget import Budget, check_budget, left_out
+from nettrace.budget import Budget, check_budget, left_out, synchronise
 from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
 from nettrace.differentiate import parse_bytes
 from nettrace.explanation import Explanation, PriceList
@@ -31,7 +30,7 @@ from nettrace.own_loss import LossCheck
 from nettrace.past import Past, Reference
 from nettrace.price import TooDear
 from nettrace.probe import Probe, check_probes, fingerprint
-from nettrace.ranks import purpose, ranks
+from nettrace.ranks import leads, purpose, ranks
 from nettrace.record import Record
 from nettrace.recording import OnError, Recorder, Taken, spot_check
 from nettrace.schedule import Every, has_last_after, schedule
@@ -39,7 +38,7 @@ from nettrace.several import Several, of_pairs
 from nettrace.statistics import Statistics
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
-from nettrace.unwrapped import is_main_process, plain_model, plain_optimizers
+from nettrace.unwrapped import plain_model, plain_optimizers
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
@@ -202,18 +201,19 @@ class Tracer(Recorder):
             self._ledger = Budget(self.budget or 1)
         model = plain_model(model)
         synchronise(model)
-        self._join(model)
         all_ = frozenset({"all"})
         reserve = all_ if not last and has_last_after(self.due, step) else frozenset()
-        if self.budget and not self._ranks.say(self._ledger.allows(all_, reserve)):
-            self._skipped += 1
-            return []
+        if self.budget:
+            self._join(model)
+            if not self._ranks.say(self._ledger.allows(all_, reserve)):
+                self._skipped += 1
+                return []
         with self._ledger.measuring(all_):
             records = self.measure(model, step, self.measures, optimizer)
             if self.budget is not None:
                 records += [self._ledger.record(step), left_out(step, self._skipped)]
                 self._skipped = 0
-            if self._writer is not None and is_main_process():
+            if self._writer is not None and leads(self._purpose, str(self._writer.folder)):
                 self._write(self._writer, model, records, coordinates)
         return records
 
@@ -492,9 +492,3 @@ def chosen(
 def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
     """The earlier looks that measures which are not refused compare with."""
     return {m.reference for m in measures if m.reference is not None and m.name not in refused}
-
-
-def synchronise(model: nn.Module) -> None:
-    """Waits for the devices, so that the time measured is that of what is done meanwhile."""
-    for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
-        torch.cuda.synchronize(device)

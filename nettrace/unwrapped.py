@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -27,6 +27,11 @@ def plain_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple
             one = one.optimizer
         found.append(one)
     return tuple(found)
+
+
+def is_spread(parameter: Tensor) -> bool:
+    """Whether a tensor is spread over processes, as by `torch.distributed.fsdp.fully_shard`."""
+    return hasattr(parameter, "full_tensor") and hasattr(parameter, "placements")
 
 
 def is_main_process() -> bool:

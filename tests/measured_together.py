@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 
 import nettrace as nt
 import nettrace.ranks
+from nettrace.gathered import whole
 from nettrace.measures import available
 from nettrace.ranks import Ranks, ranks
 from nettrace.shared_gradients import shared
@@ -191,6 +192,8 @@ def every_member(of: Ranks) -> Found:
 def trained(coupled: bool, batches: list[Tensor]) -> Any:
     """A module with a loss that tells samples apart, or one that couples them."""
     import pytorch_lightning as pl  # which takes long, and is needed here alone
+    from pytorch_lightning.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
 
     class Trained(pl.LightningModule):
         def __init__(self) -> None:
@@ -199,6 +202,12 @@ def trained(coupled: bool, batches: list[Tensor]) -> Any:
             self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
             self.coupled = coupled
             self.batches = batches
+
+        def configure_model(self) -> None:
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                mesh = self.device_mesh["data_parallel"]
+                fully_shard(self.net[0], mesh=mesh)
+                fully_shard(self.net, mesh=mesh)
 
         def forward(self, batch: Tensor) -> Tensor:
             return self.net(batch)
@@ -221,11 +230,18 @@ def trained(coupled: bool, batches: list[Tensor]) -> Any:
 def lightning(folder: Path, how: str) -> Found:
     """A training whose steps are measured, each process with other batches."""
     import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
     from nettrace.callbacks import GradientStatistics, Trace
 
     training.seed()
-    several = distributed.is_initialized() or "LOCAL_RANK" in os.environ
+    kind = how.partition("-")[0]
+    strategy = {
+        "alone": lambda: "auto",
+        "unused": lambda: DDPStrategy(find_unused_parameters=True),
+        "static": lambda: DDPStrategy(static_graph=True),
+        "fsdp": ModelParallelStrategy,
+    }.get(kind, lambda: "ddp")()
     processes = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     generator = torch.Generator().manual_seed(0)
@@ -241,9 +257,9 @@ def lightning(folder: Path, how: str) -> Found:
         max_epochs=1,
         accelerator="cpu",
         devices=processes,
-        strategy="ddp" if several else "auto",
+        strategy=strategy,
         use_distributed_sampler=False,
-        callbacks=[] if how == "bare" else [steps, trace],
+        callbacks=[] if how.endswith("bare") else [steps, trace],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -251,7 +267,8 @@ def lightning(folder: Path, how: str) -> Found:
     )
     module = trained(how == "coupled", batches)
     trainer.fit(module)
-    return training.state(module)
+    state = training.state(module)
+    return {name: whole(x) if isinstance(x, Tensor) else x for name, x in state.items()}
 
 
 def faults(how: str) -> Found:
@@ -261,6 +278,8 @@ def faults(how: str) -> Found:
         nettrace.ranks.PATIENCE = 1.0
         if rank:
             return {}
+    if how == "leaving":
+        nettrace.ranks.PATIENCE = 1.0
 
     @nt.measure("tests/failing", needs=["outputs"], convention="1, but where it fails")
     def failing(outputs: Tensor) -> Tensor:
@@ -276,10 +295,13 @@ def faults(how: str) -> Found:
     probe = nt.Probe(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))
     torch.manual_seed(0)
     model = wrapped(Experts().double(), "fsdp" if how.startswith("fsdp") else "plain")
+    if how == "weights":
+        with torch.no_grad():
+            model.experts[0].weight.mul_(1 + rank)
     memory = "100B" if how == "fsdp-memory" else "1GB"
     tracer = nt.Tracer(probe, ["ntk/trace", "tests/failing", "loss"], memory_budget=memory)
     found: Found = {}
-    for step in range(3):
+    for step in range(2 if how == "leaving" and rank else 3):
         for record in tracer(model, step):
             found[f"{record.name} {step}"] = record
     return found

@@ -95,16 +95,19 @@ def test_every_member_of_the_zoo(processes: int, tmp_path: Path) -> None:
                     assert wrong <= 10 * zoo.ZOO[name].tolerance * largest, (name, what, key)
 
 
+@pytest.mark.parametrize(
+    "how", ["ddp", *(pytest.param(h, marks=pytest.mark.slow) for h in ("unused", "static", "fsdp"))]
+)
 def test_the_training_s_own_steps_are_those_of_all_processes(
-    tmp_path: Path, logged: list[str]
+    how: str, tmp_path: Path, logged: list[str]
 ) -> None:
     """Of batches that lie one after the other in a larger one."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     together.mkdir()
-    one = measured_together.lightning(alone, "separable")
+    one = measured_together.lightning(alone, "alone")
     logged.clear()
-    states = run(together, 2, "lightning", "separable")
-    bare = run(together, 2, "lightning", "bare")
+    states = run(together, 2, "lightning", how)
+    bare = run(together, 2, "lightning", f"{how}-bare")
     assert [training.differences(a, b) for a, b in zip(states, bare, strict=True)] == [[], []]
     for key, weight in one.items():
         if key.startswith("weight"):
@@ -176,6 +179,24 @@ def test_a_tracer_that_one_process_calls_measures_there_alone(tmp_path: Path) ->
     first, other = started(tmp_path, 2, "faults", "first-alone")
     assert other == {}
     assert first["ntk/trace 2"].missing is None
+
+
+def test_one_that_stops_coming_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    first, other = started(tmp_path, 2, "faults", "leaving")
+    assert first["ntk/trace 1"].value == other["ntk/trace 1"].value
+    assert first["ntk/trace 2"].missing is None
+
+
+@pytest.mark.slow
+def test_processes_with_other_weights_measure_their_own(tmp_path: Path) -> None:
+    found = started(tmp_path, 2, "faults", "weights")
+    assert found[0]["loss/mean 0"].value != found[1]["loss/mean 0"].value
+    torch.manual_seed(0)
+    probe = nt.Probe(torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))
+    torch.manual_seed(0)
+    model = measured_together.Experts().double()
+    loss = torch.nn.functional.cross_entropy(model(probe.inputs), probe.targets).detach()
+    assert float(found[0]["loss/mean 0"].value) == pytest.approx(float(loss), rel=1e-12)
 
 
 def started(folder: Path, processes: int, *arguments: str) -> list[Any]:
