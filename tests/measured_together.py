@@ -189,7 +189,7 @@ def every_member(of: Ranks) -> Found:
     return found
 
 
-def trained(coupled: bool, batches: list[Tensor]) -> Any:
+def trained(coupled: bool, batches: list[Tensor], penalised: bool = False) -> Any:
     """A module with a loss that tells samples apart, or one that couples them."""
     import pytorch_lightning as pl  # which takes long, and is needed here alone
     from pytorch_lightning.strategies import ModelParallelStrategy
@@ -216,7 +216,8 @@ def trained(coupled: bool, batches: list[Tensor]) -> Any:
             out = self(batch)
             if self.coupled:
                 return -F.log_softmax(out @ out.mT, 1).diagonal().mean()
-            return F.cross_entropy(out, batch[:, 0].gt(0).long()) + 0.01 * self.net[0].weight.norm()
+            loss = F.cross_entropy(out, batch[:, 0].gt(0).long())
+            return loss + 0.01 * self.net[0].weight.norm() if penalised else loss
 
         def train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(self.batches, batch_size=None)
@@ -265,7 +266,7 @@ def lightning(folder: Path, how: str) -> Found:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = trained(how == "coupled", batches)
+    module = trained(how == "coupled", batches, "fsdp" not in how)
     trainer.fit(module)
     state = training.state(module)
     return {name: whole(x) if isinstance(x, Tensor) else x for name, x in state.items()}

@@ -104,7 +104,7 @@ def test_the_training_s_own_steps_are_those_of_all_processes(
     """Of batches that lie one after the other in a larger one."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     together.mkdir()
-    one = measured_together.lightning(alone, "alone")
+    one = measured_together.lightning(alone, f"alone-{how}")
     logged.clear()
     states = run(together, 2, "lightning", how)
     bare = run(together, 2, "lightning", f"{how}-bare")
