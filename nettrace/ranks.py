@@ -344,11 +344,16 @@ def _decided(store: Any, key: str, purpose: str) -> bool:
 
 
 def _digest(model: nn.Module) -> list[int]:
-    """Sums of the bits of the parameters, as far as each process has them whole."""
+    """Sums of the bits of the parameters, but for those that are spread over all processes."""
     sums = [torch.zeros((), dtype=torch.int64)]
     for p in model.parameters():
-        if not (is_spread(p) or is_lazy(p) or p.is_meta):
-            flat = p.detach().flatten()
+        own = p.detach()
+        if is_spread(own):
+            if own.device_mesh.size() == distributed.get_world_size():  # type: ignore[attr-defined]
+                continue
+            own = own.to_local()  # type: ignore[attr-defined]
+        if not (is_lazy(p) or p.is_meta):
+            flat = own.flatten()
             flat = torch.view_as_real(flat) if flat.is_complex() else flat
             sums.append(flat.contiguous().view(_WHOLE[flat.itemsize]).sum(dtype=torch.int64))
     return [int(one) for one in torch.stack([one.to(sums[-1].device) for one in sums])]

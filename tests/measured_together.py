@@ -236,14 +236,13 @@ def lightning(folder: Path, how: str) -> Found:
     from nettrace.callbacks import GradientStatistics, Trace
 
     training.seed()
-    kind = how.partition("-")[0]
+    kind, processes = how.partition("-")[0], int(os.environ.get("WORLD_SIZE", 1))
     strategy = {
         "alone": lambda: "auto",
         "unused": lambda: DDPStrategy(find_unused_parameters=True),
         "static": lambda: DDPStrategy(static_graph=True),
-        "fsdp": ModelParallelStrategy,
+        "fsdp": lambda: ModelParallelStrategy(processes, 1),
     }.get(kind, lambda: "ddp")()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(3, 12, 4, dtype=torch.float64, generator=generator)
