@@ -14,6 +14,7 @@ from nettrace.measures import Measure
 from nettrace.missing import told
 from nettrace.own_loss import LossCheck, compare
 from nettrace.statistics import Statistics
+from nettrace.unwrapped import is_spread
 
 
 class FirstBatch:
@@ -55,6 +56,10 @@ class FirstBatch:
         Leaves the network exactly as it is.
         """
         tracers, self._tracers = self._tracers, []
+        if any(is_spread(p) for p in self._module.parameters()):
+            for tracer in tracers:
+                tracer.loss_check = _unchecked("the parameters are spread over processes")
+            return
         for tracer in tracers:
             try:
                 probe, outputs = self._outputs(tracer.probe, batch)

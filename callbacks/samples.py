@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset
 
 from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.probe import evenly_spaced
+from nettrace.unwrapped import is_spread
 
 _FEW = 1000  # longer lists are data
 
@@ -43,8 +44,9 @@ def batch_of(loaders: Sequence[Any], samples: int, model: nn.Module) -> Iterator
             "number: pass probe=nettrace.Probe(inputs, targets)"
         )
     devices = {p.device for p in model.parameters()}
-    lazy = any(map(is_lazy, model.parameters()))  # which cannot be frozen yet
-    with random_states(devices), nullcontext() if lazy else frozen(model):
+    # Lazy ones cannot be frozen yet, and those that are spread over processes would be gathered.
+    left = any(is_lazy(p) or is_spread(p) for p in model.parameters())
+    with random_states(devices), nullcontext() if left else frozen(model):
         # Samples may be augmented at random: so that those of a resumed run are the same.
         random.seed(0)
         np.random.seed(0)

@@ -217,8 +217,9 @@ def _terms(tape: Tape) -> tuple[list[_Term], dict[Node, str]]:
             f"found is {names}. {_REMEDY}"
         )
     if len(kinds) > 1:
+        which = "different" if len({term.outputs for term in terms}) > 1 else "the same"
         raise NoLikelihoodError(
-            f"the loss is made of {len(kinds)} standard losses with different outputs: "
+            f"the loss is made of {len(kinds)} standard losses with {which} outputs: "
             f"{'; '.join(kinds.values())}. {_REMEDY}"
         )
     return terms, others

@@ -280,9 +280,15 @@ def _ends(edge: _Edge, tape: Tape, known: Mapping[Node, _Ends]) -> _Ends:
     if _is_apart(edge, tape):
         return {edge: False}
     inputs = reaching(node, tape)
-    if name in _LOSSES and all(_is_apart(e, tape) for e in inputs):
+    if name not in _LOSSES:
+        return behind
+    if all(_is_apart(e, tape) for e in inputs):
         return dict.fromkeys(inputs, False)
-    return behind
+    shapes = ", ".join(str(tuple(shape_of(*e))) for e in inputs)
+    return (
+        f"it goes through {name}, of shape {shapes}, whose rows are not seen to be those of the "
+        f"batch's {tape.samples} samples, as where some were left out before"
+    )
 
 
 def _is_mixed(node: Any, layout: Layout, tape: Tape) -> bool:
