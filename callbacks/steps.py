@@ -103,10 +103,12 @@ class Steps:
                 return
         if automatic and self._passes > 1:
             return
-        inner, scale = None, scale_of(self._trainer, automatic)
-        if self._watch is not None and (inner := self._watch.within(loss)) is not None:
-            loss, scale = inner, 1.0
-        hooks = self._watch.seen() if self._watch is not None else ""
+        scale, hooks = scale_of(self._trainer, automatic), ""
+        if self._watch is not None:
+            hooks = self._watch.seen()
+            inner = self._watch.within(loss)
+            if inner is not None:
+                loss, scale = inner, 1.0
         hooks = "" if self._is_spread else hooks or _hooks_of(self._module)
         if hooks:
             self._take(partial(_refuse, hooks))

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from nettrace.unwrapped import is_main_process, is_spread
 
 T = TypeVar("T")
 
-#: Seconds that the first call of several processes waits for all to come.
+#: Seconds that one of several processes waits for the others to come to a record.
 PATIENCE = 120.0
 #: Seconds after which that is said.
 _TOLD = 5.0
@@ -95,12 +94,8 @@ class Ranks:
 
     def share(self, count: int) -> slice:
         """Which of so many samples are this process's; of evenly sized shares, in order."""
-        return self.shares(count)[self.number]
-
-    def shares(self, count: int) -> list[slice]:
-        """Which are each process's."""
-        ends = [count * r // self.count for r in range(self.count + 1)]
-        return [slice(a, b) for a, b in pairwise(ends)]
+        first, end = (count * r // self.count for r in (self.number, self.number + 1))
+        return slice(first, end)
 
 
 #: Where there is one process, or one measures by itself.
@@ -240,7 +235,7 @@ class Several(Ranks):
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except NotImplementedError:  # of a tensor that cannot be sent
+        except NotImplementedError:  # of a kind of tensor that no process can send
             raise
         except Exception as error:
             self.lost = (
@@ -347,12 +342,14 @@ def _digest(model: nn.Module) -> list[int]:
     """Sums of the bits of the parameters, but for those that are spread over all processes."""
     sums = [torch.zeros((), dtype=torch.int64)]
     for p in model.parameters():
+        if is_lazy(p) or p.is_meta:
+            continue
         own = p.detach()
         if is_spread(own):
             if own.device_mesh.size() == distributed.get_world_size():  # type: ignore[attr-defined]
                 continue
             own = own.to_local()  # type: ignore[attr-defined]
-        if not (is_lazy(p) or p.is_meta):
+        with suppress(RuntimeError, NotImplementedError):  # of kinds of tensors without such bits
             flat = own.flatten()
             flat = torch.view_as_real(flat) if flat.is_complex() else flat
             sums.append(flat.contiguous().view(_WHOLE[flat.itemsize]).sum(dtype=torch.int64))

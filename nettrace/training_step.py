@@ -121,6 +121,8 @@ class StepTracer(Recorder):
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         batches = MicroBatches(parameters, self._allowance.bytes, self._ranks)
         found = None
+        if self._ranks.count == 1:  # the others have other weights
+            return self.conclude(None, step)
         with suppress(Exception), self._ranks.together(), frozen(model, evaluating=False):
             gradients = torch.autograd.grad(
                 loss,

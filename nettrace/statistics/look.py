@@ -95,7 +95,7 @@ class Look:
         self.expect(needs)
         self._seed = seed
         self._memory = parse_bytes(memory_budget)
-        self._check = check
+        self.check = check
         self._loss_check = loss_check
         self._past = past or Past()
         self._optimizers = optimizers
@@ -255,7 +255,7 @@ class Look:
     @cached_property
     def _checked(self) -> Jacobian | SpotCheckError:
         try:
-            self._check(self._unchecked)
+            self.check(self._unchecked)
         except SpotCheckError as error:
             return error
         return self._unchecked

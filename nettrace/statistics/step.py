@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrace.certificate import SpotCheckError
 from nettrace.estimators import Estimate, estimate_trace, exact_estimate
 from nettrace.likelihood import Categorical, Likelihood
 from nettrace.logits import LogitGradients, Logits, NoLikelihoodError
@@ -132,14 +131,6 @@ class StepStatistics(StepGradientStatistics, InformationStatistics):
     @cached_property
     def _unchecked(self) -> Jacobian:
         return self._jacobian_of(None)
-
-    @cached_property
-    def _checked(self) -> Jacobian | SpotCheckError:
-        try:
-            self.check(self._unchecked)
-        except SpotCheckError as error:
-            return error
-        return self._unchecked
 
     def _jacobian_of(self, centred: int | None) -> Jacobian:
         memory = self._memory
