@@ -8,11 +8,12 @@ theta v| bounds the error of theta, but very loosely. For the i-th of the larges
 
 mu the largest eigenvalue in the complement of the first j vectors (Mathias 1998, Quadratic residual
 bounds for the Hermitian eigenvalue problem), for which the largest of the other Ritz values is
-taken, with its residual on top. An eigenvalue of which nothing is seen yet may be larger: where two
-lie close together, the space first finds a mixture of their vectors, of which the residual stays at
-their distance. So a residual that falls slowly counts for more, by the sum of the steps to come; the
-bound is to be a tenth of the tolerance; and for a random start, that a step later too. Without, one
-in ten top eigenvalues of small networks' Hessians is off by more than the tolerance.
+taken, with its residual on top. An eigenvalue of which nothing is seen yet may be larger: where
+two lie close together, the space first finds a mixture of their vectors, of which the residual
+stays at their distance. So a residual that falls slowly counts for more, by the sum of the steps
+to come; the bound is to be a tenth of the tolerance; and for a random start, a step later too.
+Without, one in ten top eigenvalues of small networks' Hessians is off by more than the tolerance;
+with it, one in a hundred, where the start vector happens to have next to nothing along the first.
 
 From one start vector one vector of each eigenvalue is found, from two start vectors two. So two are
 taken where several pairs are asked for, and further ones as long as as many values coincide.
@@ -41,7 +42,7 @@ class Eigenpairs:
     Args:
         values: (k,) float64; the outermost first.
         vectors: (P, k) orthonormal, in the matrix's dtype and on its device.
-        residuals: (k,) float64, |A v - lambda v|: there is an eigenvalue no further from each value.
+        residuals: (k,) float64, |A v - lambda v|: some eigenvalue is no further from the value.
         converged: whether the errors of all values are below the tolerance, as far as is seen.
     """
 

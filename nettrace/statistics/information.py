@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nettrace.differentiate import jacobian
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.estimators import Estimate, exact_estimate
+from nettrace.gram_traces import estimate_trace
 from nettrace.likelihood import CANONICAL, Categorical
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.piecewise import check_piecewise_linear

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.estimators import Estimate, exact_estimate
+from nettrace.gram_traces import estimate_trace
 from nettrace.jackknife import parts_of
 from nettrace.operator import PerLayer
 from nettrace.statistics.look import Look, Unavailable
