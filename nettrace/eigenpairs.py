@@ -51,6 +51,11 @@ class Eigenpairs:
     residuals: Tensor
     converged: bool
 
+    def first(self, count: int) -> Eigenpairs:
+        """The outermost of them."""
+        vectors = self.vectors[:, :count]
+        return Eigenpairs(self.values[:count], vectors, self.residuals[:count], self.converged)
+
 
 def eigenpairs(
     times: Times,

@@ -103,6 +103,12 @@ class Pieces:
         except ValueError:
             return False
 
+    @property
+    def has_exact_curvature(self) -> tuple[bool, bool]:
+        """Whether the traces of the Hessian and of the Gauss-Newton matrix are exact."""
+        look = self._look
+        return look._is_piecewise_linear, look._is_canonical
+
     def fewer(self, samples: int) -> Pieces:
         """The same for fewer samples of the same kind."""
         twin = copy.copy(self)

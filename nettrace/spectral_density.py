@@ -5,7 +5,8 @@ lambda_i) has the spectral density of the matrix, (1 / P) sum_i delta(x - lambda
 After s steps of Lanczos from z, the Ritz values theta_k and the squared first components tau_k^2 of
 the eigenvectors of the projected matrix are its Gaussian quadrature: moments up to order 2 s - 1
 are those of z, exactly, and so without bias those of the matrix. Ubaru, Chen and Saad 2017, Fast
-estimation of tr(f(A)) via stochastic Lanczos quadrature; Papyan 2020, arXiv:2008.11865, for networks.
+estimation of tr(f(A)) via stochastic Lanczos quadrature; for networks, Papyan 2020,
+arXiv:2008.11865.
 """
 
 from __future__ import annotations

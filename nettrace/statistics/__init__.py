@@ -6,12 +6,11 @@ or raw arrays: measures divide, and say by what.
 
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
-from nettrace.statistics.preconditioned import PreconditionedStatistics
-from nettrace.statistics.second_order import CurvatureStatistics
+from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
 
 
-class Statistics(CurvatureStatistics, MotionStatistics, PreconditionedStatistics):
+class Statistics(StabilityStatistics, MotionStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 
