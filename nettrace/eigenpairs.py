@@ -204,7 +204,7 @@ class _Search:
         bound = self._target * float(values.abs().max())
         self._is_right = [
             len(values) >= count
-            and all(_error(*ends[e], past[e], i) <= bound for i in range(count))
+            and all(_error(*ends[e], past[e], i, self._is_warm) <= bound for i in range(count))
             for e, count in enumerate(self._counts)
         ]
         self._calm = self._calm + 1 if all(self._is_right) else 0
@@ -229,21 +229,23 @@ class _Search:
         return torch.randn(self._space.size, generator=self._random)
 
 
-def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int) -> float:
+def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int, is_warm: bool) -> float:
     """An upper estimate of the error of the i-th largest Ritz value, or a tenth of its residual.
 
     Args:
         values: all Ritz values, largest first.
         residuals: theirs.
-        before: the residuals a round earlier, or none.
+        before: the residuals a round earlier, of as many as there were.
         i: which, from 0.
+        is_warm: whether that may be fewer, as the first were good already.
     """
     squares = residuals.square().cumsum(0)
     highest = (values + residuals).flip(0).cummax(0).values.flip(0)
     gaps = values[i] - highest[i + 1 :]
     squares = squares[i : len(values) - 1]
-    compared = min(max(len(before) - i, 0), len(squares))
-    ratios = squares[:compared] / before.square().cumsum(0)[i : i + compared]
-    squares[:compared] /= (1 - ratios).clamp_min(0)
+    known = before.square().cumsum(0)[i : i + len(squares)]
+    ratios = torch.zeros_like(squares) if is_warm else torch.ones_like(squares)
+    ratios[: len(known)] = squares[: len(known)] / known
+    squares = squares / (1 - ratios).clamp_min(0)
     bounds = (squares / gaps)[gaps > 0]
     return float(torch.cat([_MARGIN * residuals[i : i + 1], bounds]).min())
