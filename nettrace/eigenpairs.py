@@ -78,8 +78,10 @@ def eigenpairs(
         tolerance: for the error of each value, relative to the largest in modulus; the square
             root of the dtype's precision unless told.
         start: (P, m) vectors near the wanted ones, such as those found before the matrix changed
-            a little. A random part of 10 % is added to the last, so that eigenvalues that come up
-            are taken in, within a few calls that follow each other.
+            a little. A random part of 10 % is added to the last, so that an eigenvalue that comes
+            up elsewhere is taken in, but only after some calls, 10 to 25 where it is new by 1 to 5
+            % a call and its vector perpendicular to the old ones: give a vector more than are
+            wanted, or begin without now and then, to see it sooner.
         seed: for random vectors, which are drawn on the CPU.
         most_products: after how many to give up, with `converged` False.
         memory: bytes for vectors; where that is short, the outermost Ritz vectors are kept and the

