@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nettrace.estimators import Estimate, TraceMethod, exact_estimate, signs, upper_error
 from nettrace.heads import reduce_outputs
-from nettrace.matrix_traces import XTrace, mean_of
+from nettrace.matrix_traces import XTrace
 from nettrace.products import Pushforward
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _xtrace(jacobian: Jacobian, known: Tensor, probes: int, seed: int) -> Estima
     found = XTrace(times, order, torch.float64, device, seed, {}, diagonal=False)
     found.add(probes)
     traces = found.draws().traces.to(device) + known
-    return mean_of(traces, "xtrace")
+    return Estimate(traces.mean(), traces.std() / probes**0.5, probes, "xtrace")
 
 
 def _squares(jacobian: Jacobian, vectors: Tensor) -> dict[str, Tensor]:

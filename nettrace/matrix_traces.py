@@ -340,15 +340,15 @@ def probed(
         error_of_rows = _WIDER.get(method, 1) * (variance / len(found)).sqrt()
         of_rows = Estimate(mean, error_of_rows, len(found), method)
     return Probed(
-        mean_of(draws.traces, method),
-        {name: mean_of(share, method) for name, share in draws.blocks.items()},
-        mean_of(draws.squares, method),
+        _mean(draws.traces, method),
+        {name: _mean(share, method) for name, share in draws.blocks.items()},
+        _mean(draws.squares, method),
         of_rows,
         found.products,
     )
 
 
-def mean_of(values: Tensor, method: TraceMethod) -> Estimate:
+def _mean(values: Tensor, method: TraceMethod) -> Estimate:
     """The mean of estimates (m,) by one of the methods, and its standard error."""
     error = _WIDER.get(method, 1) * values.std() / len(values) ** 0.5
     return Estimate(values.mean(), error, len(values), method)
