@@ -115,7 +115,8 @@ def autocorrelations(series: Tensor) -> Tensor:
     centred = series - series.mean(0)
     spectrum = torch.fft.rfft(centred, 2 * n, 0).abs().square()
     found = torch.fft.irfft(spectrum, 2 * n, 0)[:n]
-    return found / found[0]
+    rho: Tensor = found / found[0]
+    return rho
 
 
 def correlation_times(series: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,7 @@ def power_law(x: Numbers, y: Numbers) -> PowerLaw:
     Raises:
         ValueError: if fewer than 8 points are left, or all at one x.
     """
-    from scipy.special import stdtrit
+    from scipy.special import stdtrit  # type: ignore[import-untyped]
 
     kept = (x > 0) & (y > 0) & np.isfinite(x) & np.isfinite(y)
     if kept.sum() < FEWEST:

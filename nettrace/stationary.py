@@ -44,7 +44,7 @@ def stationary_covariance(
     Raises:
         ValueError: if descent is not stable, so that there is no stationary covariance.
     """
-    from scipy.linalg import solve_discrete_lyapunov
+    from scipy.linalg import solve_discrete_lyapunov  # type: ignore[import-untyped]
 
     one = np.eye(len(hessian))
     step = np.block([[one - rate * hessian, -rate * momentum * one], [hessian, momentum * one]])

@@ -72,6 +72,8 @@ class WeightWindow:
         keep: what to keep; None for the first that fits.
         memory: bytes that the window may take, as in `nettrace.jacobian`.
         seed: of the signs of sketches.
+        population: N, samples of which each epoch deals out batches without replacement, for the
+            theory of what to expect; None for independent batches, or where that is not known.
 
     Raises:
         ValueError: if a number is too small, `keep` is none of these, or the memory cannot be read.
@@ -102,6 +104,7 @@ class WeightWindow:
         keep: Keep | None = None,
         memory: int | str = "256MiB",
         seed: int = 0,
+        population: int | None = None,
     ) -> None:
         if length < 4:
             raise ValueError(f"expected a window of at least 4 snapshots, got length={length}")
@@ -112,6 +115,7 @@ class WeightWindow:
         self.length, self.stride = length, stride
         self.parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
         self.keep, self.memory, self.seed = keep, parse_bytes(memory), seed
+        self.population = population
         self.begin()
 
     def begin(self) -> None:
