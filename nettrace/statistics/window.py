@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from nettrace.diffusion import Displacements, displacements
 from nettrace.flatness import width
 from nettrace.fluctuations import Halves, Modes, centred_gram, directions, halves, modes
 from nettrace.operator import PerLayer
@@ -95,6 +96,7 @@ class WindowStatistics(ProbeGradientStatistics):
     #: The statistics that need a window.
     of_window: ClassVar[frozenset[str]] = frozenset(
         "window window_grams window_gram window_modes window_halves window_directions "
+        "window_size_error window_displacements "
         "window_widths window_curvatures window_fisher window_noise window_updating".split()
     )
     #: Principal directions along which the landscape is followed, at most.
@@ -161,6 +163,28 @@ class WindowStatistics(ProbeGradientStatistics):
     def window_halves(self) -> Halves:
         """Whether the halves of the window tell the same."""
         return halves(self.window_gram)
+
+    @cached_property
+    def window_displacements(self) -> Displacements:
+        """Mean squared displacements within the window."""
+        return displacements(self.window_gram.numpy())
+
+    @property
+    def window_size_error(self) -> float:
+        """The standard error of the total variation that comes of sketching, relative to it.
+
+        Sums over buckets have signs that are independent of each other's.
+        """
+        window = self.window
+        if window.kind != "sketch":
+            return 0.0
+        total = square = 0.0
+        for name, size in window.sizes.items():
+            variances = window.rows(name).double().var(0, correction=0)
+            total += float(variances.sum())
+            if len(variances) < size:
+                square += float(variances.square().sum())
+        return math.sqrt(square) / total if total > 0 else 0.0
 
     @cached_property
     def window_directions(self) -> PerLayer:
