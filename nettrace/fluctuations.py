@@ -25,7 +25,7 @@ _BLOCK = 2**22
 #: Correlation times that Sokal's window is long.
 _SOKAL = 5
 #: Correlation times that a series must be long for one of them to be known.
-_RESOLVED = 20
+_RESOLVED = 50
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def correlation_times(series: Tensor) -> tuple[Tensor, Tensor]:
     tau = 1/2 + sum of autocorrelations up to the least lag M of at least 5 tau: Sokal (1997), Monte
     Carlo methods in statistical mechanics, section 3; of exp(-k / t) it is coth(1 / 2t) / 2,
     near t. The statistical inefficiency is 2 tau. Errors are tau sqrt(2 (2 M + 1) / n), his
-    equation 3.19; they are infinite where the series is shorter than 20 tau, which it does not
+    equation 3.19; they are infinite where the series is shorter than 50 tau, which it does not
     resolve: autocorrelations are then those of the window, and tau is a lower bound at best.
     """
     window, resolved = _sokal(series)
@@ -205,7 +205,9 @@ def stationarity(gram: Tensor) -> tuple[float, float]:
 
     Yaida (2018), arXiv:1810.00004, the first fluctuation-dissipation relation, in terms of updates
     dtheta, with theta about the mean of the window, and means over the window. The sum telescopes:
-    the ratio differs from 1 by the change of |theta|^2 over the window's squared path. The error is
+    the ratio differs from 1 by the change of |theta|^2 over the window's squared path, so that a
+    random walk, which spreads from its mean both ways in time, is not told from equilibrium. The
+    error is
     what that change is for snapshots of the window that are drawn independently.
 
     Args:

@@ -126,7 +126,7 @@ class WeightWindow:
         self.gap = 0
         self._seen = 0
         self._last: int | None = None
-        self._layout: tuple[Any, ...] = ()
+        self._layout: tuple[Any, ...] | None = None
         self._chosen: dict[str, bool] = {}
         self.shapes: dict[str, torch.Size] = {}
         self._places: list[slice] = []

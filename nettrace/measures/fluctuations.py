@@ -34,6 +34,8 @@ _FENG = "Feng and Tu 2021, PNAS 118, e2015617118"
 _MODES = "along the principal directions of the window, largest variance first"
 _ABOUT = "about the mean of the window, over T"
 _DIFFUSION = "Kunin et al. 2021, arXiv:2107.09133"
+#: The 97.5 % quantile of Student's t for the eight blocks of a jackknife.
+_STUDENT = 2.365
 #: `weights/equilibration` below which the window is said not to be in equilibrium.
 EQUILIBRATED = 0.5
 
@@ -57,7 +59,7 @@ def variance(window_modes: Modes) -> Value:
     "weights/correlation_time",
     needs=["window_modes", "window"],
     convention=f"in updates, {_MODES}: 1/2 + sum of autocorrelations, by Sokal's window of 5 of "
-    "it; standard error by Madras and Sokal, infinite where the window is shorter than 20 of it, "
+    "it; standard error by Madras and Sokal, infinite where the window is shorter than 50 of it, "
     "where the value is a lower bound at best",
     dims=["mode"],
     source="Sokal 1997, Monte Carlo methods in statistical mechanics, section 3",
@@ -96,10 +98,11 @@ def checked(found: Halves) -> dict[str, str | int | float]:
     }
     if not found.kept >= EQUILIBRATED:
         notes["warning"] = (
-            f"the window is not in equilibrium: directions of one half keep {found.kept:.2g} of "
-            "their variance in the other. Principal components of a random walk have variances "
-            "that fall as 1 / k^2 whatever the landscape; take a longer window, or read exponents "
-            "as those of this window"
+            f"the window is not equilibrated: along the principal directions of one half, the "
+            f"other has {found.kept:.2g} of their variance. It is short against the correlation "
+            "times, or has few snapshots for its many weights: principal components of a random "
+            "walk have variances that fall as 1 / k^2 whatever the landscape. Take a longer window, "
+            "or read exponents as those of this one"
         )
     return notes
 
@@ -194,8 +197,8 @@ def temperature(window_updating: Updating) -> Value:
     "weights/stationarity",
     needs=["window_gram"],
     convention="-2 <theta . dtheta> / <|dtheta|^2> with theta about the mean of the window and "
-    "dtheta the next step: 1 where the weights are stationary, less while they spread; standard "
-    "error as if snapshots were independent",
+    "dtheta the next step: 1 where the weights are stationary, less while they spread; it does "
+    "not see a random walk; standard error as if snapshots were independent",
     source="Yaida 2018, arXiv:1810.00004, the first fluctuation-dissipation relation",
     grouped=False,
 )
@@ -230,7 +233,7 @@ def mean_squared_displacement(window_displacements: Displacements, window: Weigh
 def diffusion_exponent(window_displacements: Displacements) -> Value:
     """The power of time with which squared displacements grow."""
     found = window_displacements
-    half = 1.96 * found.exponent_error
+    half = _STUDENT * found.exponent_error
     attributes: dict[str, str | int | float] = {
         "interval_low": found.exponent - half,
         "interval_high": found.exponent + half,
