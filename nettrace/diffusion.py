@@ -39,8 +39,8 @@ def displacements(gram: Numbers, per_octave: int = 4) -> Displacements:
     """Mean squared displacements, from the snapshots' inner products.
 
     The exponent is the slope of ln means against ln lag, all lags alike. Errors are those of the
-    jackknife over eight blocks of successive start times, as long as the longest lag; of one trajectory they tell how different
-    its parts are, not what another run would give.
+    jackknife over eight blocks of successive start times, each as long as the longest lag: of one
+    trajectory, they tell how different its parts are.
 
     Args:
         gram: (n, n) inner products of snapshots, about any origin.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from nettrace.curvature import PARTS, PRODUCTS
+from nettrace.gradient_curvature import PARTS, PRODUCTS
 from nettrace.jackknife import GROUPS
 from nettrace.pieces import Pieces
 from nettrace.statistics import Statistics
@@ -176,6 +176,23 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     passes = 4 * products + 2 * PARTS
     fresh = 3 * pieces.one_pass + pieces.chunk(1) + pieces.norms_keep
     return Work(seconds, passes, 0, fresh, of=("loss_gradients",), instead="take fewer samples")
+
+
+@prices("mean_gradient")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(2 * pieces.vjp, 1, pieces.parameter_bytes, 2 * pieces.one_pass)
+
+
+@prices("hessian_operator", "gauss_newton_operator", "fisher_operator")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """A backward pass with its tape, and finite differences on a few samples in float64."""
+    few = 12 * pieces.vjp * max(1 / Statistics.checked, 1 / pieces.samples)
+    return Work(2 * pieces.vjp + few, 2, 0, 2 * pieces.one_pass)
+
+
+@prices("wide_loss")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(kept=8 * pieces.parameter_bytes / pieces.item)
 
 
 @prices("term_products", "parameter_groups", "gradient_batch")

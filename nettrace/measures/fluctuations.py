@@ -101,8 +101,8 @@ def checked(found: Halves) -> dict[str, str | int | float]:
             f"the window is not equilibrated: along the principal directions of one half, the "
             f"other has {found.kept:.2g} of their variance. It is short against the correlation "
             "times, or has few snapshots for its many weights: principal components of a random "
-            "walk have variances that fall as 1 / k^2 whatever the landscape. Take a longer window, "
-            "or read exponents as those of this one"
+            "walk have variances that fall as 1 / k^2 whatever the landscape. Take a longer "
+            "window, or read exponents as those of this one"
         )
     return notes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,33 +14,13 @@ from nettrace.diffusion import Displacements, displacements
 from nettrace.flatness import width
 from nettrace.fluctuations import Halves, Modes, centred_gram, directions, halves, modes
 from nettrace.operator import PerLayer
-from nettrace.statistics.gradients import ProbeGradientStatistics
+from nettrace.second_order import CurvatureOperator
 from nettrace.statistics.look import Unavailable
+from nettrace.statistics.second_order import CurvatureStatistics
 from nettrace.window import WeightWindow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-class Operator(Protocol):
-    """A symmetric matrix of the mean loss, by its products."""
-
-    layers: Mapping[str, slice]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Its product with a vector of all parameters."""
-
-
-class Loss(Protocol):
-    """The mean loss of a network as a function of its weights."""
-
-    layers: Mapping[str, slice]
-    point: Tensor
-
-    def __call__(self, weights: Tensor) -> float:
-        """At other weights than `point`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ class Widths:
     evaluations: int
 
 
-class WindowStatistics(ProbeGradientStatistics):
+class WindowStatistics(CurvatureStatistics):
     """Those of a window of weights, and of the loss along the directions in which they moved."""
 
     #: The statistics that need a window.
@@ -101,10 +81,6 @@ class WindowStatistics(ProbeGradientStatistics):
     )
     #: Principal directions along which the landscape is followed, at most.
     most_directions = 200
-
-    hessian_operator: Operator
-    fisher_operator: Operator
-    wide_loss: Loss
 
     @property
     def window(self) -> WeightWindow:
@@ -289,7 +265,7 @@ class WindowStatistics(ProbeGradientStatistics):
             ", ".join(departs) or None,
         )
 
-    def _curvatures(self, operator: Operator) -> Tensor:
+    def _curvatures(self, operator: CurvatureOperator) -> Tensor:
         rows = self._flattened(
             operator.layers, torch.zeros(0, dtype=operator.dtype, device=operator.device)
         )
