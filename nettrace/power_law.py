@@ -24,7 +24,7 @@ class PowerLaw:
         intercept: ln y at x = 1.
         r_squared: the share of the variance of ln y that it explains.
         curvature: the coefficient of (ln x)^2 where that is fitted too.
-        curvature_t: that coefficient over its standard error: a power law is doubtful above 3.
+        curvature_t: that coefficient over its standard error: above 3, either sign, they bend.
         points: how many points were fitted.
         span: the largest x over the smallest.
     """
@@ -42,7 +42,9 @@ class PowerLaw:
 
     def attributes(self) -> dict[str, str | int | float]:
         """What to keep beside the exponent."""
-        return {
+        bent = abs(self.curvature_t) > 3
+        doubt = {"fit_warning": "the points bend: the exponent depends on where it is fitted"}
+        return (doubt if bent else {}) | {
             "interval_low": self.low,
             "interval_high": self.high,
             "interval": "95 %, least squares of logarithms with HC3 errors, widened by the "
