@@ -2,9 +2,9 @@
 
 With n snapshots theta_t of P weights, the covariance over time is the P x P matrix Sigma = X^T X /
 n, with rows of X the snapshots less their mean. It shares its eigenvalues with X X^T / n, which is
-n x n, and of the two only the smaller is formed: the squared singular values of X over n are the variances
-sigma_i^2 along the principal directions p_i, and theta_i(t) = sqrt(n) sigma_i u_i(t) are the
-coordinates along them, with u_i the left singular vectors.
+n x n, and only the smaller of the two is formed: the squared singular values of X over n are the
+variances sigma_i^2 along the principal directions p_i, and theta_i(t) = sqrt(n) sigma_i u_i(t) are
+the coordinates along them, with u_i the left singular vectors.
 
 Of an unconfined random walk, principal components are cosines and their shares of the variance 6 /
 (pi^2 k^2), whatever the landscape: Antognini and Sohl-Dickstein (2018), arXiv:1806.08805. So what
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DIVERGES = "the weights in the window are not finite: the training diverges"
+_DIVERGES = "weights in the window are not finite: the training diverges"
 #: Numbers in float64 that are made of a window's rows at a time.
 _BLOCK = 2**22
 #: Correlation times that Sokal's window is long.
@@ -82,7 +82,8 @@ def factor(rows: Tensor) -> Tensor:
     if not bool(gram.isfinite().all()):
         raise ValueError(_DIVERGES)
     values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt()
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 def modes(factors: Iterable[Tensor]) -> Modes:
