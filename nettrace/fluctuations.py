@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrace.weight_sketch import BUCKETS
+
 _DIVERGES = "weights in the window are not finite: the training diverges"
 #: Numbers in float64 that are made of a window's rows at a time.
 _BLOCK = 2**22
@@ -64,13 +66,15 @@ class Halves:
 
 
 def factor(rows: Tensor) -> Tensor:
-    """(n, min(n, P)) in float64, with the inner products of the rows (n, P) less their mean.
+    """In float64, n rows of few numbers, with the inner products of rows (n, P) less their mean.
+
+    These themselves where they are up to a few thousand numbers each, else n.
 
     Raises:
         ValueError: if the rows are not finite.
     """
     n, size = rows.shape
-    if size <= n:
+    if size <= max(n, BUCKETS):
         found = _less_mean(rows)
         if not bool(found.isfinite().all()):
             raise ValueError(_DIVERGES)
