@@ -257,6 +257,6 @@ def _slope(x: Tensor, y: Tensor) -> float:
 
 def _less_mean(rows: Tensor) -> Tensor:
     """Rows less their mean, in float64; less the first before, as differences keep their digits."""
-    found = rows.double()
-    found = found - found[0]
-    return found - found.mean(0)
+    found = rows.double() - rows[0].double()
+    found -= found.mean(0)
+    return found
