@@ -56,13 +56,11 @@ class Halves:
             other half has along them, over that of their own.
         shift: squared distance between the means of the halves, over the mean total variance within
             them; 4 / n for independent snapshots, and 4 for a random walk.
-        modes: how many directions of each half.
     """
 
     slope: float
     kept: float
     shift: float
-    modes: int
 
 
 def factor(rows: Tensor) -> Tensor:
@@ -211,7 +209,7 @@ def halves(rows: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
         within += float(centred.square().sum()) / n / 2
     shift = float((rows[:n].mean(0) - rows[-n:].mean(0)).square().sum())
     kept = math.exp(float(torch.cat(logs).mean()))
-    return Halves(sum(slopes) / 2, kept, shift / within if within else math.nan, count)
+    return Halves(sum(slopes) / 2, kept, shift / within if within else math.nan)
 
 
 def layer_correlations(factors: Iterable[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace.freeze import frozen
-from nettrace.measures import available, resolve
+from nettrace.measures import available, resolve, statistics
 from nettrace.statistics import Statistics, Unavailable
 from nettrace.window import WeightWindow
 
@@ -391,6 +391,15 @@ def test_layers_as_they_are():
     np.testing.assert_allclose(values.value[0], [4, 2, 2, 0], atol=1e-5)
     conv = torch.linalg.svdvals(weights["1.weight"].flatten(1).double())
     np.testing.assert_allclose(values.value[1], [*conv, np.nan], rtol=1e-6)
+
+
+def test_records_say_of_which_updates_they_are():
+    look = Statistics(_model(), _probe(), step=49, window=_seen(range(10, 50)))
+    assert look.about(["window_modes"])["window"] == (
+        "snapshots of 40 updates from step 10 to 49, 43 numbers of 4 parameters"
+    )
+    assert "window" not in look.about(["outputs"])
+    assert Statistics.of_window <= statistics().keys()
 
 
 def test_window_measures_are_asked_for_by_name():
