@@ -104,6 +104,17 @@ class Pieces:
             return False
 
     @property
+    def window(self) -> tuple[int, int]:
+        """Snapshots in the window of weights, and numbers in each; none where there is no window.
+
+        Before the first snapshot, all parameters are taken to be in it.
+        """
+        window = self._look._window
+        if window is None:
+            return 0, 0
+        return window.length, window.width or sum(w.numel() for w in self._look.weights.values())
+
+    @property
     def has_exact_curvature(self) -> tuple[bool, bool]:
         """Whether the traces of the Hessian and of the Gauss-Newton matrix are exact."""
         look = self._look

@@ -253,7 +253,8 @@ class Flattening:
         for name, place in self.layers.items():
             p = self.parameters[name]
             part = vector[place].to(real(p)).view_as(real(p))
-            found[name] = torch.view_as_complex(part) if p.is_complex() else part
+            # A pair may begin anywhere in the vector, which a view as complex numbers may not.
+            found[name] = torch.view_as_complex(part.clone()) if p.is_complex() else part
         return found
 
 
