@@ -9,9 +9,12 @@ from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.preconditioned import PreconditionedStatistics
 from nettrace.statistics.step import StepStatistics
+from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(ProbeGradientStatistics, MotionStatistics, PreconditionedStatistics):
+class Statistics(
+    ProbeGradientStatistics, MotionStatistics, PreconditionedStatistics, WindowStatistics
+):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -1,0 +1,57 @@
+"""Measures that wait for a window of weights to be full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nettrace.measures import Measure
+from nettrace.statistics import Statistics
+from nettrace.window import WeightWindow
+
+
+def reads_window(measure: Measure) -> bool:
+    """Whether a measure is of the weights of the last updates."""
+    return any(need.rpartition(".")[2] in Statistics.of_window for need in measure.needs)
+
+
+def settings(window: WeightWindow) -> dict[str, Any]:
+    """What a window was asked for: windows with the same settings see the same."""
+    return {
+        "length": window.length,
+        "stride": window.stride,
+        "parameters": list(window.parameters),
+        "keep": window.keep,
+        "memory": window.memory,
+        "seed": window.seed,
+    }
+
+
+class Waiting:
+    """Which measures are not taken yet, and which of those never were.
+
+    Args:
+        window: that they are of, if there is one.
+    """
+
+    def __init__(self, window: WeightWindow | None) -> None:
+        self._window = window
+        #: Those that have waited, by name; None for what was taken since.
+        self._waited: dict[str, Measure | None] = {}
+
+    def ready(self, measures: Sequence[Measure]) -> list[Measure]:
+        """Those of some measures which need not wait; a window that cannot be kept says so."""
+        window = self._window
+        if window is None:
+            return list(measures)
+        full = window.is_full or window.reason is not None
+        for measure in filter(reads_window, measures):
+            if full:
+                self._waited[measure.name] = None
+            else:
+                self._waited.setdefault(measure.name, measure)
+        return [measure for measure in measures if full or not reads_window(measure)]
+
+    def in_vain(self) -> list[Measure]:
+        """Those that have waited, and were never taken."""
+        return [measure for measure in self._waited.values() if measure is not None]
