@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +17,8 @@ def reads_window(measure: Measure) -> bool:
 
 
 def settings(window: WeightWindow) -> dict[str, Any]:
-    """What a window was asked for: windows with the same settings see the same."""
-    return {
-        "length": window.length,
-        "stride": window.stride,
-        "parameters": list(window.parameters),
-        "keep": window.keep,
-        "memory": window.memory,
-        "seed": window.seed,
-    }
+    """What a window was made with: another that is made with them sees the same."""
+    return {name: getattr(window, name) for name in inspect.signature(WeightWindow).parameters}
 
 
 class Waiting:
