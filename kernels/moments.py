@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def weight_welford_(
-    weights: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor], count: int
+    weights: list[Tensor], means: list[Tensor], squares: list[Tensor], count: int
 ) -> None:
     """Takes one more snapshot into running means and sums of squared deviations, in place.
 

@@ -54,29 +54,46 @@ class WeightSketch:
     """
 
     def __init__(self, weights: Sequence[Tensor], rows: Sequence[int], seed: int) -> None:
-        self._first = [w.clone() for w in weights]
-        counts = buckets([len(w) for w in weights], rows)
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        self.places = [slice(end - k, end) for end, k in zip(ends, counts, strict=True)]
-        self.length = ends[-1]
-        self._signs: list[Tensor | None] = []
-        for i, (first, k) in enumerate(zip(self._first, counts, strict=True)):
-            if k == len(first):
-                self._signs.append(None)
-                continue
-            drawn = signs((len(first),), seed, f"weights {i}").to(first)
-            first.mul_(drawn).neg_()  # so that one pass makes signs times differences
-            self._signs.append(drawn)
-        self._scratch = [torch.empty_like(first) for first in self._first]
+        sizes = [len(w) for w in weights]
+        counts = buckets(sizes, rows)
+        self._whole = [i for i, k in enumerate(counts) if k == sizes[i]]
+        self._summed = [i for i, k in enumerate(counts) if k < sizes[i]]
+        self.places = [slice(0)] * len(weights)
+        self.length = 0
+        for i in (*self._whole, *self._summed):  # those that are kept whole side by side
+            self.places[i] = slice(self.length, self.length + counts[i])
+            self.length += counts[i]
+        self._first = torch.cat([weights[0][:0], *(weights[i] for i in self._whole)])
+        self._signs = [
+            signs((sizes[i],), seed, f"weights {i}").to(weights[i]) for i in self._summed
+        ]
+        # By signs: so that one pass makes signs times differences.
+        several = zip(self._signs, self._summed, strict=True)
+        self._less = [-drawn * weights[i] for drawn, i in several]
+        self._scratch = [torch.empty_like(less) for less in self._less]
 
     def __call__(self, weights: Sequence[Tensor], out: Tensor) -> None:
         """Writes the sketch of the weights less the first into a row of that length."""
-        for i, (weight, place) in enumerate(zip(weights, self.places, strict=True)):
-            drawn, own, k = self._signs[i], out[place], place.stop - place.start
-            if drawn is None:
-                own.copy_(torch.sub(weight, self._first[i], out=self._scratch[i]))
-                continue
-            moved = torch.addcmul(self._first[i], weight, drawn, out=self._scratch[i])
-            whole = len(moved) // k * k
-            own.copy_(moved[:whole].view(-1, k).sum(0))
-            own[: len(moved) - whole] += moved[whole:]
+        if self._whole:
+            whole = out[: len(self._first)]
+            gather([weights[i] for i in self._whole], whole)
+            whole -= self._first
+        several = zip(self._summed, self._signs, self._less, self._scratch, strict=True)
+        for i, drawn, less, scratch in several:
+            own = out[self.places[i]]
+            k = len(own)
+            moved = torch.addcmul(less, weights[i], drawn, out=scratch)
+            rows = len(moved) // k
+            own.copy_(moved[: rows * k].view(rows, k).sum(0))
+            own[: len(moved) - rows * k] += moved[rows * k :]
+
+
+def gather(vectors: Sequence[Tensor], out: Tensor) -> None:
+    """Writes vectors one after the other, also from other devices."""
+    if all(vector.device == out.device for vector in vectors):
+        torch.cat(list(vectors), out=out)
+        return
+    end = 0
+    for vector in vectors:
+        out[end : end + len(vector)].copy_(vector)
+        end += len(vector)

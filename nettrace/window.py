@@ -21,7 +21,7 @@ from nettrace.gathered import original
 from nettrace.kernels import weight_welford_
 from nettrace.missing import told
 from nettrace.unwrapped import is_spread
-from nettrace.weight_sketch import WeightSketch, buckets
+from nettrace.weight_sketch import WeightSketch, buckets, gather
 
 Keep: TypeAlias = Literal["snapshots", "sketch", "moments"]
 _KINDS: tuple[Keep, ...] = ("snapshots", "sketch", "moments")
@@ -30,19 +30,21 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Moments:
-    """What is kept of each parameter in place of snapshots, by name, as vectors of real numbers.
+    """What is kept in place of snapshots: vectors of all parameters' real numbers.
 
     Args:
-        first: the weights with which the window began.
-        means: over the snapshots, less the first.
-        squares: sums over the snapshots of squared deviations from the mean.
-        moved: the last weights less the first.
+        first: (P,) the weights with which the window began.
+        means: (P,) over the snapshots, less the first.
+        squares: (P,) sums over the snapshots of squared deviations from the mean.
+        moved: (P,) the last weights less the first.
+        places: by name, which of the numbers are a parameter's.
     """
 
-    first: dict[str, Tensor]
-    means: dict[str, Tensor]
-    squares: dict[str, Tensor]
-    moved: dict[str, Tensor]
+    first: Tensor
+    means: Tensor
+    squares: Tensor
+    moved: Tensor
+    places: dict[str, slice]
 
 
 class WeightWindow:
@@ -70,6 +72,8 @@ class WeightWindow:
         keep: what to keep; None for the first that fits.
         memory: bytes that the window may take, as in `nettrace.jacobian`.
         seed: of the signs of sketches.
+        population: N, samples of which each epoch deals out batches without replacement, for the
+            theory of what to expect; None for independent batches, or where that is not known.
 
     Raises:
         ValueError: if a number is too small, `keep` is none of these, or the memory cannot be read.
@@ -100,6 +104,7 @@ class WeightWindow:
         keep: Keep | None = None,
         memory: int | str = "256MiB",
         seed: int = 0,
+        population: int | None = None,
     ) -> None:
         if length < 4:
             raise ValueError(f"expected a window of at least 4 snapshots, got length={length}")
@@ -110,6 +115,7 @@ class WeightWindow:
         self.length, self.stride = length, stride
         self.parameters = (parameters,) if isinstance(parameters, str) else tuple(parameters)
         self.keep, self.memory, self.seed = keep, parse_bytes(memory), seed
+        self.population = population
         self.begin()
 
     def begin(self) -> None:
@@ -235,9 +241,9 @@ class WeightWindow:
         if self.kind is None:
             return
         flats = [flat.to(dtype) for flat in flats]
+        ends = torch.tensor(self._sizes).cumsum(0).tolist()
+        self._places = [slice(e - n, e) for e, n in zip(ends, self._sizes, strict=True)]
         if self.kind == "snapshots":
-            ends = torch.tensor(self._sizes).cumsum(0).tolist()
-            self._places = [slice(e - n, e) for e, n in zip(ends, self._sizes, strict=True)]
             self._rows = torch.empty((self.length, ends[-1]), dtype=dtype)
         elif self.kind == "sketch":
             self._sketch = WeightSketch(flats, rows, self.seed)
@@ -245,9 +251,11 @@ class WeightWindow:
             shape = (self.length, self._sketch.length)
             self._rows = torch.empty(shape, dtype=dtype, device=flats[0].device)
         else:
-            first = {name: flat.clone() for name, flat in zip(self.shapes, flats, strict=True)}
-            zeros = [{n: torch.zeros_like(w) for n, w in first.items()} for _ in range(3)]
-            self._moments = Moments(first, *zeros)
+            first = torch.cat([flat.to(flats[0].device) for flat in flats])
+            means, squares, moved = (torch.zeros_like(first) for _ in range(3))
+            self._moments = Moments(
+                first, means, squares, moved, dict(zip(self.shapes, self._places, strict=True))
+            )
         self._groups = _groups(found, optimizers)
         self.rule = _rule(self._groups, optimizers)
 
@@ -274,24 +282,19 @@ class WeightWindow:
 
     def _keep(self, flats: list[Tensor]) -> None:
         self._seen += 1
-        if self.kind == "moments":
-            kept = self.moments
-            moved = list(kept.moved.values())
+        if self._moments is not None:
+            kept = self._moments
+            gather(flats, kept.moved)
             # Of differences, so that small fluctuations of large weights keep their digits.
-            torch._foreach_copy_(moved, flats)
-            torch._foreach_sub_(moved, list(kept.first.values()))
-            means, squares = list(kept.means.values()), list(kept.squares.values())
-            weight_welford_(moved, means, squares, self._seen)
+            torch.sub(kept.moved, kept.first, out=kept.moved)
+            weight_welford_([kept.moved], [kept.means], [kept.squares], self._seen)
             self.count = self._seen
             return
         row = self._rows[(self._seen - 1) % self.length]
         if self._sketch is not None:
             self._sketch(flats, row)
-        elif all(flat.device == row.device for flat in flats):
-            torch.cat(flats, out=row)
         else:
-            for flat, place in zip(flats, self._places, strict=True):
-                row[place].copy_(flat)
+            gather(flats, row)
         self.count = min(self._seen, self.length)
 
     def _refuse(self, reason: str, step: int) -> None:

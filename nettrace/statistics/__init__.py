@@ -4,7 +4,6 @@ A statistic is a property of `Statistics`; a measure names those that it needs. 
 or raw arrays: measures divide, and say by what.
 """
 
-from nettrace.statistics.gradients import ProbeGradientStatistics
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.preconditioned import PreconditionedStatistics
@@ -12,9 +11,7 @@ from nettrace.statistics.step import StepStatistics
 from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(
-    ProbeGradientStatistics, MotionStatistics, PreconditionedStatistics, WindowStatistics
-):
+class Statistics(WindowStatistics, MotionStatistics, PreconditionedStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -48,7 +48,7 @@ class Look:
         check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
             not to be had if it raises `SpotCheckError`.
         loss_check: what is known of a loss that is not declared, from where it is trained.
-        window: the weights of the last updates, if they were seen.
+        window: the weights of the last updates, if they are kept.
         ranks: the processes that look together, each at its share of the samples; all must then ask
             for the same statistics, in one order.
 
