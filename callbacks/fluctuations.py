@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nettrace.callbacks.trace import Trace
-from nettrace.measures import resolve
+from nettrace.measures import available
 from nettrace.schedule import Every, filled
 from nettrace.waiting import reads_window
 from nettrace.window import Keep, WeightWindow
@@ -73,6 +73,7 @@ class WeightFluctuations(Trace):
 
 
 def _of_windows(name: str) -> list[str]:
-    """What a group has that is of a window; another name stands for itself."""
-    found = resolve(name)
-    return [m.name for m in found if reads_window(m)] if len(found) > 1 else [name]
+    """What a group has that is of a window; a measure's name, or another, stands for itself."""
+    return [m.name for m in available() if m.name.startswith(f"{name}/") and reads_window(m)] or [
+        name
+    ]
