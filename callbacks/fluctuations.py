@@ -58,10 +58,11 @@ class WeightFluctuations(Trace):
         window = WeightWindow(
             length, stride=stride, parameters=parameters, keep=keep, memory=memory
         )
+        new = filled(length * stride, burn_in)
         names = [measures] if isinstance(measures, str) else list(measures or ())
         super().__init__(
             [name for asked in names for name in _of_windows(asked)],
-            every=filled(length * stride, burn_in) if every is None else every,
+            every=new if every is None else every,
             window=window,
             **options,
         )

@@ -44,9 +44,9 @@ class Request:
         window: which weights of the last updates are kept, for measures that need them; each
             training has a window of its own with these settings, by default those of
             `nettrace.window.WeightWindow`. It sees the weights after every update. Measures of it
-            are taken at the steps of the schedule at which it is full, and are missing at the last
-            step if it never was. It is not saved with checkpoints: a run that is resumed fills it
-            anew.
+            are taken at the steps of the schedule at which it is full; if there are none, at the
+            last step of all, where they are missing if it is not full then either. It is not saved
+            with checkpoints: a run that is resumed fills it anew.
 
     Raises:
         ValueError: if a measure is unknown, or the schedule never fires.

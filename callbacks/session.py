@@ -27,6 +27,7 @@ from nettrace.ranks import purpose, ranks
 from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
+from nettrace.waiting import reads_window
 from nettrace.window import WeightWindow
 
 if TYPE_CHECKING:
@@ -249,14 +250,16 @@ class Session:
         last = [c for c in self._probing if getattr(self._due[c], "last", False)]
         due = [c for c in last if self._measured.get(c) != step and self._ready(c)]
         self._measure(step, self._affordable(step, due))
-        idle = [c for c in self._unfired if c in self._windows.of and not self._ready(c)]
-        self._unfired = [c for c in self._unfired if c not in idle]
+        for callback in self._unfired:
+            if callback in self._windows.of and all(map(reads_window, callback.measures)):
+                self._ready(callback)  # if it is not, that is why nothing was measured
         for tracer, group in self._groups.values():
             with self._budget.measuring(), silenced(self._module):
                 records = tracer.conclude(self._module, step, self._trainer.optimizers)
             if records:
                 names = {record.name for record in records}
                 waited = [c for c in group if any(m.name in names for m in c.measures)]
+                self._unfired = [callback for callback in self._unfired if callback not in waited]
                 self._tell(waited, records, tracer.fingerprint)
 
     def _affordable(

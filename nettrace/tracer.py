@@ -217,7 +217,7 @@ class Tracer(Observer):
             optimizer: as in a call.
             last: whether this is the last of the run, for which the budget has kept room. Where
                 that is known, measures of a window are left out until it is full, and `conclude`
-                says of which it never was; else they are missing, with the reason.
+                takes those that never were; else they are missing, with the reason.
             coordinates: as in a call.
         """
         self.watch(model, step, optimizer, coordinates.get("samples", math.nan))
@@ -269,7 +269,10 @@ class Tracer(Observer):
     def conclude(
         self, model: nn.Module, step: int, optimizer: Optimizers = None, **coordinates: float
     ) -> list[Record]:
-        """Ends a run: why measures were never taken that have waited for a window to be full."""
+        """Takes and writes measures that have waited for a window to be full, and never were taken.
+
+        They are missing with the reason if it is not full yet; to be called where a run ends.
+        """
         waited, model = self._waiting.in_vain(), plain_model(model)
         records = self.measure(model, step, waited, optimizer) if waited else []
         self._write(model, records, coordinates)
@@ -322,6 +325,7 @@ class Tracer(Observer):
         optimizer: Optimizers = None,
     ) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
+        self._waiting.taken(measures)
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
         return self.observe(model, step, measures, optimizer)

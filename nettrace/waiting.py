@@ -36,15 +36,15 @@ class Waiting:
     def ready(self, measures: Sequence[Measure]) -> list[Measure]:
         """Those of some measures which need not wait; a window that cannot be kept says so."""
         window = self._window
-        if window is None:
+        if window is None or window.is_full or window.reason is not None:
             return list(measures)
-        full = window.is_full or window.reason is not None
         for measure in filter(reads_window, measures):
-            if full:
-                self._waited[measure.name] = None
-            else:
-                self._waited.setdefault(measure.name, measure)
-        return [measure for measure in measures if full or not reads_window(measure)]
+            self._waited.setdefault(measure.name, measure)
+        return [measure for measure in measures if not reads_window(measure)]
+
+    def taken(self, measures: Sequence[Measure]) -> None:
+        """Notes that some measures are taken now."""
+        self._waited |= dict.fromkeys((measure.name for measure in measures), None)
 
     def in_vain(self) -> list[Measure]:
         """Those that have waited, and were never taken."""
