@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
 #: Into how many blocks start times are dealt for errors.
-_BLOCKS = 10
+_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Displacements:
     """Mean squared displacements within a window.
 
     Args:
-        lags: (m,) in snapshots, spaced evenly in their logarithms, up to a quarter of the window.
+        lags: (m,) in snapshots, spaced evenly in their logarithms, up to an eighth of the window.
         means: (m,) |theta(t + lag) - theta(t)|^2, mean over start times t.
         errors: (m,) their standard errors, by leaving out blocks of start times.
         exponent: of the power of the lag with which they grow: 1 for diffusion, 2 for a drift, 0
@@ -39,20 +39,20 @@ def displacements(gram: Numbers, per_octave: int = 4) -> Displacements:
     """Mean squared displacements, from the snapshots' inner products.
 
     The exponent is the slope of ln means against ln lag, all lags alike. Errors are those of the
-    jackknife over ten blocks of successive start times; of one trajectory they tell how different
-    its parts are, not what another run would give.
+    jackknife over eight blocks of successive start times, each as long as the longest lag: of one
+    trajectory, they tell how different its parts are.
 
     Args:
         gram: (n, n) inner products of snapshots, about any origin.
         per_octave: lags for each factor of two, at most.
 
     Raises:
-        ValueError: if there are fewer than 16 snapshots, or they do not move.
+        ValueError: if there are fewer than 32 snapshots, or they do not move.
     """
     n = len(gram)
-    if n < 16:
-        raise ValueError(f"expected at least 16 snapshots for displacements, got {n}")
-    most = n // 4
+    if n < 32:
+        raise ValueError(f"expected at least 32 snapshots for displacements, got {n}")
+    most = n // 8
     count = 1 + int(per_octave * np.log2(most))
     lags = np.unique(np.geomspace(1, most, count).round().astype(np.int64))
     squares = np.diag(gram)

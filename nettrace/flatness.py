@@ -40,7 +40,7 @@ def width(loss: Callable[[float], float], least: float, guess: float, limit: flo
     target = math.e * least
 
     def excess(distance: float) -> float:
-        """The share of the way from `least` to the target; infinite where the loss is not finite."""
+        """The share of the way from least to target; infinite where the loss is not finite."""
         value = loss(distance)
         return (value - least) / (target - least) if math.isfinite(value) else math.inf
 

@@ -25,7 +25,7 @@ _BLOCK = 2**22
 #: Correlation times that Sokal's window is long.
 _SOKAL = 5
 #: Correlation times that a series must be long for one of them to be known.
-_RESOLVED = 20
+_RESOLVED = 50
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,17 @@ def correlation_times(series: Tensor) -> tuple[Tensor, Tensor]:
     tau = 1/2 + sum of autocorrelations up to the least lag M of at least 5 tau: Sokal (1997), Monte
     Carlo methods in statistical mechanics, section 3; of exp(-k / t) it is coth(1 / 2t) / 2,
     near t. The statistical inefficiency is 2 tau. Errors are tau sqrt(2 (2 M + 1) / n), his
-    equation 3.19; they are infinite where the series is shorter than 20 tau, which it does not
+    equation 3.19; they are infinite where the series is shorter than 50 tau, which it does not
     resolve: autocorrelations are then those of the window, and tau is a lower bound at best.
     """
+    window, resolved = _sokal(series)
+    tau = autocorrelations(series).cumsum(0).gather(0, window[None])[0] - 0.5
+    errors = tau.abs() * (2 * (2 * window + 1) / len(series)).sqrt()
+    return tau, torch.where(resolved, errors, torch.inf)
+
+
+def _sokal(series: Tensor) -> tuple[Tensor, Tensor]:
+    """Up to which lag autocorrelations are summed, and whether the series resolves them."""
     n = len(series)
     sums = autocorrelations(series).cumsum(0) - 0.5
     lags = torch.arange(n, dtype=series.dtype)[:, None]
@@ -135,9 +143,21 @@ def correlation_times(series: Tensor) -> tuple[Tensor, Tensor]:
     reached[0], reached[-1] = False, True
     window = reached.to(torch.int8).argmax(0)
     tau = sums.gather(0, window[None])[0]
-    errors = tau.abs() * (2 * (2 * window + 1) / n).sqrt()
-    unresolved = (n < _RESOLVED * tau) | (window >= n - 1)
-    return tau, torch.where(unresolved, torch.inf, errors)
+    return window, (n >= _RESOLVED * tau) & (window < n - 1)
+
+
+def variance_errors(series: Tensor) -> Tensor:
+    """Standard errors (K,) of the variances of series (n, K) of Gaussian values.
+
+    Var = 2 sigma^4 / n (1 + 2 sum of squared autocorrelations), Bartlett (1946), up to the lag of
+    `correlation_times`; infinite where that is not resolved.
+    """
+    n = len(series)
+    window, resolved = _sokal(series)
+    squares = autocorrelations(series).square().cumsum(0)
+    total = 2 * squares.gather(0, window[None])[0] - 1
+    errors = series.var(0, correction=0) * (2 * total / n).sqrt()
+    return torch.where(resolved, errors, torch.inf)
 
 
 def halves(gram: Tensor, most: int = 10) -> Halves:
@@ -185,7 +205,9 @@ def stationarity(gram: Tensor) -> tuple[float, float]:
 
     Yaida (2018), arXiv:1810.00004, the first fluctuation-dissipation relation, in terms of updates
     dtheta, with theta about the mean of the window, and means over the window. The sum telescopes:
-    the ratio differs from 1 by the change of |theta|^2 over the window's squared path. The error is
+    the ratio differs from 1 by the change of |theta|^2 over the window's squared path, so that a
+    random walk, which spreads from its mean both ways in time, is not told from equilibrium. The
+    error is
     what that change is for snapshots of the window that are drawn independently.
 
     Args:

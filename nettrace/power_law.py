@@ -60,7 +60,8 @@ def power_law(x: Numbers, y: Numbers) -> PowerLaw:
 
     Errors are those of MacKinnon and White (1985), HC3, which need no equal scatter; neighbouring
     points that scatter alike, as neighbouring modes do, count as fewer: errors are multiplied by
-    the square root of the statistical inefficiency of the residuals, in the order given. Scatter in
+    the square root of the statistical inefficiency of the residuals, in the order given, and the
+    interval is Student's for as many points. Scatter in
     x is not accounted for, and would make the exponent too small.
 
     Args:
@@ -86,7 +87,8 @@ def power_law(x: Numbers, y: Numbers) -> PowerLaw:
     (level, slope), (_, error), residuals = _fit(np.stack([np.ones_like(z), z], 1), v)
     curved, errors, _ = _fit(np.stack([np.ones_like(z), z, z**2], 1), v)
     exponent, error = slope / scale, error / scale
-    half = float(stdtrit(len(z) - 2, 0.975)) * error
+    freedom = max(3.0, len(z) / inefficiency(residuals) - 2)
+    half = float(stdtrit(freedom, 0.975)) * error
     total = np.square(v - v.mean()).sum()
     return PowerLaw(
         exponent=float(exponent),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from nettrace.curvature import PARTS, PRODUCTS
+from nettrace.gradient_curvature import PARTS, PRODUCTS
 from nettrace.jackknife import GROUPS
 from nettrace.pieces import Pieces
 from nettrace.statistics import Statistics
@@ -176,6 +176,23 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     passes = 4 * products + 2 * PARTS
     fresh = 3 * pieces.one_pass + pieces.chunk(1) + pieces.norms_keep
     return Work(seconds, passes, 0, fresh, of=("loss_gradients",), instead="take fewer samples")
+
+
+@prices("mean_gradient")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(2 * pieces.vjp, 1, pieces.parameter_bytes, 2 * pieces.one_pass)
+
+
+@prices("hessian_operator", "gauss_newton_operator", "fisher_operator")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """A backward pass with its tape, and finite differences on a few samples in float64."""
+    few = 12 * pieces.vjp * max(1 / Statistics.checked, 1 / pieces.samples)
+    return Work(2 * pieces.vjp + few, 2, 0, 2 * pieces.one_pass)
+
+
+@prices("wide_loss")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(kept=8 * pieces.parameter_bytes / pieces.item)
 
 
 @prices("term_products", "parameter_groups", "gradient_batch")
@@ -361,6 +378,59 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return replace(
         one, seconds=seconds + one.seconds, temporary=temporary, passes=c, of=("jacobian",)
     )
+
+
+@prices("window", "window_updating", "window_size_error")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work()  # kept while the training goes on
+
+
+@prices("window_grams")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    length, size = pieces.window
+    return Work(2e-10 * length**2 * size, kept=8 * length**2 * pieces.layers, temporary=2**26)
+
+
+@prices("window_gram", "window_displacements")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(kept=8 * pieces.window[0] ** 2, of=("window_grams",))
+
+
+@prices("window_modes", "window_halves")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    length = pieces.window[0]
+    return Work(2 * pieces.eigenvalues(length), kept=8 * length**2, of=("window_gram",))
+
+
+@prices("window_directions")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    length, size = pieces.window
+    count = min(length, Statistics.most_directions)
+    seconds, kept = 2e-10 * length * count * size, 8 * count * size
+    return Work(seconds, kept=kept, temporary=2**26, of=("window_modes",))
+
+
+@prices("window_widths")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """Some ten evaluations of the loss in float64 for each direction."""
+    count = min(pieces.window[0], Statistics.most_directions)
+    return Work(10 * count * pieces.vjp, of=("window_directions",))
+
+
+@prices("window_curvatures", "window_fisher")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """A product with a matrix for each direction."""
+    count = min(pieces.window[0], Statistics.most_directions)
+    seconds, fresh = 4 * count * pieces.vjp, 3 * pieces.one_pass
+    return Work(seconds, 2 * count, temporary=fresh, of=("window_directions",))
+
+
+@prices("window_noise")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    count = min(pieces.window[0], Statistics.most_directions)
+    found = rows(pieces, 1, ("loss_gradients", "window_directions"))
+    kept = 8 * count * pieces.samples
+    return replace(found, seconds=count * pieces.norms(1), passes=count, kept=kept)
 
 
 def _spectrum(pieces: Pieces, order: int, instead: str) -> Work:

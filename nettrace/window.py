@@ -126,10 +126,11 @@ class WeightWindow:
         self.gap = 0
         self._seen = 0
         self._last: int | None = None
-        self._layout: tuple[Any, ...] = ()
+        self._layout: tuple[Any, ...] | None = None
         self._chosen: dict[str, bool] = {}
         self.shapes: dict[str, torch.Size] = {}
         self._places: list[slice] = []
+        self._sizes: list[int] = []
         self._rows = torch.empty(0)
         self._sketch: WeightSketch | None = None
         self._moments: Moments | None = None
@@ -144,9 +145,19 @@ class WeightWindow:
         return list(self.shapes)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """By name, how many real numbers a parameter has."""
+        return dict(zip(self.shapes, self._sizes, strict=True))
+
+    @property
     def size(self) -> int:
         """P, how many real numbers a snapshot has."""
         return sum(self._sizes)
+
+    @property
+    def width(self) -> int:
+        """How many numbers are kept of a snapshot: P, or fewer in a sketch; 0 before the first."""
+        return self._rows.shape[-1]
 
     @property
     def is_full(self) -> bool:
@@ -315,6 +326,25 @@ class WeightWindow:
             raise ValueError(f"expected snapshots or a sketch of {name!r}, got {self.kind}")
         own = self._rows[: self.count, self._places[self.names.index(name)]]
         return own.roll(-(self._seen % self.length), 0) if self._seen > self.length else own.clone()
+
+    def variations(self) -> dict[str, Tensor]:
+        """By parameter, the sum over its weights of their variances over the snapshots."""
+        if self._moments is not None:
+            squares = self._moments.squares.double()
+            return {n: squares[p].sum().cpu() / self.count for n, p in self.moments.places.items()}
+        found = {}
+        for name in self.names:
+            rows = self.rows(name)
+            moved = (rows - rows[0]).double()
+            found[name] = moved.var(0, correction=0).sum().cpu()
+        return found
+
+    def displacement(self) -> float:
+        """The distance of the last weights from the first in the window."""
+        if self._moments is not None:
+            return float(self._moments.moved.double().norm())
+        ends = [self.rows(name)[[0, -1]].double().diff(dim=0).norm() for name in self.names]
+        return math.hypot(*map(float, ends))
 
     @property
     def moments(self) -> Moments:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import torch
 
-from nettrace.curvature import Curvature
+from nettrace.gradient_curvature import GradientCurvature
 from nettrace.measures.registry import Value, measure
 
 
@@ -35,7 +35,7 @@ from nettrace.measures.registry import Value, measure
     source="McCandlish et al. 2018, arXiv:1812.06162, equation 2.8",
     grouped=False,
 )
-def critical_batch_size(gradient_curvature: Curvature) -> Value:
+def critical_batch_size(gradient_curvature: GradientCurvature) -> Value:
     """The batch size at which noise takes half of what a step gains; by Hessian products."""
     found = gradient_curvature
     squares, overlaps = found.squares, found.overlaps

@@ -8,22 +8,23 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from nettrace.curvature import Curvature, Twice, curvature
 from nettrace.differentiate import parse_bytes, reduced_jacobian
 from nettrace.gathered import original
+from nettrace.gradient_curvature import GradientCurvature, along_gradients
 from nettrace.gradients import strided
 from nettrace.operator import PerLayer
 from nettrace.ownership import CoupledSamplesError
 from nettrace.per_sample import LossJacobian
 from nettrace.ranks import ALONE, Ranks
 from nettrace.reduction import tape_of, terms_of
+from nettrace.second_order import Twice, check_functions
 from nettrace.shared_gradients import shared_losses
+from nettrace.smooth import Smooth, smooth
 from nettrace.statistics.information import InformationStatistics
 from nettrace.statistics.look import Inapplicable
-from nettrace.tape import has_fused_attention, opaque
+from nettrace.tape import Tape, opaque
 
 
 class GradientStatistics(ABC):
@@ -57,9 +58,9 @@ class GradientStatistics(ABC):
         return self.loss_gradients.gram().double()
 
     @cached_property
-    def gradient_curvature(self) -> Curvature:
+    def gradient_curvature(self) -> GradientCurvature:
         """The curvature that each part of the samples has along the gradients of the others."""
-        return curvature(self.loss_gradients, self._twice, self.step)
+        return along_gradients(self.loss_gradients, self._twice, self.step)
 
     @property
     @abstractmethod
@@ -122,12 +123,14 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
 
     @property
     def _twice(self) -> Twice:
-        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        losses = self._losses
-        if has_fused_attention(losses):
-            with sdpa_kernel(SDPBackend.MATH):
-                losses = self._losses_of(self._own, self._own.look(self._model))
-        return Twice.of_losses(losses, parameters, self._ranks)
+        twice = self._smooth
+        check_functions(Tape.behind(twice.losses, twice.parameters, ()).nodes)
+        return Twice.of_losses(twice.losses, twice.parameters, self._ranks)
+
+    @cached_property
+    def _smooth(self) -> Smooth:
+        """This process's samples evaluated such that all can be differentiated twice."""
+        return smooth(self._model, self._own, self._outputs, self._losses_of)
 
 
 class StepGradientStatistics(GradientStatistics):

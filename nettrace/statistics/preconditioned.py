@@ -25,15 +25,11 @@ class PreconditionedStatistics(KernelStatistics):
 
     @cached_property
     def _preconditioned(self) -> Jacobian:
-        if not self._optimizers:
-            raise Unavailable(
-                "the optimizer is not known: pass it on, as in tracer(model, step, optimizer)"
-            )
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         names = {id(original(p)): name for name, p in parameters.items()}
         roots: PerLayer = {}
-        for optimizer in self._optimizers:
-            found = _inverse_roots(optimizer)
+        for optimizer in self._known_optimizers:
+            found = inverse_roots(optimizer)
             roots |= {names[key]: root for key, root in found.items() if key in names}
         if not roots:
             raise Unavailable(
@@ -42,6 +38,14 @@ class PreconditionedStatistics(KernelStatistics):
             )
         absent = {name: torch.zeros_like(p) for name, p in parameters.items() if name not in roots}
         return self.jacobian.scaled({**roots, **absent})
+
+    @property
+    def _known_optimizers(self) -> list[Optimizer]:
+        if not self._optimizers:
+            raise Unavailable(
+                "the optimizer is not known: pass it on, as in tracer(model, step, optimizer)"
+            )
+        return list(self._optimizers)
 
     @cached_property
     def preconditioned_trace(self) -> Estimate:
@@ -58,7 +62,7 @@ class PreconditionedStatistics(KernelStatistics):
         return spectrum_of(self._preconditioned.gram().reshape(order, order))
 
 
-def _inverse_roots(optimizer: Optimizer) -> dict[int, Tensor]:
+def inverse_roots(optimizer: Optimizer) -> dict[int, Tensor]:
     """P^-1/2 in each parameter's shape, by the parameter's identity.
 
     Of a complex parameter, real and imaginary parts are scaled apart, and are those of the result.

@@ -5,41 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from nettrace.diffusion import Displacements, displacements
 from nettrace.flatness import width
 from nettrace.fluctuations import Halves, Modes, centred_gram, directions, halves, modes
 from nettrace.operator import PerLayer
-from nettrace.statistics.gradients import ProbeGradientStatistics
+from nettrace.second_order import CurvatureOperator
 from nettrace.statistics.look import Unavailable
+from nettrace.statistics.second_order import CurvatureStatistics
 from nettrace.window import WeightWindow
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-class Operator(Protocol):
-    """A symmetric matrix of the mean loss, by its products."""
-
-    layers: Mapping[str, slice]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Its product with a vector of all parameters."""
-
-
-class Loss(Protocol):
-    """The mean loss of a network as a function of its weights."""
-
-    layers: Mapping[str, slice]
-    point: Tensor
-
-    def __call__(self, weights: Tensor) -> float:
-        """At other weights than `point`."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +70,17 @@ class Widths:
     evaluations: int
 
 
-class WindowStatistics(ProbeGradientStatistics):
+class WindowStatistics(CurvatureStatistics):
     """Those of a window of weights, and of the loss along the directions in which they moved."""
 
     #: The statistics that need a window.
     of_window: ClassVar[frozenset[str]] = frozenset(
         "window window_grams window_gram window_modes window_halves window_directions "
+        "window_size_error window_displacements "
         "window_widths window_curvatures window_fisher window_noise window_updating".split()
     )
     #: Principal directions along which the landscape is followed, at most.
     most_directions = 200
-
-    hessian_operator: Operator
-    fisher_operator: Operator
-    wide_loss: Loss
 
     @property
     def window(self) -> WeightWindow:
@@ -161,6 +139,28 @@ class WindowStatistics(ProbeGradientStatistics):
     def window_halves(self) -> Halves:
         """Whether the halves of the window tell the same."""
         return halves(self.window_gram)
+
+    @cached_property
+    def window_displacements(self) -> Displacements:
+        """Mean squared displacements within the window."""
+        return displacements(self.window_gram.numpy())
+
+    @property
+    def window_size_error(self) -> float:
+        """The standard error of the total variation that comes of sketching, relative to it.
+
+        Sums over buckets have signs that are independent of each other's.
+        """
+        window = self.window
+        if window.kind != "sketch":
+            return 0.0
+        total = square = 0.0
+        for name, size in window.sizes.items():
+            variances = window.rows(name).double().var(0, correction=0)
+            total += float(variances.sum())
+            if len(variances) < size:
+                square += float(variances.square().sum())
+        return math.sqrt(square) / total if total > 0 else 0.0
 
     @cached_property
     def window_directions(self) -> PerLayer:
@@ -265,7 +265,7 @@ class WindowStatistics(ProbeGradientStatistics):
             ", ".join(departs) or None,
         )
 
-    def _curvatures(self, operator: Operator) -> Tensor:
+    def _curvatures(self, operator: CurvatureOperator) -> Tensor:
         rows = self._flattened(
             operator.layers, torch.zeros(0, dtype=operator.dtype, device=operator.device)
         )

@@ -13,7 +13,8 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 
 import nettrace as nt
-from nettrace import curvature
+from nettrace import gradient_curvature
+from nettrace.gradient_curvature import PARTS
 from nettrace.measures import resolve
 from nettrace.statistics import StepStatistics
 from nettrace.training_step import StepTracer
@@ -158,14 +159,14 @@ def truth(g, h, parts):
 @pytest.mark.parametrize("scale", [1, 1024 / 4])
 @pytest.mark.parametrize("case", CASES)
 def test_exact_products_are_those_of_dense_hessians(case, scale, monkeypatch):
-    monkeypatch.setattr(curvature, "PRODUCTS", 1000)
+    monkeypatch.setattr(gradient_curvature, "PRODUCTS", 1000)
     samples = 10
     torch.manual_seed(0)
     make, losses = CASES[case]
     model, (x, y) = make().double(), batch(samples)
     found = of_step(model, losses(model, x, y, "mean") * scale, samples, scale=scale)
     assert found.attributes["squares"] == "exact"
-    parts = [np.arange(m, samples, curvature.PARTS) for m in range(curvature.PARTS)]
+    parts = [np.arange(m, samples, PARTS) for m in range(PARTS)]
     noise, signal = truth(*dense(model, x, y, losses), parts)
     assert found.attributes["hessian_noise"] == pytest.approx(noise, rel=1e-9)
     assert found.attributes["hessian_signal"] == pytest.approx(signal, rel=1e-8)
@@ -175,7 +176,7 @@ def test_exact_products_are_those_of_dense_hessians(case, scale, monkeypatch):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_statistics_of_the_batch_are_held_constant(dims, affine, monkeypatch):
-    monkeypatch.setattr(curvature, "PRODUCTS", 1000)
+    monkeypatch.setattr(gradient_curvature, "PRODUCTS", 1000)
     samples = 9
     torch.manual_seed(0)
     inner = nn.Linear(4, 4) if dims == 1 else nn.Conv1d(1, 4, 2)
@@ -188,7 +189,7 @@ def test_statistics_of_the_batch_are_held_constant(dims, affine, monkeypatch):
     found = of_step(model, squared(model, x, y, "mean"), samples)
     assert "batch_statistics" in found.attributes
     held = Normalised(norm, nn.Sequential(*before)(x))
-    parts = [np.arange(m, samples, curvature.PARTS) for m in range(curvature.PARTS)]
+    parts = [np.arange(m, samples, PARTS) for m in range(PARTS)]
     noise, signal = truth(*dense(nn.Sequential(*before, held, *after), x, y, squared), parts)
     assert found.attributes["hessian_noise"] == pytest.approx(noise, rel=1e-9)
     assert found.attributes["hessian_signal"] == pytest.approx(signal, rel=1e-8)
@@ -197,13 +198,13 @@ def test_statistics_of_the_batch_are_held_constant(dims, affine, monkeypatch):
 @pytest.mark.parametrize("samples", [3, 4, 10])
 def test_on_a_probe(samples, monkeypatch):
     if samples > 4:  # of few, all products are made in any case
-        monkeypatch.setattr(curvature, "PRODUCTS", 1000)
+        monkeypatch.setattr(gradient_curvature, "PRODUCTS", 1000)
     torch.manual_seed(0)
     model, (x, y) = mlp().double(), batch(samples)
     tracer = nt.Tracer(nt.Probe(x, y), NAME, on_error="raise", max_seconds=None)
     found = tracer(model, step=0)[0]
     assert found.attributes["squares"] == "exact"
-    parts = [np.arange(m, samples, curvature.PARTS) for m in range(min(curvature.PARTS, samples))]
+    parts = [np.arange(m, samples, PARTS) for m in range(min(PARTS, samples))]
 
     def losses(model, x, y, reduction):
         return F.cross_entropy(model(x), y, reduction=reduction)
@@ -275,8 +276,8 @@ def test_wrong_second_derivatives_are_seen():
     skewed = replace(
         twice, gradient=lambda w: [g * g.detach().sin() + g for g in twice.gradient(w)]
     )
-    with pytest.raises(curvature.NotTwiceDifferentiableError, match="not symmetric"):
-        curvature.curvature(look.loss_gradients, skewed, 0)
+    with pytest.raises(gradient_curvature.NotTwiceDifferentiableError, match="not symmetric"):
+        gradient_curvature.along_gradients(look.loss_gradients, skewed, 0)
 
 
 def test_too_few_samples():
@@ -297,7 +298,7 @@ def test_random_signs_are_without_bias():
     noises = [
         of_step(model, loss, samples, step).attributes["hessian_noise"] for step in range(steps)
     ]
-    parts = [np.arange(m, samples, curvature.PARTS) for m in range(curvature.PARTS)]
+    parts = [np.arange(m, samples, PARTS) for m in range(PARTS)]
     noise, _ = truth(*dense(model, x, y, squared), parts)
     assert np.std(noises) > 0
     assert abs(np.mean(noises) - noise) < 3.5 * np.std(noises) / math.sqrt(steps)

@@ -1,0 +1,196 @@
+"""Krylov spaces of a symmetric matrix that is known by its products alone.
+
+Held is a decomposition
+
+    A Q = Q T + W B,
+
+Q and W with orthonormal columns, all perpendicular to each other, T symmetric: from one start
+vector T is the tridiagonal matrix of Lanczos (1950), from several that of the band Lanczos process
+(Ruhe 1979). A step makes the first column of W the next of Q, at the price of one product, and what
+of the product lies in neither becomes the last of W. So the residual of a Ritz pair (theta, Q y),
+y an eigenvector of T, is |B y|, for nothing, and Ritz vectors that are kept in place of Q (thick
+restart: Wu and Simon 2000) leave a decomposition of the same form.
+
+Without reorthogonalisation, rounding brings converged Ritz pairs back as ghosts. Here each product
+is made orthogonal to everything twice (Parlett 1998, The symmetric eigenvalue problem, section
+6.9), which also tells, for nothing, whether the matrix is symmetric: what the product has along
+earlier columns is known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: A product with a symmetric matrix: (P,) -> (P,), of the same dtype and device.
+Times: TypeAlias = Callable[[Tensor], Tensor]
+#: For how many vectors there is room at first.
+_ROOM = 16
+
+
+class NotSymmetricError(ValueError):
+    """A matrix that should be symmetric is not; the message says by how much."""
+
+
+class Krylov:
+    """A growing decomposition A Q = Q T + W B.
+
+    Args:
+        times: multiplies with A.
+        size: P.
+        dtype: of the vectors; all small matrices are in float64.
+        device: of the vectors.
+
+    Attributes:
+        products: how many were made.
+        norm: the largest |A q| so far, at most the largest eigenvalue in modulus.
+    """
+
+    def __init__(
+        self, times: Times, size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._times = times
+        self._basis = torch.empty(min(_ROOM, size), size, dtype=dtype, device=device)  # rows
+        self._ahead: list[Tensor] = []
+        self._projected = torch.zeros(0, 0, dtype=torch.float64)
+        self._links = torch.zeros(0, 0, dtype=torch.float64)
+        self.products = 0
+        self.norm = 0.0
+
+    def __len__(self) -> int:
+        """How many columns Q has."""
+        return len(self._projected)
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self._basis.shape[1]
+
+    @property
+    def ahead(self) -> int:
+        """How many columns W has; 0 where Q spans an invariant subspace."""
+        return len(self._ahead)
+
+    @property
+    def epsilon(self) -> float:
+        """The precision of the vectors."""
+        return torch.finfo(self._basis.dtype).eps
+
+    def start(self, vector: Tensor) -> bool:
+        """Makes (P,) the last column of W, as far as it is new; returns whether it is.
+
+        Raises:
+            ValueError: if it is not finite.
+        """
+        vector = vector.to(self._basis)
+        norm = float(vector.norm())
+        if not norm < torch.inf:
+            raise ValueError(f"expected a finite start vector, got one of norm {norm}")
+        if norm == 0 or len(self) + self.ahead == self.size:
+            return False
+        _, rest = self._orthogonal(vector / norm)
+        if rest is None:
+            return False
+        self._ahead.append(rest[0])
+        row = torch.zeros(1, len(self), dtype=torch.float64)
+        self._links = torch.cat([self._links, row])
+        return True
+
+    def step(self, which: int = 0) -> None:
+        """One product, with a column of W, the first unless told.
+
+        Raises:
+            NotSymmetricError: if the products cannot be those of a symmetric matrix.
+            ValueError: if the product is not finite.
+        """
+        n, vector = len(self), self._ahead[which]
+        product = self._times(vector)
+        self.products += 1
+        norm = float(product.norm())
+        if not norm < torch.inf:
+            raise ValueError(
+                f"product number {self.products} with the matrix is not finite, of norm {norm}: "
+                "the network diverges, or its arithmetic is too narrow"
+            )
+        self.norm = max(self.norm, norm)
+        self._append(vector)
+        del self._ahead[which]
+        expected = self._links[which]
+        left = [b for b in range(len(self._links)) if b != which % len(self._links)]
+        self._links = self._links[left]
+        projected = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+        projected[:n, :n] = self._projected
+        self._projected = projected
+        found, rest = self._orthogonal(product, self.norm)
+        deviation = float((found[:n] - expected).norm())
+        if deviation > self.epsilon**0.5 * self.norm:
+            raise NotSymmetricError(
+                f"the matrix is not symmetric: a . A b and b . A a differ by {deviation:.3g} for "
+                f"unit vectors, at a norm of {self.norm:.3g}; give a product of which the "
+                "derivatives are right and that is the same at every call, without dropout or "
+                "running statistics"
+            )
+        projected[:n, n], projected[n, :n], projected[n, n] = found[:n], expected, found[n]
+        self._links = torch.cat([self._links, found[n + 1 :, None]], 1)
+        if rest is not None:
+            row = torch.zeros(1, n + 1, dtype=torch.float64)
+            row[0, n] = rest[1]
+            self._links = torch.cat([self._links, row])
+            self._ahead.append(rest[0])
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values (n,), smallest first, coefficients (n, n) of their vectors, residuals (n,).
+
+        A residual |A v - theta v| is not known to better than the products, and not said to be.
+        """
+        values, coefficients = torch.linalg.eigh((self._projected + self._projected.T) / 2)
+        residuals = (self._links @ coefficients).square().sum(0)
+        return values, coefficients, (residuals + (self.epsilon * self.norm) ** 2).sqrt()
+
+    def along(self, coefficients: Tensor) -> Tensor:
+        """(W,): how much of the residuals of some pairs, Q y for y (n, K), lies in columns of W."""
+        return (self._links @ coefficients).square().sum(1)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """(K, P): the combinations (n, K) of the columns of Q, as rows."""
+        return coefficients.T.to(self._basis) @ self._basis[: len(self)]
+
+    def restart(self, values: Tensor, coefficients: Tensor) -> None:
+        """Keeps some Ritz pairs, of values (K,) and vectors Q y, y from (n, K), in place of Q."""
+        kept = self.combine(coefficients)
+        self._basis[: len(kept)] = kept
+        self._links = self._links @ coefficients
+        self._projected = torch.diag(values)
+
+    def _append(self, vector: Tensor) -> None:
+        n, room = len(self), len(self._basis)
+        if n == room:
+            wider = self._basis.new_empty(min(2 * room, self.size), self.size)
+            wider[:n] = self._basis
+            self._basis = wider
+        self._basis[n] = vector
+
+    def _orthogonal(
+        self, vector: Tensor, scale: float = 1.0
+    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
+        """What a vector has along the columns of Q and W, and the direction and norm of its rest.
+
+        There is no rest, but rounding, where it is tiny in comparison with a scale.
+        """
+        parts = [self._basis[: len(self)], *(a[None] for a in self._ahead)]
+        found = torch.zeros(len(self) + self.ahead, dtype=torch.float64)
+        vector, norm = vector.clone(), float(vector.norm())
+        for _ in range(4):
+            along = [part @ vector for part in parts]
+            for part, share in zip(parts, along, strict=True):
+                vector -= share @ part
+            found += torch.cat(along).double().cpu()
+            before, norm = norm, float(vector.norm())
+            if norm <= 10 * self.epsilon * scale:
+                return found, None
+            if norm > 0.7 * before:
+                break
+        return found, (vector / norm, norm)

@@ -1,0 +1,115 @@
+"""Statistics of second derivatives: the Hessian, the Gauss-Newton and the Fisher matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nettrace.likelihood import CANONICAL
+from nettrace.operator import PerLayer
+from nettrace.probe import Probe
+from nettrace.ranks import ALONE, Ranks
+from nettrace.second_order import (
+    CurvatureOperator,
+    GaussNewtonProduct,
+    HessianProduct,
+    NotTwiceDifferentiableError,
+    Twice,
+)
+from nettrace.smooth import WideLoss, check_differences, cross_check
+from nettrace.statistics.gradients import ProbeGradientStatistics
+
+
+class CurvatureStatistics(ProbeGradientStatistics):
+    """Matrices of second derivatives of the mean loss by the weights, through their products."""
+
+    #: How many samples second derivatives are held against finite differences on, at least one in
+    #: so many.
+    checked = 16
+    #: How the Hessian's products are found.
+    _derivatives = ""
+
+    @cached_property
+    def hessian_operator(self) -> CurvatureOperator:
+        """The Hessian of the mean loss, checked by finite differences on a few samples."""
+        smooth, some = self._smooth, None
+        if len(self._outputs) == len(self._own):
+            some = self._own.take(slice(0, -(-len(self._own) // self.checked)))
+        few = self._wide(some or self._own, ALONE)
+        try:
+            error = cross_check(few, self._seed)
+        except NotTwiceDifferentiableError as why:
+            check_differences(few, self._seed)
+            self._derivatives = f"finite differences of the gradient in float64, as {why}"
+            return CurvatureOperator(self._differences, smooth.parameters, torch.float32)
+        self._derivatives = f"reverse over reverse, {error:.1g} from finite differences"
+        twice = Twice.of_losses(smooth.losses, smooth.parameters, self._ranks)
+        return CurvatureOperator(HessianProduct(twice, self._shares), smooth.parameters)
+
+    def _differences(self, vectors: PerLayer) -> PerLayer:
+        wide = self.wide_loss
+        return wide.split(wide.difference(wide.flat(vectors)))
+
+    def about(self, needs: Iterable[str]) -> dict[str, str]:
+        """As of a look; and how second derivatives were found, where the Hessian is needed."""
+        found = super().about(needs)
+        if self._derivatives and any(n.startswith(("hessian_", "stability_")) for n in needs):
+            found["second_derivatives"] = self._derivatives
+        return found
+
+    @cached_property
+    def gauss_newton_operator(self) -> CurvatureOperator:
+        """The mean over samples of J^T M J, M the Hessian of a sample's loss by its outputs."""
+        smooth = self._smooth
+        outputs = smooth.outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = smooth.evaluate(outputs)
+            (scores,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True)
+
+        def metric(vectors: Tensor) -> Tensor:
+            if not scores.requires_grad:  # of a loss that is linear in the outputs
+                return torch.zeros_like(vectors)
+            (found,) = torch.autograd.grad(
+                scores, outputs, vectors, retain_graph=True, materialize_grads=True
+            )
+            return found / self.samples
+
+        product = GaussNewtonProduct(smooth.outputs, smooth.parameters, metric, self._ranks)
+        return CurvatureOperator(product, smooth.parameters)
+
+    @cached_property
+    def fisher_operator(self) -> CurvatureOperator:
+        """The mean over samples of J^T M J, M the information of the output distribution."""
+        if isinstance(self.likelihood, CANONICAL) and self._probe.losses is None:
+            return self.gauss_newton_operator  # the same for these
+        smooth = self._smooth
+        matrices = self.likelihood.metric(smooth.outputs)
+
+        def metric(vectors: Tensor) -> Tensor:
+            found = torch.einsum("ncd,nd->nc", matrices, vectors.flatten(1).to(matrices))
+            return found.view_as(vectors).to(vectors) / self.samples
+
+        product = GaussNewtonProduct(smooth.outputs, smooth.parameters, metric, self._ranks)
+        return CurvatureOperator(product, smooth.parameters)
+
+    @cached_property
+    def wide_loss(self) -> WideLoss:
+        """The mean loss in float64, as a function of the weights."""
+        return self._wide(self._own, self._ranks)
+
+    @cached_property
+    def mean_gradient(self) -> PerLayer:
+        """By parameter, in its shape, the gradient of the mean loss."""
+        twice = Twice.of_losses(self._smooth.losses, self._smooth.parameters, self._ranks)
+        return HessianProduct(twice, self._shares).gradient()
+
+    @property
+    def _shares(self) -> Tensor:
+        """(N,) what each sample counts for in a mean."""
+        return torch.full((self.samples,), 1 / self.samples, dtype=torch.float64)
+
+    def _wide(self, probe: Probe, ranks: Ranks) -> WideLoss:
+        return WideLoss(self._model, probe, self._losses_of, self._smooth.parameters, ranks)
