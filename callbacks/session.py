@@ -144,6 +144,8 @@ class Session:
         if self._first_batch.is_due:
             with silenced(self._module), self._budget.measuring():
                 self._first_batch.evaluate(batch)
+        if not self._steps.callbacks:
+            return
         step = self._trainer.global_step
         due = [c for c in self._steps.new(step) if self._is_due(c, step)]
         self._steps.begin_batch(batch, index, step, self._affordable(step, due))
@@ -182,6 +184,8 @@ class Session:
 
     def flush(self, last: bool = False) -> None:
         """Writes what was measured of a training step, if there is nothing to wait for."""
+        if not self._steps.callbacks:
+            return
         with self._budget.measuring():
             due, records = self._steps.taken(last)
         if records:
