@@ -21,8 +21,8 @@ _MOST = 80
 def width(loss: Callable[[float], float], least: float, guess: float, limit: float) -> float:
     """The distance along a line at which the loss reaches e times its least, to 0.1 %.
 
-    It is bracketed from the guess by doubling or halving, then closed in on by turns with what a
-    parabola would give and by bisection. Where the loss crosses several times within the first
+    It is bracketed from the guess, by doubling or halving at most, then closed in on by what a
+    power of the distance would give, and by bisection where that takes off less than half. Where the loss crosses several times within the first
     bracket, it is one of the crossings.
 
     Args:
@@ -81,8 +81,8 @@ def width(loss: Callable[[float], float], least: float, guess: float, limit: flo
 
 
 def _between(low: float, at_low: float, high: float, at_high: float) -> float:
-    """Where the root of the excess, which grows evenly on a parabola, would be 1."""
-    if not math.isfinite(at_high):
-        return (low + high) / 2
-    one, other = math.sqrt(max(at_low, 0.0)), math.sqrt(at_high)
-    return low + (high - low) * (1 - one) / (other - one) if other > one else math.nan
+    """Where the excess would be 1 if it grew as a power of the distance."""
+    if not (at_low > 0 and low > 0 and math.isfinite(at_high)):
+        return high / math.sqrt(at_high) if low == 0 else (low + high) / 2
+    share = -math.log(at_low) / math.log(at_high / at_low)
+    return low * (high / low) ** share

@@ -46,6 +46,9 @@ class Halves:
     """What one half of a window tells of the other.
 
     Args:
+        slope: of the logarithms of the variances that the other half has along the principal
+            directions of one, against those of the half itself: 1 in equilibrium, 0 where it is the
+            window that makes some larger than others. NaN of fewer than 4 modes.
         kept: the geometric mean, over leading directions of each half, of the variance that the
             other half has along them, over that of their own.
         shift: squared distance between the means of the halves, over the mean total variance within
@@ -53,6 +56,7 @@ class Halves:
         modes: how many directions of each half.
     """
 
+    slope: float
     kept: float
     shift: float
     modes: int
@@ -160,32 +164,34 @@ def variance_errors(series: Tensor) -> Tensor:
     return torch.where(resolved, errors, torch.inf)
 
 
-def halves(gram: Tensor, most: int = 10) -> Halves:
+def halves(gram: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
     """Whether the halves of a window tell the same of how weights fluctuate.
 
     Directions of one half, variances of the other: where the window is long against all correlation
-    times, both have the variance along each direction, and `kept` is near 1. It is small where the
-    principal directions are those of the window rather than of what confines the weights: of a
-    random walk, or where there are too few snapshots to find them.
+    times, both have the same variance along each direction, so that `slope` and `kept` are near 1.
+    They are small where the principal directions are those of the window rather than of what
+    confines the weights: of a random walk, or where there are too few snapshots to find them.
 
     Args:
         gram: (n, n) of snapshots, centred or not.
-        most: how many leading directions of each half are taken, but at most a quarter of it.
+        leading: of how many directions of each half `kept` is told, but at most a quarter of it.
+        fitted: of how many, less the first, the slope.
     """
     n = len(gram) // 2
-    count = max(1, min(most, n // 4))
+    count = max(1, min(leading, n // 4))
     one, other = slice(0, n), slice(len(gram) - n, len(gram))
-    logs: list[Tensor] = []
+    logs, slopes = [], []
     for own, their in ((one, other), (other, one)):
         found = modes(_centred(gram[own, own]))
-        k = min(count, len(found.variances))
-        scale = n * found.variances[:k]
-        coordinates = _centred(gram[their, own]) @ (found.coordinates[:, :k] / scale)
-        logs.append((coordinates.square().mean(0) / found.variances[:k]).log())
+        variances = found.variances[:fitted]
+        coordinates = found.coordinates[:, :fitted] / (n * variances)
+        theirs = (_centred(gram[their, own]) @ coordinates).square().mean(0)
+        logs.append((theirs / variances)[:count].log())
+        slopes.append(_slope(variances[1:].log(), theirs[1:].log()))
     within = [_centred(gram[part, part]).trace() / n for part in (one, other)]
     shift = gram[one, one].mean() + gram[other, other].mean() - 2 * gram[one, other].mean()
     kept = math.exp(float(torch.cat(logs).mean()))
-    return Halves(kept, float(shift / (sum(within) / 2)), count)
+    return Halves(sum(slopes) / 2, kept, float(shift / (sum(within) / 2)), count)
 
 
 def layer_correlations(grams: Iterable[Tensor]) -> Tensor:
@@ -219,6 +225,13 @@ def stationarity(gram: Tensor) -> tuple[float, float]:
     ratio = -2 * (products - squares[:-1]).sum() / moved.sum()
     error = math.sqrt(2) * squares.std() / moved.sum()
     return float(ratio), float(error)
+
+
+def _slope(x: Tensor, y: Tensor) -> float:
+    if len(x) < 3:
+        return math.nan
+    x = x - x.mean()
+    return float(x @ (y - y.mean()) / (x @ x))
 
 
 def _centred(gram: Tensor) -> Tensor:

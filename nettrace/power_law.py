@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class PowerLaw:
         intercept: ln y at x = 1.
         r_squared: the share of the variance of ln y that it explains.
         curvature: the coefficient of (ln x)^2 where that is fitted too.
-        curvature_t: that coefficient over its standard error: a power law is doubtful above 3.
+        curvature_t: that coefficient over its standard error.
         points: how many points were fitted.
         span: the largest x over the smallest.
     """
@@ -42,7 +43,10 @@ class PowerLaw:
 
     def attributes(self) -> dict[str, str | int | float]:
         """What to keep beside the exponent."""
-        return {
+        turns = 2 * self.curvature * math.log(self.span)  # by what the slope changes, end to end
+        bent = abs(self.curvature_t) > 3 and abs(turns) > 0.2 * abs(self.exponent)
+        doubt = {"fit_warning": "the points bend: the exponent depends on where it is fitted"}
+        return (doubt if bent else {}) | {
             "interval_low": self.low,
             "interval_high": self.high,
             "interval": "95 %, least squares of logarithms with HC3 errors, widened by the "

@@ -1,6 +1,7 @@
 """Windows of weights against snapshots that are stored, and what trainings may do to them."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from nettrace.window import WeightWindow
 
 
 def network(*widths, **options):
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*[nn.Linear(a, b, **options) for a, b in pairs])
+    return nn.Sequential(*[nn.Linear(a, b, **options) for a, b in pairwise(widths)])
 
 
 def flat(model):

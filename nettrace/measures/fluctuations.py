@@ -36,8 +36,18 @@ _ABOUT = "about the mean of the window, over T"
 _DIFFUSION = "Kunin et al. 2021, arXiv:2107.09133"
 #: The 97.5 % quantile of Student's t for the eight blocks of a jackknife.
 _STUDENT = 2.365
-#: `weights/equilibration` below which the window is said not to be in equilibrium.
-EQUILIBRATED = 0.5
+#: `weights/equilibration` below which the window is said not to be equilibrated.
+EQUILIBRATED = 0.7
+_OWN = (
+    "variances along the principal directions of one half follow those of the other with the slope "
+    "{:.2g} rather than 1. It is short against the correlation times, or has few snapshots for its "
+    "many weights: principal components of a random walk have variances that fall as 1 / k^2, "
+    "whatever the landscape. Take a longer window, or read exponents as those of this one"
+)
+_DRIFTS = (
+    "the weights drift, the means of its halves being {:.2g} times the squared spread within them "
+    "apart. Wait until the loss has settled, or take the first modes for the drift"
+)
 
 
 @measure(
@@ -76,33 +86,31 @@ def correlation_time(window_modes: Modes, window: WeightWindow) -> Value:
 @measure(
     "weights/equilibration",
     needs=["window_halves"],
-    convention="geometric mean, over up to 10 leading principal directions of each half of the "
-    "window, of the variance that the other half has along them over that of their own: near 1 in "
-    "equilibrium, small where directions are the window's own, as those of a random walk; the "
-    "attribute half_shift is the squared distance between the halves' means over the variance "
-    "within them, 4 for a random walk",
+    convention="slope of ln variances that one half of the window has along the principal "
+    "directions of the other, modes 1 to 199, against ln of the other's own, mean of both ways: 1 "
+    "where variances are those of the landscape, 0 where what makes some larger is the window, as "
+    "of a random walk; half_kept is their ratio, geometric mean over up to 10 leading modes, "
+    "half_shift the squared distance between the halves' means over the variance within them, 4 "
+    "for a random walk",
     source="Antognini and Sohl-Dickstein 2018, arXiv:1806.08805",
     grouped=False,
 )
 def equilibration(window_halves: Halves) -> Value:
     """Whether the window is long enough to tell physics from a random walk."""
-    return Value(window_halves.kept, attributes=checked(window_halves))
+    return Value(window_halves.slope, attributes=checked(window_halves))
 
 
 def checked(found: Halves) -> dict[str, str | int | float]:
     """What to note of a window beside what rests on it, with a warning where need be."""
     notes: dict[str, str | int | float] = {
-        "equilibration": found.kept,
+        "equilibration": found.slope,
+        "half_kept": found.kept,
         "half_shift": found.shift,
-        "half_modes": found.modes,
     }
-    if not found.kept >= EQUILIBRATED:
-        notes["warning"] = (
-            f"the window is not equilibrated: along the principal directions of one half, the "
-            f"other has {found.kept:.2g} of their variance. It is short against the correlation "
-            "times, or has few snapshots for its many weights: principal components of a random "
-            "walk have variances that fall as 1 / k^2 whatever the landscape. Take a longer "
-            "window, or read exponents as those of this one"
+    own, drifts = not found.slope >= EQUILIBRATED, not found.shift <= 1
+    if own or drifts:
+        notes["warning"] = "the window is not equilibrated: " + "; ".join(
+            own * [_OWN.format(found.slope)] + drifts * [_DRIFTS.format(found.shift)]
         )
     return notes
 
