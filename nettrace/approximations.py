@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
-from nettrace.estimators import Estimate, TraceMethod, estimate_trace
+from nettrace.estimators import Estimate, TraceMethod
+from nettrace.gram_traces import estimate_trace
 from nettrace.low_rank import (
     GramMethod,
     PseudoKind,

@@ -8,11 +8,12 @@ theta v| bounds the error of theta, but very loosely. For the i-th of the larges
 
 mu the largest eigenvalue in the complement of the first j vectors (Mathias 1998, Quadratic residual
 bounds for the Hermitian eigenvalue problem), for which the largest of the other Ritz values is
-taken, with its residual on top. An eigenvalue of which nothing is seen yet may be larger: where two
-lie close together, the space first finds a mixture of their vectors, of which the residual stays at
-their distance. So a residual that falls slowly counts for more, by the sum of the steps to come; the
-bound is to be a tenth of the tolerance; and for a random start, that a step later too. Without, one
-in ten top eigenvalues of small networks' Hessians is off by more than the tolerance.
+taken, with its residual on top. An eigenvalue of which nothing is seen yet may be larger: where
+two lie close together, the space first finds a mixture of their vectors, of which the residual
+stays at their distance. So a residual that falls slowly counts for more, by the sum of the steps
+to come; the bound is to be a tenth of the tolerance; and for a random start, a step later too.
+Without, one in ten top eigenvalues of small networks' Hessians is off by more than the tolerance;
+with it, one in a hundred, where the start vector happens to have next to nothing along the first.
 
 From one start vector one vector of each eigenvalue is found, from two start vectors two. So two are
 taken where several pairs are asked for, and further ones as long as as many values coincide.
@@ -41,7 +42,7 @@ class Eigenpairs:
     Args:
         values: (k,) float64; the outermost first.
         vectors: (P, k) orthonormal, in the matrix's dtype and on its device.
-        residuals: (k,) float64, |A v - lambda v|: there is an eigenvalue no further from each value.
+        residuals: (k,) float64, |A v - lambda v|: some eigenvalue is no further from the value.
         converged: whether the errors of all values are below the tolerance, as far as is seen.
     """
 
@@ -49,6 +50,11 @@ class Eigenpairs:
     vectors: Tensor
     residuals: Tensor
     converged: bool
+
+    def first(self, count: int) -> Eigenpairs:
+        """The outermost of them."""
+        vectors = self.vectors[:, :count]
+        return Eigenpairs(self.values[:count], vectors, self.residuals[:count], self.converged)
 
 
 def eigenpairs(
@@ -77,8 +83,10 @@ def eigenpairs(
         tolerance: for the error of each value, relative to the largest in modulus; the square
             root of the dtype's precision unless told.
         start: (P, m) vectors near the wanted ones, such as those found before the matrix changed
-            a little. A random part of 10 % is added to the last, so that eigenvalues that come up
-            are taken in, within a few calls that follow each other.
+            a little. A random part of 10 % is added to the last, so that an eigenvalue that comes
+            up elsewhere is taken in, but only after some calls, 10 to 25 where it is new by 1 to 5
+            % a call and its vector perpendicular to the old ones: give a vector more than are
+            wanted, or begin without now and then, to see it sooner.
         seed: for random vectors, which are drawn on the CPU.
         most_products: after how many to give up, with `converged` False.
         memory: bytes for vectors; where that is short, the outermost Ritz vectors are kept and the
@@ -203,7 +211,7 @@ class _Search:
         bound = self._target * float(values.abs().max())
         self._is_right = [
             len(values) >= count
-            and all(_error(*ends[e], past[e], i) <= bound for i in range(count))
+            and all(_error(*ends[e], past[e], i, self._is_warm) <= bound for i in range(count))
             for e, count in enumerate(self._counts)
         ]
         self._calm = self._calm + 1 if all(self._is_right) else 0
@@ -228,21 +236,23 @@ class _Search:
         return torch.randn(self._space.size, generator=self._random)
 
 
-def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int) -> float:
+def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int, is_warm: bool) -> float:
     """An upper estimate of the error of the i-th largest Ritz value, or a tenth of its residual.
 
     Args:
         values: all Ritz values, largest first.
         residuals: theirs.
-        before: the residuals a round earlier, or none.
+        before: the residuals a round earlier, of as many as there were.
         i: which, from 0.
+        is_warm: whether that may be fewer, as the first were good already.
     """
     squares = residuals.square().cumsum(0)
     highest = (values + residuals).flip(0).cummax(0).values.flip(0)
     gaps = values[i] - highest[i + 1 :]
     squares = squares[i : len(values) - 1]
-    compared = min(max(len(before) - i, 0), len(squares))
-    ratios = squares[:compared] / before.square().cumsum(0)[i : i + compared]
-    squares[:compared] /= (1 - ratios).clamp_min(0)
+    known = before.square().cumsum(0)[i : i + len(squares)]
+    ratios = torch.zeros_like(squares) if is_warm else torch.ones_like(squares)
+    ratios[: len(known)] = squares[: len(known)] / known
+    squares = squares / (1 - ratios).clamp_min(0)
     bounds = (squares / gaps)[gaps > 0]
     return float(torch.cat([_MARGIN * residuals[i : i + 1], bounds]).min())

@@ -114,6 +114,12 @@ class Pieces:
             return 0, 0
         return window.length, window.width or sum(w.numel() for w in self._look.weights.values())
 
+    @property
+    def has_exact_curvature(self) -> tuple[bool, bool]:
+        """Whether the traces of the Hessian and of the Gauss-Newton matrix are exact."""
+        look = self._look
+        return look._is_piecewise_linear, look._is_canonical
+
     def fewer(self, samples: int) -> Pieces:
         """The same for fewer samples of the same kind."""
         twin = copy.copy(self)

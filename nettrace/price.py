@@ -245,9 +245,66 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return replace(found, whole=2 * cotangents)
 
 
-@prices("hessian_traces")
+@prices("hessian_trace", "hessian_layer_traces")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work(of=("fisher_sqnorms",))
+    return Work(of=("fisher_sqnorms" if pieces.has_exact_curvature[0] else "hessian_estimates",))
+
+
+@prices("gauss_newton_trace")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    exact = pieces.has_exact_curvature[1]
+    return Work(of=("fisher_sqnorms" if exact else "gauss_newton_estimates",))
+
+
+def _products(pieces: Pieces, matrix: str, count: int, vectors: int) -> Work:
+    """Products with a matrix of second derivatives, and vectors as long as the weights."""
+    instead = f"'{matrix}/lambda_max' takes fewest products" if count > 15 else ""
+    return Work(
+        count * 4 * pieces.vjp,
+        2 * count,
+        pieces.parameter_bytes,
+        vectors * pieces.parameter_bytes + 3 * pieces.one_pass,
+        of=(f"{matrix}_operator",),
+        instead=instead,
+    )
+
+
+#: How many products each statistic of a matrix takes, or about so many.
+_COUNTS = {"top": 12, "leading": 40, "bottom": 40, "lowest": 80, "estimates": 60, "density": 120}
+
+
+def _priced(matrix: str, what: str) -> None:
+    @prices(f"{matrix}_{what}")
+    def _(pieces: Pieces, needs: Needs) -> Work:
+        return _products(pieces, matrix, _COUNTS[what], min(_COUNTS[what], 36))
+
+
+for _matrix in ("hessian", "gauss_newton", "fisher", "stability"):
+    for _what in _COUNTS:
+        if hasattr(Statistics, f"{_matrix}_{_what}"):
+            _priced(_matrix, _what)
+
+
+@prices("hessian_diagonal")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("hessian_estimates",))
+
+
+@prices("hessian_layer_tops")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return _products(pieces, "hessian", _COUNTS["top"] * pieces.layers, 12)
+
+
+@prices("stability_operator")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(kept=2 * pieces.parameter_bytes, of=("hessian_operator",))
+
+
+@prices("stability_threshold", "learning_rates")
+@prices("hessian_eigenvector", "gauss_newton_eigenvector", "fisher_eigenvector")
+@prices("stability_eigenvector")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work()  # known, or found with the eigenvalue
 
 
 @prices("_kernel")

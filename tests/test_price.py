@@ -99,7 +99,7 @@ def test_what_is_shared_is_paid_once():
         (["loss_gradient_sqnorms"], 1),
         (["mean_gradient_sqnorm"], 1),
         (["drawn_sqnorms"], 8),
-        (["trace", "fisher_sqnorms", "hessian_traces"], 3),  # turned onto eigenvectors: one pass
+        (["trace", "fisher_sqnorms", "hessian_trace"], 3),  # turned onto eigenvectors: one pass
         (["trace", "gram"], 6),
     ],
 )

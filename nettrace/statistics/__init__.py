@@ -6,12 +6,12 @@ or raw arrays: measures divide, and say by what.
 
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
-from nettrace.statistics.preconditioned import PreconditionedStatistics
+from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
 from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(WindowStatistics, MotionStatistics, PreconditionedStatistics):
+class Statistics(WindowStatistics, StabilityStatistics, MotionStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from nettrace.differentiate import jacobian
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
-from nettrace.likelihood import CANONICAL, Categorical
+from nettrace.estimators import Estimate, exact_estimate
+from nettrace.gram_traces import estimate_trace
+from nettrace.likelihood import Categorical
 from nettrace.operator import Jacobian, PerLayer
-from nettrace.piecewise import check_piecewise_linear
 from nettrace.shared_gradients import shared
 from nettrace.statistics.kernel import KernelStatistics, spectrum_of
-from nettrace.statistics.look import Inapplicable, Unavailable
-from nettrace.tape import Tape
+from nettrace.statistics.look import Inapplicable
 
 
 class InformationStatistics(KernelStatistics):
@@ -60,7 +59,7 @@ class InformationStatistics(KernelStatistics):
             eigenvalues, squares = self._sqnorms
             if eigenvalues is not None:
                 return {name: (share * eigenvalues).sum(1) for name, share in squares.items()}
-        per_layer = "fisher_layer_sqnorms" in self._needs
+        per_layer = bool(self._needs & {"fisher_layer_sqnorms", "hessian_layer_traces"})
         norms = self._roots.norms(per_layer=True) if per_layer else {"": self._roots.norms()}
         return {name: norm.double().square().sum(1) for name, norm in norms.items()}
 
@@ -115,29 +114,6 @@ class InformationStatistics(KernelStatistics):
         if estimated:
             return estimate_trace(found, "hutchinson", 8, self.relative_error, self._seed)[0]
         return exact_estimate(found.norms().double().square().sum())
-
-    @cached_property
-    def hessian_traces(self) -> Tensor:
-        """(N,) traces of the Hessians of the samples' losses by the parameters.
-
-        For networks that are piecewise linear in each weight, of which the Fisher information,
-        which is that of the Gauss-Newton matrix for these losses, has the same trace.
-        """
-        if self._probe.losses is not None:
-            raise Unavailable(
-                "the exact trace of the Hessian is known for the losses of a likelihood alone: "
-                "leave out Probe(..., losses=...) if cross-entropy or half the squared error, "
-                "summed over outputs, is meant"
-            )
-        if not isinstance(self.likelihood, CANONICAL):
-            raise Unavailable(
-                f"the Hessian of the loss of {self.likelihood.name!r} by the outputs is not known "
-                "to be the Fisher metric, as it is for nettrace's own likelihoods: take "
-                "'fisher/trace' if that is meant"
-            )
-        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        check_piecewise_linear(Tape.behind(self._outputs, parameters, ()))
-        return self.fisher_sqnorms
 
     @cached_property
     def drawn_sqnorms(self) -> Tensor:

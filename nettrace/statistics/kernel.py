@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.estimators import Estimate, exact_estimate
+from nettrace.gram_traces import estimate_trace
 from nettrace.jackknife import parts_of
 from nettrace.operator import PerLayer
 from nettrace.statistics.look import Look, Unavailable
@@ -25,7 +26,10 @@ class KernelStatistics(Look):
         "traced_partial_eigenvalues".split()
     )
     #: The statistics made of norms of rows that are turned onto eigenvectors of the Fisher metric.
-    of_fisher = frozenset({"fisher_sqnorms", "fisher_layer_sqnorms", "hessian_traces"})
+    of_fisher = frozenset(
+        "fisher_sqnorms fisher_layer_sqnorms hessian_trace hessian_layer_traces "
+        "gauss_newton_trace".split()
+    )
     #: The statistics of two probes that were joined.
     of_pairs = frozenset({"cross_kernels"})
 
@@ -46,7 +50,9 @@ class KernelStatistics(Look):
             with suppress(ValueError, Unavailable):  # which the Fisher information will report
                 eigenvalues, vectors = torch.linalg.eigh(self.fisher_metric.double())
                 rows = rows.project(vectors.permute(2, 0, 1))
-        per_layer = bool(self._needs & {"layer_traces", "fisher_layer_sqnorms"})
+        per_layer = bool(
+            self._needs & {"layer_traces", "fisher_layer_sqnorms", "hessian_layer_traces"}
+        )
         norms = rows.norms(per_layer=True) if per_layer else {"": rows.norms()}
         return eigenvalues, {name: norm.double().square() for name, norm in norms.items()}
 

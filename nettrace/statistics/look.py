@@ -66,7 +66,13 @@ class Look:
     of_likelihood = frozenset(
         "likelihood losses scores mean_gradient_sqnorm loss_gradient_sqnorms "
         "loss_gradient_column_sqnorms fisher_sqnorms fisher_layer_sqnorms fisher_column_sqnorms "
-        "fisher_eigenvalues fisher_layer_eigenvalues fisher_metric drawn_sqnorms hessian_traces "
+        "fisher_eigenvalues fisher_layer_eigenvalues fisher_metric drawn_sqnorms hessian_trace "
+        "hessian_layer_traces gauss_newton_trace hessian_top hessian_leading hessian_bottom "
+        "hessian_lowest hessian_estimates hessian_density hessian_diagonal hessian_layer_tops "
+        "hessian_operator mean_gradient gauss_newton_top gauss_newton_leading "
+        "gauss_newton_estimates gauss_newton_density gauss_newton_operator fisher_top "
+        "fisher_leading fisher_estimates fisher_density fisher_operator stability_top "
+        "stability_operator wide_loss "
         "centred_trace linearised_losses gradient_layer_squares gradient_layer_overlaps "
         "gradient_gram gradient_curvature".split()
     )

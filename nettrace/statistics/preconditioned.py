@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.estimators import Estimate, exact_estimate
 from nettrace.gathered import original, whole
+from nettrace.gram_traces import estimate_trace
 from nettrace.operator import Jacobian, PerLayer
 from nettrace.statistics.kernel import KernelStatistics, spectrum_of
 from nettrace.statistics.look import Unavailable

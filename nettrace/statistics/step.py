@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from nettrace.estimators import Estimate, estimate_trace, exact_estimate
+from nettrace.estimators import Estimate, exact_estimate
+from nettrace.gram_traces import estimate_trace
 from nettrace.likelihood import Categorical, Likelihood
 from nettrace.logits import LogitGradients, Logits, NoLikelihoodError
 from nettrace.operator import Jacobian, OverBudgetError
