@@ -21,7 +21,7 @@ _OF_STABILITY = (
 class Curvature(Trace):
     """`Trace` of the Hessian of the mean loss: eigenvalues at both ends, trace and stability.
 
-    "gauss_newton", "fisher" and single measures can be asked for instead, or beside.
+    "ggn", "fisher" and single measures can be asked for instead, or beside.
     """
 
     def __init__(self, measures: str | Iterable[str] = "hessian", **options: Any) -> None:
