@@ -53,7 +53,7 @@ class WeightWindow:
     - "snapshots": the weights as they were, bit for bit, half precision in float32. For these there
       is all that fluctuations have: also the directions in which weights move.
     - "sketch": a few thousand numbers for each update, which know inner products of the weights'
-      motion to 1.6 % (see `nettrace.weight_sketch`): variances, correlation times, displacements.
+      motion to 2.2 % (see `nettrace.weight_sketch`): variances, correlation times, displacements.
     - "moments": each weight's mean and variance since the window began, and how far it has come
       from there; they do not forget, and go on beyond `length`.
 

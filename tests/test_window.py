@@ -129,7 +129,7 @@ def test_what_fits_into_a_sketch_is_whole():
 
 @pytest.mark.parametrize(
     ("memory", "kind"),
-    [("2.1MB", "snapshots"), ("1.5MB", "sketch"), ("300kB", "moments"), ("100kB", None)],
+    [("2.1MB", "snapshots"), ("1MB", "sketch"), ("300kB", "moments"), ("100kB", None)],
 )
 def test_the_shapes_decide_what_fits(memory, kind):
     model, window = network(100, 100, 28), WeightWindow(40, memory=memory)

@@ -337,6 +337,7 @@ def noise_alignment(
     "2 b) by Nesterov, 2 (1 + b1) / (1 - b1) for Adam: 1 at the edge of stability; D the learning "
     "rates, over sqrt(v) + eps for Adam and AdamW, S the weight decay in the gradient",
     source=_EDGE,
+    grouped=False,
 )
 def stability(stability_top: Eigenpairs, stability_threshold: float) -> Value:
     """How near the optimizer is to instability without noise: 1 at the edge of stability."""
@@ -350,6 +351,7 @@ def stability(stability_top: Eigenpairs, stability_threshold: float) -> Value:
     convention="eta lambda_max / 2, eta the learning rate: 1 at the edge of stability of gradient "
     "descent without momentum, whatever the optimizer",
     source="Cohen et al. 2021, arXiv:2103.00065",
+    grouped=False,
 )
 def stability_gd(hessian_top: Eigenpairs, learning_rates: Mapping[str, float]) -> Value:
     """How near plain gradient descent would be to instability."""
@@ -371,6 +373,7 @@ def stability_gd(hessian_top: Eigenpairs, learning_rates: Mapping[str, float]) -
     "SGD of single samples is linearly stable only if it is at most 1; with batches of B, or "
     "where the samples' minima differ, it may exceed that",
     source="Wu and Su 2023, arXiv:2305.17490",
+    grouped=False,
 )
 def stability_sgd(
     hessian_layer_traces: Mapping[str, Tensor | Estimate], learning_rates: Mapping[str, float]
