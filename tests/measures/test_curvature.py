@@ -265,6 +265,8 @@ def test_faults_are_told():
     with pytest.warns(nt.MissingMeasureWarning, match="not finite|NaN|nan"):
         records = nt.Tracer(probe, "hessian/lambda_max")(model, 0)
     assert records[0].missing
+    with pytest.warns(nt.MissingMeasureWarning, match="no parameter requires a gradient"):
+        nt.Tracer(probe, "hessian/lambda_max")(network()[0].requires_grad_(False), 0)
     unknown = nt.Probe(probe.inputs)
     with pytest.warns(nt.MissingMeasureWarning, match="loss is not known"):
         nt.Tracer(unknown, "hessian/lambda_max")(network()[0], 0)
@@ -288,6 +290,26 @@ def test_operators_for_notebooks(matrix):
     assert operator.density().moment(1).value == pytest.approx(float(values.mean()), abs=0.1)
     with pytest.raises(ValueError, match="jacobian"):
         nt.curvature(model, probe, "jacobian")
+
+
+class OfOneType(nn.Module):
+    """Casts its inputs to single precision, whatever its weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, C)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.float())).float())
+
+
+def test_a_network_of_one_type_is_not_checked_and_that_is_said():
+    torch.manual_seed(0)
+    model, (_, probe) = OfOneType(), network(torch.float32)
+    found = measured(["hessian/lambda_max"], model, probe)["hessian/lambda_max"]
+    assert "not held against finite differences" in found.attributes["second_derivatives"]
+    true = torch.linalg.eigvalsh(dense_hessian(model, probe))[-1]
+    assert found.value == pytest.approx(float(true), rel=1e-3)
 
 
 def test_groups_stand_for_what_a_network_and_a_probe_define():
