@@ -5,6 +5,7 @@ from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
 from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from nettrace.matrices import curvature
 from nettrace.measures import Value, measure
 from nettrace.missing import MissingMeasureWarning
 from nettrace.offline import Analysis, analyze
@@ -40,6 +41,7 @@ __all__ = [
     "analyze",
     "at",
     "certify",
+    "curvature",
     "epochs",
     "every",
     "export",

@@ -114,7 +114,8 @@ class WindowStatistics(CurvatureStatistics):
                 f"; it began anew after a gap of {window.gap} updates: see every one of them, or "
                 f"pass WeightWindow(stride={window.gap})"
                 if window.gap
-                else ": it fills while the training goes on; pass WeightWindow(length=...) for a "
+                else ": it fills while the training goes on, and anew where that is resumed, as "
+                "checkpoints do not hold it; pass WeightWindow(length=...) for a "
                 "shorter one"
             )
             raise Unavailable(f"the window has {window.count} of {window.length} snapshots{gap}")

@@ -270,6 +270,26 @@ def test_faults_are_told():
         nt.Tracer(unknown, "hessian/lambda_max")(network()[0], 0)
 
 
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "fisher"])
+def test_operators_for_notebooks(matrix):
+    model, probe = network()
+    model.append(nn.Dropout())  # which is to be off
+    operator = nt.curvature(model, probe, matrix)
+    assert model.training
+    model.eval()
+    true = dense_hessian(model, probe) if matrix == "hessian" else dense_gauss_newton(model, probe)
+    assert torch.allclose(operator.dense(), true, rtol=0, atol=1e-10)
+    values = torch.linalg.eigvalsh(true)
+    top, bottom = operator.eigenpairs(2, 1, tolerance=1e-10)
+    assert torch.allclose(top.values, values.flip(0)[:2], rtol=0, atol=1e-9)
+    for pairs in (top, bottom):
+        off = true @ pairs.vectors - pairs.vectors * pairs.values
+        assert torch.allclose(off.norm(dim=0), pairs.residuals, rtol=1e-3, atol=1e-12)
+    assert operator.density().moment(1).value == pytest.approx(float(values.mean()), abs=0.1)
+    with pytest.raises(ValueError, match="jacobian"):
+        nt.curvature(model, probe, "jacobian")
+
+
 def test_groups_stand_for_what_a_network_and_a_probe_define():
     names = {measure.name for measure in resolve(["hessian", "ggn"])}
     assert {"hessian/lambda_max", "hessian/trace", "ggn/trace"} <= names
