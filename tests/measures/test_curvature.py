@@ -242,6 +242,7 @@ def test_what_optimizers_make_of_it():
     with pytest.raises(Exception, match="different learning rates"):
         measured(names[1:2], model, probe, apart)
     adam = torch.optim.Adam(model.parameters(), 0.01)
+    assert names[0] not in measured(names[:1], model, probe, adam)  # before its first step
     for _ in range(3):
         adam.zero_grad()
         loss_of(model, probe).backward()
