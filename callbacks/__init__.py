@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nettrace.callbacks.curvature import Curvature, StabilityMonitor
+    from nettrace.callbacks.fluctuations import WeightFluctuations
     from nettrace.callbacks.hugging_face import TransformersTrace
     from nettrace.callbacks.trace import (
         CollectiveVariables,
@@ -15,17 +17,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CollectiveVariables",
+    "Curvature",
     "FisherTrace",
     "GradientStatistics",
     "NTKTrace",
+    "StabilityMonitor",
     "Trace",
     "TransformersTrace",
+    "WeightFluctuations",
 ]
+#: Where those are that are not in `trace`.
+_ELSEWHERE = {
+    "Curvature": "curvature",
+    "StabilityMonitor": "curvature",
+    "TransformersTrace": "hugging_face",
+    "WeightFluctuations": "fluctuations",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for alone: a trainer need not be installed for the sake of another."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "hugging_face" if name == "TransformersTrace" else "trace"
+    module = _ELSEWHERE.get(name, "trace")
     return getattr(import_module(f"nettrace.callbacks.{module}"), name)

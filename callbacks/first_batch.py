@@ -69,6 +69,8 @@ class FirstBatch:
 
     def compare(self, returned: Any) -> None:
         """Compares with what the training step returned."""
+        if not self._seen:
+            return
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if isinstance(loss, Tensor) and self._module.automatic_optimization:
             loss = loss * self._trainer.accumulate_grad_batches  # by which Lightning divides it

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from nettrace.callbacks.request import Request, report, warn_idle
 from nettrace.callbacks.samples import batch_of
 from nettrace.own_loss import LossCheck
 from nettrace.schedule import Schedule, bound
+from nettrace.waiting import settings
+from nettrace.window import WeightWindow
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -69,6 +72,7 @@ class TransformersTrace(Request, TrainerCallback):
                 on_error=self.on_error,
                 max_seconds=self.max_seconds,
                 budget=self.budget,
+                window=self.window and WeightWindow(**settings(self.window)),
             )
         except Exception as error:
             report(self, "cannot take a probe", error, self._said)
@@ -82,6 +86,8 @@ class TransformersTrace(Request, TrainerCallback):
             tracer.take_up(state.global_step)
         if not begun or not self._remembers(tracer, args, state):
             self._measure_if_due(args, state, control, kwargs)
+        else:
+            self._watch(state, kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,6 +124,7 @@ class TransformersTrace(Request, TrainerCallback):
         if self._tracer is not None:
             if not args.load_best_model_at_end or state.best_model_checkpoint is None:
                 self._measure_last(args, state, control, kwargs)
+                self._take(self._tracer.conclude, args, state, control, kwargs)
             elif getattr(self.due, "last", False) and self._measured != state.global_step:
                 lost = RuntimeError(
                     "the best weights have taken their place (load_best_model_at_end)"
@@ -142,6 +149,16 @@ class TransformersTrace(Request, TrainerCallback):
         else:
             if due:
                 self._measure(args, state, control, kwargs)
+            else:
+                self._watch(state, kwargs)
+
+    def _watch(self, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        """Shows the weights to the window, if a measure needs one."""
+        if self._tracer is not None:
+            try:
+                self._tracer.watch(kwargs["model"], state.global_step, kwargs["optimizer"])
+            except Exception as error:
+                report(self, "cannot watch the weights", error, self._said)
 
     def _measure_last(
         self,
@@ -162,16 +179,27 @@ class TransformersTrace(Request, TrainerCallback):
         kwargs: Mapping[str, Any],
         last: bool = False,
     ) -> None:
-        if self._tracer is None:
-            return
-        self._measured = step = state.global_step
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        if self._tracer is not None:
+            record = partial(self._tracer.record, last=last)
+            self._take(record, args, state, control, kwargs)
+
+    def _take(
+        self,
+        record: Callable[..., list[Record]],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        step, epoch = state.global_step, float(state.epoch or 0)
         try:
-            epoch = float(state.epoch or 0)
-            records = self._tracer.record(model, step, optimizer, last=last, epoch=epoch)
+            records = record(kwargs["model"], step, kwargs["optimizer"], epoch=epoch)
         except ValueError as error:  # of a folder that holds another trace
             report(self, f"cannot write the trace to {self.to}", error, self._said)
+            self._measured = step
             return
+        if records:  # and nothing waits for a window of weights
+            self._measured = step
         if self.log and records:
             try:
                 self._log(records, args, state, control)

@@ -16,6 +16,8 @@ from nettrace.probe import check_probes
 from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
 from nettrace.tracer import chosen
+from nettrace.waiting import reads_window
+from nettrace.window import WeightWindow
 
 
 class Request:
@@ -38,6 +40,13 @@ class Request:
             "raise" raises.
         max_seconds: how long one measure may take at one record, as predicted at the first; one
             that would take longer is missing, with the reason. None for any time.
+        budget: the share of wall time that may be spent measuring, as in `nettrace.Tracer`.
+        window: which weights of the last updates are kept, for measures that need them; each
+            training has a window of its own with these settings, by default those of
+            `nettrace.window.WeightWindow`. It sees the weights after every update. Measures of it
+            are taken at the steps of the schedule at which it is full; if there are none, at the
+            last step of all, where they are missing if it is not full then either. It is not saved
+            with checkpoints: a run that is resumed fills it anew.
 
     Raises:
         ValueError: if a measure is unknown, or the schedule never fires.
@@ -56,6 +65,7 @@ class Request:
         on_error: OnError = "record",
         max_seconds: float | None = 60.0,
         budget: float | None = None,
+        window: WeightWindow | None = None,
     ) -> None:
         super().__init__()
         if to is not None and not isinstance(to, (str, Path)):
@@ -77,6 +87,10 @@ class Request:
         self.on_error = on_error
         self.max_seconds = PriceList(max_seconds).max_seconds
         self.budget = None if budget is None else check_budget(budget)
+        #: As it is to be, and never shown anything: a callback may be of several trainings.
+        self.window: WeightWindow | None = None
+        if any(map(reads_window, self.measures)):
+            self.window = WeightWindow() if window is None else window
 
     def explain(self, model: nn.Module) -> Explanation:
         """Predicts what the measures will cost on a network, and leaves it exactly as it was.

@@ -22,10 +22,13 @@ from nettrace.callbacks.progress import announced
 from nettrace.callbacks.request import report, warn_idle
 from nettrace.callbacks.samples import batch_of
 from nettrace.callbacks.steps import Steps, asked
+from nettrace.callbacks.windows import Windows
 from nettrace.ranks import purpose, ranks
 from nettrace.schedule import Schedule, bound, has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
+from nettrace.waiting import reads_window
+from nettrace.window import WeightWindow
 
 if TYPE_CHECKING:
     from nettrace.callbacks.trace import Trace
@@ -82,8 +85,15 @@ class Session:
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         self._ranks = ranks(purpose("Session"), module)
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
+        self._windows = Windows(trainer, module, self._probing)
+        first: dict[object, WeightWindow] = {}
+        for callback, window in self._windows.of.items():
+            first.setdefault(_key(callback), window)
         for callback in self._probing:
-            key: object = (_shared(callback), callback.on_error, callback.max_seconds)
+            key = _key(callback)
+            window = self._windows.of.get(callback, first.get(key))
+            if window is not first.get(key):
+                key = (key, id(window))
             if any(_compare_apart(callback, other) for other in self._sharing(key)):
                 key = (key, id(callback))
             try:
@@ -96,6 +106,7 @@ class Session:
                         names,
                         on_error=callback.on_error,
                         max_seconds=callback.max_seconds,
+                        window=window,
                     )
                     self._groups[key] = (tracer, [])
                 self._groups[key][1].append(callback)
@@ -115,6 +126,11 @@ class Session:
         ]
         self._first_batch = FirstBatch(trainer, module, tracers)
 
+    def _ready(self, callback: Trace) -> bool:
+        """Whether any measure of the callback need not wait for a window of weights to be full."""
+        groups = self._groups.values()
+        return any(tracer.ready(callback.measures) for tracer, group in groups if callback in group)
+
     def _sharing(self, key: object) -> list[Trace]:
         return self._groups[key][1] if key in self._groups else []
 
@@ -128,6 +144,8 @@ class Session:
         if self._first_batch.is_due:
             with silenced(self._module), self._budget.measuring():
                 self._first_batch.evaluate(batch)
+        if not self._steps.callbacks:
+            return
         step = self._trainer.global_step
         due = [c for c in self._steps.new(step) if self._is_due(c, step)]
         self._steps.begin_batch(batch, index, step, self._affordable(step, due))
@@ -166,15 +184,15 @@ class Session:
 
     def flush(self, last: bool = False) -> None:
         """Writes what was measured of a training step, if there is nothing to wait for."""
+        if not self._steps.callbacks:
+            return
         with self._budget.measuring():
             due, records = self._steps.taken(last)
         if records:
             self._unfired = [callback for callback in self._unfired if callback not in due]
             if any(callback.budget is not None for callback in due):
                 records.append(self._budget.record(records[0].step))
-            self._write(due, records, self._position, None)
-            begun = self._position["batches"] > 0
-            self._log(due, records, loggers_step(self._trainer) + begun)
+            self._tell(due, records, None)
             for callback in due:
                 self._skipped.pop(callback, None)
 
@@ -220,7 +238,10 @@ class Session:
             "batches": batches,
             "samples": self._samples,
         }
-        due = [c for c in self._probing if self._is_due(c, step)]
+        if self._windows.of:
+            with self._budget.measuring():
+                self._windows.see(step, self._samples)
+        due = [c for c in self._probing if self._is_due(c, step) and self._ready(c)]
         last = [c for c in self._probing if has_last_after(self._due[c], step)]
         self._measure(step, self._affordable(step, due, reserve=last))
 
@@ -231,8 +252,19 @@ class Session:
             step: how many updates the weights have had in the end.
         """
         last = [c for c in self._probing if getattr(self._due[c], "last", False)]
-        due = [c for c in last if self._measured.get(c) != step]
+        due = [c for c in last if self._measured.get(c) != step and self._ready(c)]
         self._measure(step, self._affordable(step, due))
+        for callback in self._unfired:
+            if callback in self._windows.of and all(map(reads_window, callback.measures)):
+                self._ready(callback)  # if it is not, that is why nothing was measured
+        for tracer, group in self._groups.values():
+            with self._budget.measuring(), silenced(self._module):
+                records = tracer.conclude(self._module, step, self._trainer.optimizers)
+            if records:
+                names = {record.name for record in records}
+                waited = [c for c in group if any(m.name in names for m in c.measures)]
+                self._unfired = [callback for callback in self._unfired if callback not in waited]
+                self._tell(waited, records, tracer.fingerprint)
 
     def _affordable(
         self, step: int, due: Sequence[Trace], reserve: Sequence[Trace] = ()
@@ -271,16 +303,22 @@ class Session:
             if due:
                 self._unfired = [callback for callback in self._unfired if callback not in due]
                 self._measured |= dict.fromkeys(due, step)
-                measures = {m.name: m for callback in due for m in callback.measures}
+                measures = {m.name: m for c in due for m in tracer.ready(c.measures)}
                 with silenced(self._module):
                     records = tracer.measure(
                         self._module, step, list(measures.values()), self._trainer.optimizers
                     )
                 if any(callback.budget is not None for callback in due):
                     records.append(self._budget.record(step))
-                self._write(due, records, self._position, tracer.fingerprint)
-                begun = self._position["batches"] > 0
-                self._log(due, records, loggers_step(self._trainer) + begun)
+                self._tell(due, records, tracer.fingerprint)
+
+    def _tell(
+        self, callbacks: Sequence[Trace], records: Sequence[Record], fingerprint: str | None
+    ) -> None:
+        """Writes and logs what some callbacks asked for."""
+        self._write(callbacks, records, fingerprint)
+        begun = self._position["batches"] > 0
+        self._log(callbacks, records, loggers_step(self._trainer) + begun)
 
     def _is_due(self, callback: Trace, step: int) -> bool:
         try:
@@ -309,7 +347,6 @@ class Session:
         self,
         callbacks: Sequence[Trace],
         records: Sequence[Record],
-        position: Mapping[str, float],
         fingerprint: str | None,
     ) -> None:
         if not self._trainer.is_global_zero:
@@ -323,7 +360,7 @@ class Session:
                 key = (folder, fingerprint)
                 if key not in self._writers:
                     self._writers[key] = self._writer(folder, fingerprint)
-                self._writers[key].write(self._of(sharing, records), position)
+                self._writers[key].write(self._of(sharing, records), self._position)
             except Exception as error:  # of the disk, or of hyper-parameters that cannot be told
                 what = f"cannot write the trace to {folder}"
                 self._report(callbacks[0], what, error, UNWRITTEN)
@@ -343,6 +380,7 @@ class Session:
                     "probe": "the training's own batches"
                     if callback.of_steps
                     else str(callback.probe or f"{callback.samples} samples of the data"),
+                    **self._windows.about(callback),
                 }
                 for callback in self._due
                 if callback.to is not None and Path(callback.to).absolute() == folder
@@ -401,6 +439,11 @@ class Session:
             batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
         probe = Probe.from_batch(batch)  # in all processes the first's, whose data may differ
         return Probe(*self._ranks.pass_on(lambda: (probe.inputs, probe.targets), 0))
+
+
+def _key(callback: Trace) -> object:
+    """What callbacks have in common that share a tracer."""
+    return _shared(callback), callback.on_error, callback.max_seconds
 
 
 def _shared(callback: Trace) -> object:

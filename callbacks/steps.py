@@ -47,7 +47,8 @@ class Steps:
     def __init__(self, trainer: Any, module: Any, callbacks: Sequence[Trace]) -> None:
         self._trainer = trainer
         self._module = module
-        self._callbacks = list(callbacks)
+        #: Without any, there is nothing to be called for.
+        self.callbacks = list(callbacks)
         #: Those that are to measure this batch.
         self.due: list[Trace] = []
         self._tracers = {c.on_error: StepTracer(c.on_error) for c in callbacks}
@@ -67,7 +68,7 @@ class Steps:
 
         Of gradients that are accumulated over several batches, those of the first are measured.
         """
-        return self._callbacks if step != self._step else []
+        return self.callbacks if step != self._step else []
 
     def begin_batch(self, batch: Any, index: int, step: int, due: Sequence[Trace]) -> None:
         """Sees a batch before its training step, which some callbacks are due to measure."""

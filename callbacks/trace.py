@@ -59,6 +59,8 @@ class Trace(Request, Callback):
 
     #: Whether the training's own steps are measured, rather than a probe.
     of_steps = False
+    #: How many updates a window of weights does not see.
+    burn_in = 0
     #: Of several callbacks of a trainer, the first measures for all.
     _session: Session | None = None
     #: What the sessions before this left, where this callback measures for all.

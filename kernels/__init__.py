@@ -18,6 +18,7 @@ from nettrace.kernels.factors import (
     total,
     traced_gram_,
 )
+from nettrace.kernels.moments import weight_welford_
 
 __all__ = [
     "Dense",
@@ -40,4 +41,5 @@ __all__ = [
     "sqnorms",
     "total",
     "traced_gram_",
+    "weight_welford_",
 ]

@@ -25,7 +25,9 @@ class Attached:
 
     On entering, the weights are measured as they are, if that step is due; then after each step
     that is. On leaving, also by an exception, the trace is on disk and nothing is left behind.
-    A schedule that has the last step measures it on leaving, unless by an exception.
+    A schedule that has the last step measures it on leaving, unless by an exception. A window of
+    weights sees them after each step; measures of it are taken at steps that are due once it is
+    full, and are missing at the last if it never was. One that the tracer made is then let go of.
 
     Attributes:
         step: how many updates the weights have had; to be saved with checkpoints.
@@ -72,7 +74,10 @@ class Attached:
         try:
             if error is None and getattr(self._due, "last", False) and self._measured != self.step:
                 self._record(last=True)
+            if error is None:
+                self._tracer.conclude(self._model, self.step, self._optimizers)
         finally:
+            self._tracer.forget()
             self._tracer.sync()
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
@@ -95,6 +100,8 @@ class Attached:
     def _measure(self) -> None:
         if self._due(self.step):
             self._record()
+        else:
+            self._tracer.watch(self._model, self.step, self._optimizers)
 
     def _record(self, last: bool = False) -> None:
         self._tracer.record(self._model, self.step, self._optimizers, last=last)

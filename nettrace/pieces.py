@@ -109,6 +109,17 @@ class Pieces:
         look = self._look
         return look._is_piecewise_linear, look._is_canonical
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """Snapshots in the window of weights, and numbers in each; none where there is no window.
+
+        Before the first snapshot, all parameters are taken to be in it.
+        """
+        window = self._look._window
+        if window is None:
+            return 0, 0
+        return window.length, window.width or sum(w.numel() for w in self._look.weights.values())
+
     def fewer(self, samples: int) -> Pieces:
         """The same for fewer samples of the same kind."""
         twin = copy.copy(self)

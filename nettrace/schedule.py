@@ -59,6 +59,16 @@ class _Windows:
 
 
 @dataclass(frozen=True)
+class _Filled:
+    updates: int
+    burn_in: int
+
+    def __call__(self, step: int) -> bool:
+        seen = step - self.burn_in
+        return seen > 0 and seen % self.updates == 0
+
+
+@dataclass(frozen=True)
 class _Epochs:
     period: int
     steps_per_epoch: float | None
@@ -152,6 +162,25 @@ def log_windows(per_decade: int = 10, width: int = 5) -> Schedule:
         [0, 1, 2, 3, 10, 11, 12, 100, 101, 102]
     """
     return _Windows(log_spaced(per_decade), _positive(width, "a window of at least 1 step"))
+
+
+def filled(updates: int, burn_in: int = 0) -> Schedule:
+    """Fires when a window of so many updates has been seen, and then after as many more each time.
+
+    Args:
+        updates: how many make up a window.
+        burn_in: how many come before the first.
+
+    Raises:
+        ValueError: if a number is no positive integer, or the burn-in is negative.
+
+    Example:
+        >>> [step for step in range(12) if filled(3, burn_in=2)(step)]
+        [5, 8, 11]
+    """
+    if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+        raise ValueError(f"expected a burn-in of at least 0 updates, got {burn_in!r}")
+    return _Filled(_positive(updates, "a window of at least 1 update"), burn_in)
 
 
 def epochs(period: int = 1, *, steps_per_epoch: int | None = None) -> Schedule:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import operator
-import time
-import traceback
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,32 +17,27 @@ from torch.optim import Optimizer
 
 from nettrace.attached import Attached
 from nettrace.budget import Budget, check_budget, left_out, synchronise
-from nettrace.certificate import Certificate, SpotCheckError, SpotChecks, certify
-from nettrace.differentiate import parse_bytes
+from nettrace.certificate import SpotChecks
 from nettrace.explanation import Explanation, PriceList
-from nettrace.freeze import frozen
-from nettrace.gathered import check_gathering
-from nettrace.independence import check_independence
 from nettrace.measures import Measure, resolve
-from nettrace.operator import Jacobian
-from nettrace.own_loss import LossCheck
-from nettrace.past import Past, Reference
-from nettrace.price import TooDear
+from nettrace.observer import Observer
+from nettrace.past import Past
 from nettrace.probe import Probe, check_probes, fingerprint
-from nettrace.ranks import leads, purpose, ranks
+from nettrace.ranks import leads
 from nettrace.record import Record
-from nettrace.recording import OnError, Recorder, Taken, spot_check
+from nettrace.recording import OnError
 from nettrace.schedule import Every, has_last_after, schedule
 from nettrace.several import Several, of_pairs
-from nettrace.statistics import Statistics
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 from nettrace.unwrapped import plain_model, plain_optimizers
+from nettrace.waiting import Waiting, reads_window, settings
+from nettrace.window import WeightWindow
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
 
-class Tracer(Recorder):
+class Tracer(Observer):
     """Measures a network at scheduled steps, and leaves it exactly as it was.
 
     At the first record that rests on derivatives, at those numbered 2, 4, 8, ... and whenever the
@@ -81,6 +75,10 @@ class Tracer(Recorder):
             step by step; where a schedule has the last step, what that will take is kept for it.
             Of several processes, the first decides. None for any share.
         seed: for measures that draw random numbers; they draw the same at the same step.
+        window: the weights of the last updates, which measures of their fluctuations need. By
+            default one is made where such a measure is asked for; it sees the weights whenever the
+            tracer is called, which is then to be after every update, or `watch`. It is not saved by
+            `state_dict`: in a run that is resumed, it fills anew.
 
     Raises:
         ValueError: if a measure is unknown, the schedule never fires, or a limit is not positive.
@@ -106,38 +104,36 @@ class Tracer(Recorder):
         max_seconds: float | None = 60.0,
         budget: float | None = None,
         seed: int = 0,
+        window: WeightWindow | None = None,
     ) -> None:
-        super().__init__(on_error, memory_budget)
         check_probes(probe)
-        #: The samples, or the first of several probes.
-        self.probe = probe if isinstance(probe, Probe) else next(iter(probe.values()))
-        self.fingerprint = fingerprint(probe)
         self.measures = chosen(measures, probe)
+        names = [measure.name for measure in self.measures]
+        self._is_own_window = window is None
+        if window is None and any(map(reads_window, self.measures)):
+            window = WeightWindow()
+        first = probe if isinstance(probe, Probe) else next(iter(probe.values()))
+        called = f"Tracer of {names}"
+        super().__init__(first, called, on_error, memory_budget, max_seconds, seed, window)
+        self.fingerprint = fingerprint(probe)
         self.due = schedule(every)
         self.budget = None if budget is None else check_budget(budget)
-        self._ledger: Budget | None = None
         self._skipped = 0
-        self._seed = seed
+        self._waiting = Waiting(window)
         self._writer = None if to is None else Journal(to, probe=self.fingerprint)
         if self._writer is not None:
             self._writer.provenance["configuration"] = json.dumps(
                 {
-                    "measures": [measure.name for measure in self.measures],
+                    "measures": names,
                     "every": str(every),
                     "probe": str(probe),
                     "memory_budget": memory_budget,
                     "max_seconds": max_seconds,
                     "budget": budget,
                     "seed": seed,
+                    "window": None if window is None else settings(window),
                 }
             )
-        self._purpose = purpose(f"Tracer of {[measure.name for measure in self.measures]}")
-        self._spot_checks = SpotChecks()
-        self._past = Past()
-        self._prices = PriceList(max_seconds)
-        self._failure: Exception | None = None
-        #: What is known of a loss that is not declared, from where it is trained.
-        self.loss_check: LossCheck | None = None
         self._several = None if isinstance(probe, Probe) else Several(self, probe)
 
     def twin(self, probe: Probe, name: str) -> Tracer:
@@ -178,14 +174,39 @@ class Tracer(Recorder):
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"expected a step of at least 0, got {step}")
-        return self.record(model, step, optimizer, False, **coordinates) if self.due(step) else []
+        if self.due(step):
+            return self.record(model, step, optimizer, None, **coordinates)
+        self.watch(model, step, optimizer, coordinates.get("samples", math.nan))
+        return []
+
+    def watch(
+        self,
+        model: nn.Module,
+        step: int,
+        optimizer: Optimizers = None,
+        samples: float = math.nan,
+    ) -> None:
+        """Shows the weights to the window, if there is one; to be called after every update.
+
+        Calling the tracer does so too, also between scheduled steps.
+
+        Args:
+            model: as in a call.
+            step: as in a call.
+            optimizer: as in a call.
+            samples: how many samples were seen so far, if that is known; the coordinate of that
+                name where the tracer is called.
+        """
+        if self.window is not None:
+            with self._ledger.measuring():
+                self.window.see(plain_model(model), step, plain_optimizers(optimizer), samples)
 
     def record(
         self,
         model: nn.Module,
         step: int,
         optimizer: Optimizers = None,
-        last: bool = False,
+        last: bool | None = None,
         **coordinates: float,
     ) -> list[Record]:
         """Measures and writes now, whatever the schedule says; otherwise as calling the tracer.
@@ -194,11 +215,15 @@ class Tracer(Recorder):
             model: as in a call.
             step: as in a call.
             optimizer: as in a call.
-            last: whether this is the last of the run, for which the budget has kept room.
+            last: whether this is the last of the run, for which the budget has kept room. Where
+                that is known, measures of a window are left out until it is full, and `conclude`
+                takes those that never were; else they are missing, with the reason.
             coordinates: as in a call.
         """
-        if self._ledger is None:
-            self._ledger = Budget(self.budget or 1)
+        self.watch(model, step, optimizer, coordinates.get("samples", math.nan))
+        measures = self.measures if last is None else self.ready(self.measures)
+        if not measures:
+            return []
         model = plain_model(model)
         synchronise(model)
         all_ = frozenset({"all"})
@@ -209,21 +234,19 @@ class Tracer(Recorder):
                 self._skipped += 1
                 return []
         with self._ledger.measuring(all_):
-            records = self.measure(model, step, self.measures, optimizer)
+            records = self.measure(model, step, measures, optimizer)
             if self.budget is not None:
                 records += [self._ledger.record(step), left_out(step, self._skipped)]
                 self._skipped = 0
-            if self._writer is not None and leads(self._purpose, str(self._writer.folder)):
-                self._write(self._writer, model, records, coordinates)
+            self._write(model, records, coordinates)
         return records
 
     def _write(
-        self,
-        writer: Journal,
-        model: nn.Module,
-        records: Sequence[Record],
-        coordinates: Mapping[str, float],
+        self, model: nn.Module, records: Sequence[Record], coordinates: Mapping[str, float]
     ) -> None:
+        writer = self._writer
+        if writer is None or not records or not leads(self._purpose, str(writer.folder)):
+            return
         try:
             if "model" not in writer.provenance:
                 writer.provenance |= of_model(model)
@@ -233,6 +256,32 @@ class Tracer(Recorder):
                 raise
             text = f"cannot write the trace to {writer.folder}: {error}; {UNWRITTEN}"
             self._warn("cannot write", text)
+
+    @cached_property
+    def _ledger(self) -> Budget:
+        """What is spent, from the first call on."""
+        return Budget(self.budget or 1)
+
+    def ready(self, measures: Sequence[Measure]) -> list[Measure]:
+        """Those of some measures that need not wait for the window of weights to be full."""
+        return self._waiting.ready(measures)
+
+    def conclude(
+        self, model: nn.Module, step: int, optimizer: Optimizers = None, **coordinates: float
+    ) -> list[Record]:
+        """Takes and writes measures that have waited for a window to be full, and never were taken.
+
+        They are missing with the reason if it is not full yet; to be called where a run ends.
+        """
+        waited, model = self._waiting.in_vain(), plain_model(model)
+        records = self.measure(model, step, waited, optimizer) if waited else []
+        self._write(model, records, coordinates)
+        return records
+
+    def forget(self) -> None:
+        """Lets go of the weights in the window, if the tracer made that for itself."""
+        if self.window is not None and self._is_own_window:
+            self.window.begin()
 
     def attached(self, model: nn.Module, optimizer: Optimizers, *, step: int = 0) -> Attached:
         """A context in which the tracer counts the optimizer's steps, and measures at those due.
@@ -276,50 +325,10 @@ class Tracer(Recorder):
         optimizer: Optimizers = None,
     ) -> list[Record]:
         """Takes some measures now, whatever the schedule says, and writes nothing."""
+        self._waiting.taken(measures)
         if self._several is not None:
             return self._several.measure(model, step, measures, optimizer)
-        self._join(model)
-        start, taken = time.perf_counter(), Taken()
-        optimizers = plain_optimizers(optimizer)
-        self._allow_all()
-        left = measures
-        while left := self._attempt(model, step, left, optimizers, taken):
-            self._allowance.reduce()
-        times = taken.times(step, time.perf_counter() - start)
-        return [*taken.in_order(measures), *taken.checks, *times]
-
-    def _attempt(
-        self,
-        model: nn.Module,
-        step: int,
-        measures: Sequence[Measure],
-        optimizers: Sequence[Optimizer],
-        taken: Taken,
-    ) -> list[Measure]:
-        """Adds the records of one look; returns what to try again within less memory."""
-        left: list[Measure] = []
-        found: Statistics | Exception
-        refused: Mapping[str, TooDear] = {}
-        try:
-            with self._frozen(model):
-                try:
-                    with self._ranks.together():
-                        found, refused = self._see(model, step, measures, optimizers, taken.checks)
-                except Exception as error:
-                    found = error
-                left = self._take(measures, step, found, refused, taken)
-                if not isinstance(found, Exception):
-                    done = [measure for measure in measures if measure not in left]
-                    with self._ranks.together():
-                        self._past.keep(found, _references(done, refused))
-                synchronise(model)
-        except Exception as error:  # of freezing itself, as of a model that is not initialised
-            found = error
-            left = self._take(measures, step, error, refused, taken)
-        self._failure = found if isinstance(found, Exception) else None
-        if self._failure is not None:  # which would keep the look and its tape until the next
-            traceback.clear_frames(self._failure.__traceback__)
-        return left
+        return self.observe(model, step, measures, optimizer)
 
     def remember(self, model: nn.Module, step: int, measures: Sequence[Measure]) -> None:
         """Keeps what measures will ask of this look, as if they were taken now, but takes none.
@@ -330,10 +339,7 @@ class Tracer(Recorder):
         if self._several is not None:
             measures = [measure for measure in measures if not of_pairs(measure)]
         for one in self.each():
-            one._join(model)
-            with one._frozen(model), one._ranks.together():
-                found, refused = one._see(model, step, measures, (), [])
-                one._past.keep(found, _references(measures, refused))
+            one.keep(model, step, measures)
 
     @property
     def failure(self) -> Exception | None:
@@ -383,97 +389,7 @@ class Tracer(Recorder):
             CoupledSamplesError: if samples are coupled.
             Exception: whatever goes wrong with calling the network.
         """
-
-        def look() -> Statistics:
-            found = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            check_independence(found)
-            return found
-
-        return replace(self._prices.explain(model, look, self.measures), budget=self.budget)
-
-    def certify(self, model: nn.Module) -> Certificate:
-        """Certifies the derivatives of the network on the probe, and leaves it exactly as it was.
-
-        Of several probes, the first is taken.
-
-        Raises:
-            CoupledSamplesError: if samples are coupled.
-            SpotCheckError: if derivatives differ from those of plain autograd.
-            Exception: whatever goes wrong with calling the network.
-        """
-        with frozen(model):
-            statistics = Statistics(model, self.probe, memory_budget=self._memory_budget)
-            check_independence(statistics)
-            return certify(statistics.jacobian, seed=self._seed)
-
-    def refuse(self, measures: Sequence[Measure], step: int, error: Exception) -> list[Record]:
-        """The records of measures that cannot be taken, for one reason.
-
-        Raises:
-            Exception: the reason, if `on_error="raise"`.
-        """
-        taken = Taken()
-        self._take(measures, step, error, {}, taken)
-        return taken.in_order(measures)
-
-    def _join(self, model: nn.Module) -> None:
-        """Finds the processes that measure this network together."""
-        self._ranks = ranks(self._purpose, model, self.probe.fingerprint)
-
-    @contextmanager
-    def _frozen(self, model: nn.Module) -> Iterator[None]:
-        """The network as it is measured, and the same in all processes."""
-        with ExitStack() as stack:
-            with self._ranks.together():
-                self._ranks.check()
-                check_gathering(model, self._ranks, parse_bytes(self._memory_budget))
-                stack.enter_context(frozen(model))
-            self._ranks.same_(list(model.buffers()))
-            yield
-
-    def _see(
-        self,
-        model: nn.Module,
-        step: int,
-        measures: Sequence[Measure],
-        optimizers: Sequence[Optimizer],
-        checks: list[Record],
-    ) -> tuple[Statistics, Mapping[str, TooDear]]:
-        """A look that has been examined, and which measures are too dear; adds to `checks`."""
-
-        def check(jacobian: Jacobian) -> None:
-            if checks and checks[0].missing is None:
-                return  # it passed before memory ran out
-            try:
-                certificate = self._spot_check(jacobian, step)
-            except SpotCheckError as error:
-                checks[:] = [spot_check(step, error)]
-                raise
-            if certificate is not None:
-                checks[:] = [spot_check(step, certificate)]
-
-        found = Statistics(
-            model,
-            self.probe,
-            {need for measure in measures for need in measure.needs},
-            step=step,
-            past=self._past,
-            optimizers=optimizers,
-            seed=self._seed_at(step),
-            memory_budget=self._allowance.bytes,
-            check=check,
-            loss_check=self.loss_check,
-            ranks=self._ranks,
-        )
-        check_independence(found)
-        return found, self._prices.refused(found, measures)
-
-    def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
-        """A certificate, if one is due."""
-        return self._spot_checks(jacobian, self._seed_at(step))
-
-    def _seed_at(self, step: int) -> int:
-        return self._seed * 1_000_003 + step
+        return replace(self.priced(model, self.measures), budget=self.budget)
 
 
 def chosen(
@@ -487,8 +403,3 @@ def chosen(
     names = [measures] if isinstance(measures, str) else list(measures or ())
     several = isinstance(probe, Mapping) and len(probe) > 1
     return [m for m in resolve(names) if several or m.name in names or not of_pairs(m)]
-
-
-def _references(measures: Sequence[Measure], refused: Container[str]) -> set[Reference]:
-    """The earlier looks that measures which are not refused compare with."""
-    return {m.reference for m in measures if m.reference is not None and m.name not in refused}

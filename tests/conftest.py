@@ -1,9 +1,16 @@
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+import nettrace as nt
+from nettrace.measures import registry
+from nettrace.window import WeightWindow
 
 # Times say nothing on a busy machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -36,3 +43,30 @@ def logged() -> Iterator[list[str]]:
     yield texts
     logging.getLogger("nettrace").removeHandler(handler)
     assert texts == [], "nettrace warned, and no test expected it"
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures that tell what a window of weights holds: "seen/weights" and so on."""
+    monkeypatch.setattr(registry, "_MEASURES", dict(registry._MEASURES))
+    options: Any = {"needs": ["window"], "grouped": False}
+
+    @nt.measure("seen/weights", dims=["snapshot", "weight"], **options)
+    def weights(window: WeightWindow) -> Tensor:
+        """The weights."""
+        return torch.cat([window.rows(name) for name in window.names], 1)
+
+    notes: dict[str, Callable[[WeightWindow], Any]] = {
+        "steps": lambda window: list(window.steps),
+        "samples": lambda window: window.samples,
+        "rates": lambda window: window.learning_rates,
+        "population": lambda window: [window.population or 0],
+    }
+    for name, find in notes.items():
+
+        def noted(window: WeightWindow, find: Callable[[WeightWindow], Any] = find) -> Any:
+            """What is noted beside them."""
+            return np.asarray(find(window))
+
+        dims = ["number" if name == "population" else "snapshot"]
+        nt.measure(f"seen/{name}", dims=dims, **options)(noted)

@@ -24,6 +24,8 @@ from nettrace.gathered import whole
 from nettrace.measures import available
 from nettrace.ranks import Ranks, ranks
 from nettrace.shared_gradients import shared
+from nettrace.waiting import reads_window
+from nettrace.window import WeightWindow
 
 Found = dict[str, Any]
 
@@ -133,7 +135,7 @@ def measures(kind: str, how: str) -> Found:
             buffer.add_(distributed.get_rank())
     model = wrapped(model, how)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    names = [measure.name for measure in available()]
+    names = [m.name for m in available() if not reads_window(m)]
     if kind == "texts":  # whose kernel is large
         names = ["ntk/trace", "ntk/trace_per_layer", "fisher/trace", "loss", "gradients"]
     tracer = nt.Tracer(probe, names, max_seconds=30)
@@ -271,6 +273,30 @@ def lightning(folder: Path, how: str) -> Found:
     return {name: whole(x) if isinstance(x, Tensor) else x for name, x in state.items()}
 
 
+def windows(how: str) -> Found:
+    """What a window of weights tells while several processes train, each on batches of its own."""
+    torch.manual_seed(0)
+    probe = nt.Probe(torch.randn(7, 4).double(), torch.randint(0, 3, (7,)))
+    model = wrapped(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), how)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    names = ["weights/variance", "weights/variation", "weights/curvature", "loss/mean"]
+    tracer = nt.Tracer(probe, names, every=[6], window=WeightWindow(5))
+    generator = torch.Generator().manual_seed(1)
+    count, rank = (1, 0)
+    if distributed.is_initialized():
+        count, rank = distributed.get_world_size(), distributed.get_rank()
+    found: Found = {}
+    for step in range(7):
+        for record in tracer(model, step, optimizer):
+            if not record.name.startswith("nettrace/seconds"):
+                found[record.name] = record
+        x = torch.randn(8, 4, generator=generator, dtype=torch.float64).chunk(count)[rank]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), x[:, 0].gt(0).long()).backward()
+        optimizer.step()
+    return found
+
+
 def faults(how: str) -> Found:
     """Records where not all processes measure, or one of them fails at step 1."""
     rank = distributed.get_rank()
@@ -317,6 +343,8 @@ def main(folder: Path, what: str, how: str) -> None:
     rank = distributed.get_rank()
     if what == "zoo":
         found = every_member(ranks("zoo", nn.Linear(1, 1)))
+    elif what == "windows":
+        found = windows(how)
     elif what == "faults":
         found = faults(how)
     else:

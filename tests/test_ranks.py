@@ -95,6 +95,25 @@ def test_every_member_of_the_zoo(processes: int, tmp_path: Path) -> None:
                     assert wrong <= 10 * zoo.ZOO[name].tolerance * largest, (name, what, key)
 
 
+def test_each_process_s_window_is_that_of_one_process(tmp_path: Path) -> None:
+    alone = measured_together.windows("plain")
+    for found in run(tmp_path, 2, "windows", "ddp"):
+        assert found.keys() == alone.keys() >= {"weights/variance", "weights/curvature"}
+        for name in alone.keys() - {"nettrace/spot_check"}:
+            assert found[name].missing is alone[name].missing is None, found[name]
+            largest = np.abs(alone[name].value).max()
+            np.testing.assert_allclose(found[name].value, alone[name].value, 1e-9, 1e-9 * largest)
+
+
+@pytest.mark.slow
+def test_of_parameters_that_are_spread_there_is_no_window(
+    tmp_path: Path, logged: list[str]
+) -> None:
+    for found in run(tmp_path, 2, "windows", "fsdp"):
+        assert "is spread over processes" in found["weights/variance"].missing
+        assert np.isfinite(found["loss/mean"].value)
+
+
 @pytest.mark.parametrize(
     "how", ["ddp", *(pytest.param(h, marks=pytest.mark.slow) for h in ("unused", "static", "fsdp"))]
 )

@@ -31,10 +31,15 @@ from nettrace.record import Record
 from nettrace.statistics import Statistics, Unavailable
 from nettrace.statistics.preconditioned import PreconditionedStatistics
 from nettrace.tracer import Tracer
+from nettrace.waiting import reads_window
 
 #: What one look left for later ones, by probe and reference, as `Past.state_dict` has it.
 Left: TypeAlias = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
+_NO_WINDOW = (
+    "it is of the weights after each of many updates in a row, and checkpoints are of single ones: "
+    "measure it while training, as by the callback WeightFluctuations or Tracer.attached"
+)
 _OF_OPTIMIZERS = {name for name in vars(PreconditionedStatistics) if not name.startswith("_")}
 
 
@@ -234,16 +239,17 @@ class Worker:
         return found if given is None else copy.deepcopy(found)  # which may be somebody's own
 
     def _records(self, model: nn.Module, contents: Contents, step: int) -> list[Record]:
-        needy = [m for m in self._measures if _OF_OPTIMIZERS & {_last(need) for need in m.needs}]
         optimizers: list[Optimizer] = []
-        refused: list[Record] = []
-        measures = self._measures
+        windowed = [measure for measure in self._measures if reads_window(measure)]
+        measures = [measure for measure in self._measures if measure not in windowed]
+        refused = self._tracer.refuse(windowed, step, Unavailable(_NO_WINDOW))
+        needy = [m for m in measures if _OF_OPTIMIZERS & {_last(need) for need in m.needs}]
         if needy:
             try:
                 optimizers = _optimizers(model, contents)
             except Unavailable as error:
                 measures = [measure for measure in measures if measure not in needy]
-                refused = self._tracer.refuse(needy, step, error)
+                refused += self._tracer.refuse(needy, step, error)
         found = self._tracer.measure(model, step, measures, optimizers) if measures else []
         return [*refused, *found]
 

@@ -8,9 +8,10 @@ from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
+from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(StabilityStatistics, MotionStatistics):
+class Statistics(WindowStatistics, StabilityStatistics, MotionStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

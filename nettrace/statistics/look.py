@@ -22,6 +22,7 @@ from nettrace.past import Kept, Past, Reference
 from nettrace.probe import Probe
 from nettrace.ranks import ALONE, Ranks
 from nettrace.shared_gradients import shared
+from nettrace.window import WeightWindow
 
 
 class Unavailable(Exception):
@@ -47,6 +48,7 @@ class Look:
         check: looks at the Jacobian before anything is made of it; what rests on the Jacobian is
             not to be had if it raises `SpotCheckError`.
         loss_check: what is known of a loss that is not declared, from where it is trained.
+        window: the weights of the last updates, if they are kept.
         ranks: the processes that look together, each at its share of the samples; all must then ask
             for the same statistics, in one order.
 
@@ -88,6 +90,7 @@ class Look:
         memory_budget: int | str = "2GiB",
         check: Callable[[Jacobian], None] = lambda jacobian: None,
         loss_check: LossCheck | None = None,
+        window: WeightWindow | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         own = probe.take(ranks.share(len(probe))) if 1 < ranks.count <= len(probe) else None
@@ -105,6 +108,7 @@ class Look:
         self._loss_check = loss_check
         self._past = past or Past()
         self._optimizers = optimizers
+        self._window = window
         self.samples = sum(self._ranks.each(len(self._outputs)))
         self.step = step
 

@@ -25,6 +25,7 @@ pytest.importorskip("accelerate")
 safetensors = pytest.importorskip("safetensors.torch")
 
 from nettrace.callbacks import TransformersTrace  # noqa: E402
+from nettrace.window import WeightWindow  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -446,3 +447,42 @@ def test_it_needs_no_lightning() -> None:
     code = code.replace("\n    ", "\n")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "nettrace" in run.stdout
+
+
+@pytest.mark.usefixtures("seen")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_window_sees_the_weights_after_every_update(accumulated: int, tmp_path: Path) -> None:
+    class Kept(transformers.TrainerCallback):
+        def __init__(self) -> None:
+            self.weights: list[Tensor] = []
+
+        def keep(self, *_: Any, model: Any = None, **__: Any) -> None:
+            self.weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+        on_train_begin = on_step_end = keep
+
+    def trained(*callbacks: Any) -> dict[str, Any]:
+        training.seed()
+        options: dict[str, Any] = {"gradient_accumulation_steps": accumulated}
+        options |= {"save_strategy": "steps", "save_steps": 4}
+        return outcome(fit(list(callbacks), tmp_path / "run", **options))
+
+    names, kept = ["seen/weights", "seen/steps", "loss/mean"], Kept()
+    callback = TransformersTrace(
+        names, every=2, samples=8, to=tmp_path / "trace", window=WeightWindow(4)
+    )
+    assert training.differences(trained(), trained(callback, kept)) == []
+    trace = nt.open(tmp_path / "trace")
+    assert trace.step.values.tolist() == [0, 2, 4, 6]
+    assert trace.seen_steps.values[2:].tolist() == [[1, 2, 3, 4], [3, 4, 5, 6]]
+    assert "missing" not in trace.seen_steps.attrs
+    for step in (4, 6):
+        weights = torch.stack(kept.weights[step - 3 : step + 1]).numpy()
+        assert trace.seen_weights.sel(step=step).values.tobytes() == weights.tobytes()
+    assert callback.window.count == 0  # each training has one of its own
+    resumed = TransformersTrace(
+        names[:2], every=2, samples=8, to=tmp_path / "trace", window=WeightWindow(4)
+    )
+    with pytest.warns(nt.MissingMeasureWarning, match="3 of 4 snapshots"):
+        fit([resumed], tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert list(json.loads(nt.open(tmp_path / "trace").seen_steps.attrs["missing"])) == ["6"]
