@@ -35,29 +35,27 @@ class Displacements:
     ageing: Numbers
 
 
-def displacements(gram: Numbers, per_octave: int = 4) -> Displacements:
-    """Mean squared displacements, from the snapshots' inner products.
+def displacements(rows: Numbers, per_octave: int = 4) -> Displacements:
+    """Mean squared displacements between snapshots.
 
     The exponent is the slope of ln means against ln lag, all lags alike. Errors are those of the
     jackknife over eight blocks of successive start times, each as long as the longest lag: of one
     trajectory, they tell how different its parts are.
 
     Args:
-        gram: (n, n) inner products of snapshots, about any origin.
+        rows: (n, K) snapshots, as by their coordinates along principal directions.
         per_octave: lags for each factor of two, at most.
 
     Raises:
         ValueError: if there are fewer than 32 snapshots, or they do not move.
     """
-    n = len(gram)
+    n = len(rows)
     if n < 32:
         raise ValueError(f"expected at least 32 snapshots for displacements, got {n}")
     most = n // 8
     count = 1 + int(per_octave * np.log2(most))
     lags = np.unique(np.geomspace(1, most, count).round().astype(np.int64))
-    squares = np.diag(gram)
-    each = [squares[k:] + squares[:-k] - 2 * np.diag(gram, k) for k in lags]
-    each = [np.maximum(one, 0) for one in each]
+    each = [np.square(rows[k:] - rows[:-k]).sum(1) for k in lags]
     means = np.array([one.mean() for one in each])
     if not (means > 0).all():
         raise ValueError("the weights in the window do not move: there is no displacement")

@@ -22,8 +22,8 @@ def width(loss: Callable[[float], float], least: float, guess: float, limit: flo
     """The distance along a line at which the loss reaches e times its least, to 0.1 %.
 
     It is bracketed from the guess, by doubling or halving at most, then closed in on by what a
-    power of the distance would give, and by bisection where that takes off less than half. Where the loss crosses several times within the first
-    bracket, it is one of the crossings.
+    power of the distance would give, and by bisection where that takes off less than half. Where
+    the loss crosses several times within the first bracket, it is one of the crossings.
 
     Args:
         loss: at a distance.
@@ -85,4 +85,4 @@ def _between(low: float, at_low: float, high: float, at_high: float) -> float:
     if not (at_low > 0 and low > 0 and math.isfinite(at_high)):
         return high / math.sqrt(at_high) if low == 0 else (low + high) / 2
     share = -math.log(at_low) / math.log(at_high / at_low)
-    return low * (high / low) ** share
+    return float(low * (high / low) ** share)

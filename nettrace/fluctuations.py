@@ -2,9 +2,9 @@
 
 With n snapshots theta_t of P weights, the covariance over time is the P x P matrix Sigma = X^T X /
 n, with rows of X the snapshots less their mean. It shares its eigenvalues with X X^T / n, which is
-n x n and all that is ever formed: the squared singular values of X over n are the variances
-sigma_i^2 along the principal directions p_i, and theta_i(t) = sqrt(n) sigma_i u_i(t) are the
-coordinates along them, with u_i the left singular vectors.
+n x n, and only the smaller of the two is formed: the squared singular values of X over n are the
+variances sigma_i^2 along the principal directions p_i, and theta_i(t) = sqrt(n) sigma_i u_i(t) are
+the coordinates along them, with u_i the left singular vectors.
 
 Of an unconfined random walk, principal components are cosines and their shares of the variance 6 /
 (pi^2 k^2), whatever the landscape: Antognini and Sohl-Dickstein (2018), arXiv:1806.08805. So what
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_DIVERGES = "weights in the window are not finite: the training diverges"
 #: Numbers in float64 that are made of a window's rows at a time.
 _BLOCK = 2**22
 #: Correlation times that Sokal's window is long.
@@ -62,43 +63,58 @@ class Halves:
     modes: int
 
 
-def centred_gram(rows: Tensor) -> Tensor:
-    """(n, n) X X^T in float64, X the rows (n, P) less their mean."""
-    n = len(rows)
-    gram = rows.new_zeros((n, n), dtype=torch.float64)
-    for block in rows.split(max(1, _BLOCK // n), 1):
-        centred = block.double()
-        # Less the first row before the mean: of large weights, differences are exact.
-        centred = centred - centred[0]
-        centred -= centred.mean(0)
-        gram.addmm_(centred, centred.mT)
-    return gram
-
-
-def modes(gram: Tensor) -> Modes:
-    """The principal components of a window, from `centred_gram` or a sum of several.
+def factor(rows: Tensor) -> Tensor:
+    """(n, min(n, P)) in float64, with the inner products of the rows (n, P) less their mean.
 
     Raises:
-        ValueError: if the Gram matrix is not finite, or zero.
+        ValueError: if the rows are not finite.
     """
+    n, size = rows.shape
+    if size <= n:
+        found = _less_mean(rows)
+        if not bool(found.isfinite().all()):
+            raise ValueError(_DIVERGES)
+        return found
+    gram = rows.new_zeros((n, n), dtype=torch.float64)
+    for block in rows.split(max(1, _BLOCK // n), 1):
+        centred = _less_mean(block)
+        gram.addmm_(centred, centred.mT)
     if not bool(gram.isfinite().all()):
-        raise ValueError("the weights in the window are not finite: the training diverges")
+        raise ValueError(_DIVERGES)
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0), vectors.flip(1)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
+
+
+def modes(factors: Iterable[Tensor]) -> Modes:
+    """The principal components of a window, from the `factor` of each parameter.
+
+    Raises:
+        ValueError: if nothing moves.
+    """
+    parts = list(factors)
+    n, size = len(parts[0]), sum(part.shape[1] for part in parts)
+    if size <= n:
+        rows = torch.cat(parts, 1)
+        values, vectors = torch.linalg.eigh(rows.mT @ rows)
+        coordinates = rows @ vectors
+    else:
+        values, vectors = torch.linalg.eigh(sum(part @ part.mT for part in parts))
+        coordinates = vectors * values.clamp_min(0).sqrt()
+    values, coordinates = values.flip(0), coordinates.flip(1)
     if not bool(values[0] > 0):
         raise ValueError("the weights in the window do not move: there is no fluctuation")
-    n = len(gram)
-    kept = (values > n * torch.finfo(torch.float64).eps * values[0]) & (torch.arange(n) < n - 1)
-    values, vectors = values[kept], vectors[:, kept]
-    return Modes(values / n, vectors * values.sqrt())
+    kept = values > n * torch.finfo(torch.float64).eps * values[0]
+    kept[n - 1 :] = False
+    return Modes(values[kept] / n, coordinates[:, kept])
 
 
 def directions(rows: Tensor, found: Modes, count: int) -> Tensor:
-    """(k, P) the first principal directions, orthonormal, in float64; at most `count`.
+    """(k, P) the first principal directions, orthonormal, in float64; at most `count` of them.
 
     Args:
-        rows: (n, P) as given to `centred_gram`, of all parameters together.
-        found: their principal components.
+        rows: (n, P) snapshots of all parameters, or of some, whose share is then found.
+        found: the principal components of all.
         count: how many directions.
     """
     own = found.coordinates[:, :count]
@@ -164,7 +180,7 @@ def variance_errors(series: Tensor) -> Tensor:
     return torch.where(resolved, errors, torch.inf)
 
 
-def halves(gram: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
+def halves(rows: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
     """Whether the halves of a window tell the same of how weights fluctuate.
 
     Directions of one half, variances of the other: where the window is long against all correlation
@@ -173,57 +189,58 @@ def halves(gram: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
     confines the weights: of a random walk, or where there are too few snapshots to find them.
 
     Args:
-        gram: (n, n) of snapshots, centred or not.
+        rows: (n, K) snapshots, as by their coordinates.
         leading: of how many directions of each half `kept` is told, but at most a quarter of it.
         fitted: of how many, less the first, the slope.
     """
-    n = len(gram) // 2
+    n = len(rows) // 2
     count = max(1, min(leading, n // 4))
-    one, other = slice(0, n), slice(len(gram) - n, len(gram))
-    logs, slopes = [], []
-    for own, their in ((one, other), (other, one)):
-        found = modes(_centred(gram[own, own]))
-        variances = found.variances[:fitted]
-        coordinates = found.coordinates[:, :fitted] / (n * variances)
-        theirs = (_centred(gram[their, own]) @ coordinates).square().mean(0)
+    logs, slopes, within = [], [], 0.0
+    for own, their in ((rows[:n], rows[-n:]), (rows[-n:], rows[:n])):
+        centred = _less_mean(own)
+        _, scales, vectors = torch.linalg.svd(centred, full_matrices=False)
+        there = scales > 1e-7 * scales[0]  # beyond, squares are rounding
+        variances = (scales[there].square() / n)[:fitted]
+        theirs = (_less_mean(their) @ vectors[there][:fitted].mT).square().mean(0)
         logs.append((theirs / variances)[:count].log())
         slopes.append(_slope(variances[1:].log(), theirs[1:].log()))
-    within = [_centred(gram[part, part]).trace() / n for part in (one, other)]
-    shift = gram[one, one].mean() + gram[other, other].mean() - 2 * gram[one, other].mean()
+        within += float(centred.square().sum()) / n / 2
+    shift = float((rows[:n].mean(0) - rows[-n:].mean(0)).square().sum())
     kept = math.exp(float(torch.cat(logs).mean()))
-    return Halves(sum(slopes) / 2, kept, float(shift / (sum(within) / 2)), count)
+    return Halves(sum(slopes) / 2, kept, shift / within if within else math.nan, count)
 
 
-def layer_correlations(grams: Iterable[Tensor]) -> Tensor:
+def layer_correlations(factors: Iterable[Tensor]) -> Tensor:
     """(L, L) how much the fluctuations of each two layers have to do with each other, from 0 to 1.
 
     |Sigma_lm| / sqrt(|Sigma_ll| |Sigma_mm|) with Frobenius norms of the blocks of the covariance
-    between layers, |Sigma_lm|^2 = tr(G_l G_m) / n^2, from the layers' Gram matrices (n, n).
+    between layers, which are those of Z_l^T Z_m / n, with Z_l the layers' `factor`.
     """
-    flat = torch.stack([gram.flatten() for gram in grams])
-    squares = (flat @ flat.mT).clamp_min(0)
-    norms = squares.diagonal().sqrt()
-    return (squares / (norms * norms[:, None])).sqrt()
+    parts = list(factors)
+    found = torch.stack(
+        [torch.stack([(one.mT @ other).norm() for other in parts]) for one in parts]
+    )
+    norms = found.diagonal().sqrt()
+    return found / (norms * norms[:, None])
 
 
-def stationarity(gram: Tensor) -> tuple[float, float]:
+def stationarity(rows: Tensor) -> tuple[float, float]:
     """-2 <theta . dtheta> / <|dtheta|^2>, which is 1 where weights are stationary, and its error.
 
     Yaida (2018), arXiv:1810.00004, the first fluctuation-dissipation relation, in terms of updates
     dtheta, with theta about the mean of the window, and means over the window. The sum telescopes:
     the ratio differs from 1 by the change of |theta|^2 over the window's squared path, so that a
     random walk, which spreads from its mean both ways in time, is not told from equilibrium. The
-    error is
-    what that change is for snapshots of the window that are drawn independently.
+    error is what that change is for snapshots of the window that are drawn independently.
 
     Args:
-        gram: (n, n) `centred_gram`.
+        rows: (n, K) snapshots, as by their coordinates.
     """
-    squares = gram.diagonal()
-    products = gram.diagonal(1)
-    moved = squares[1:] + squares[:-1] - 2 * products
-    ratio = -2 * (products - squares[:-1]).sum() / moved.sum()
-    error = math.sqrt(2) * squares.std() / moved.sum()
+    centred = _less_mean(rows)
+    steps = centred.diff(dim=0)
+    path = steps.square().sum()
+    ratio = -2 * (centred[:-1] * steps).sum() / path
+    error = math.sqrt(2) * centred.square().sum(1).std() / path
     return float(ratio), float(error)
 
 
@@ -234,6 +251,8 @@ def _slope(x: Tensor, y: Tensor) -> float:
     return float(x @ (y - y.mean()) / (x @ x))
 
 
-def _centred(gram: Tensor) -> Tensor:
-    gram = gram - gram.mean(0)
-    return gram - gram.mean(1, keepdim=True)
+def _less_mean(rows: Tensor) -> Tensor:
+    """Rows less their mean, in float64; less the first before, as differences keep their digits."""
+    found = rows.double()
+    found = found - found[0]
+    return found - found.mean(0)

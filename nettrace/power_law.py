@@ -45,8 +45,9 @@ class PowerLaw:
         """What to keep beside the exponent."""
         turns = 2 * self.curvature * math.log(self.span)  # by what the slope changes, end to end
         bent = abs(self.curvature_t) > 3 and abs(turns) > 0.2 * abs(self.exponent)
-        doubt = {"fit_warning": "the points bend: the exponent depends on where it is fitted"}
-        return (doubt if bent else {}) | {
+        doubt = "the points bend: the exponent depends on where it is fitted"
+        found: dict[str, str | int | float] = {"fit_warning": doubt} if bent else {}
+        return found | {
             "interval_low": self.low,
             "interval_high": self.high,
             "interval": "95 %, least squares of logarithms with HC3 errors, widened by the "

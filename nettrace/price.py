@@ -442,21 +442,24 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work()  # kept while the training goes on
 
 
-@prices("window_grams")
+@prices("window_factors")
 def _(pieces: Pieces, needs: Needs) -> Work:
     length, size = pieces.window
-    return Work(2e-10 * length**2 * size, kept=8 * length**2 * pieces.layers, temporary=2**26)
-
-
-@prices("window_gram", "window_displacements")
-def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work(kept=8 * pieces.window[0] ** 2, of=("window_grams",))
+    rank = min(length, size)
+    seconds = 2e-10 * length * rank * size + 2 * pieces.eigenvalues(rank)
+    return Work(seconds, kept=8 * length * rank, temporary=2**26)
 
 
 @prices("window_modes", "window_halves")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    length = pieces.window[0]
-    return Work(2 * pieces.eigenvalues(length), kept=8 * length**2, of=("window_gram",))
+    rank = min(pieces.window)
+    seconds, kept = 3 * pieces.eigenvalues(rank), 8 * pieces.window[0] * rank
+    return Work(seconds, kept=kept, whole=2 * kept, of=("window_factors",))
+
+
+@prices("window_displacements")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(of=("window_modes",))
 
 
 @prices("window_directions")

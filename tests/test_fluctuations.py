@@ -11,9 +11,9 @@ from scipy.stats import levy_stable
 from nettrace.diffusion import displacements
 from nettrace.flatness import width
 from nettrace.fluctuations import (
-    centred_gram,
     correlation_times,
     directions,
+    factor,
     halves,
     layer_correlations,
     modes,
@@ -61,7 +61,7 @@ def test_modes_are_those_of_the_dense_covariance(shape):
     rows = torch.randn(shape).double() * torch.logspace(0, -2, shape[1]) + 1e3
     x = rows.numpy() - rows.numpy().mean(0)
     values, vectors = np.linalg.eigh(x.T @ x / shape[0])
-    found = modes(centred_gram(rows))
+    found = modes([factor(rows)])
     k = min(shape[0] - 1, shape[1])
     assert len(found.variances) == k
     np.testing.assert_allclose(found.variances, values[::-1][:k], rtol=1e-7)
@@ -74,7 +74,7 @@ def test_modes_are_those_of_the_dense_covariance(shape):
 
 def test_directions_by_parts_are_those_of_the_whole():
     rows = torch.randn(9, 50)
-    found = modes(centred_gram(rows))
+    found = modes([factor(rows)])
     parts = [directions(part, found, 4) for part in rows.split([20, 30], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), directions(rows, found, 4))
 
@@ -88,7 +88,7 @@ def test_directions_by_parts_are_those_of_the_whole():
 )
 def test_windows_without_fluctuations(rows, words):
     with pytest.raises(ValueError, match=words):
-        modes(centred_gram(rows))
+        modes([factor(rows)])
 
 
 # Correlation times -------------------------------------------------------------------------------
@@ -125,11 +125,10 @@ def test_correlation_times_that_a_window_does_not_resolve_say_so():
 
 
 def test_a_random_walk_has_components_of_its_own_and_is_seen():
-    gram = centred_gram(torch.from_numpy(walk(400, 3000, 0)))
-    found = modes(gram)
+    found = modes([factor(torch.from_numpy(walk(400, 3000, 0)))])
     shares = (found.variances / found.variances.sum())[:4].numpy()
     np.testing.assert_allclose(shares, 6 / (np.pi * np.arange(1, 5)) ** 2, rtol=0.06)
-    seen = halves(gram)
+    seen = halves(found.coordinates)
     assert abs(seen.slope) < 0.1
     assert seen.kept < 0.1
     assert seen.shift == pytest.approx(4, rel=0.05)
@@ -137,18 +136,18 @@ def test_a_random_walk_has_components_of_its_own_and_is_seen():
 
 def test_a_window_in_equilibrium_is_seen():
     rows = walk(3000, 30, 0, 0.8) * np.logspace(0, -3, 30)
-    seen = halves(centred_gram(torch.from_numpy(rows)))
+    seen = halves(torch.from_numpy(rows))
     assert seen.slope == pytest.approx(1, abs=0.05)
     assert seen.kept == pytest.approx(1, abs=0.2)
     assert seen.shift < 0.1
 
 
 def test_stationarity_is_one_and_less_where_weights_spread():
-    ratio, error = stationarity(centred_gram(torch.from_numpy(walk(2000, 10, 0, 0.5))))
+    ratio, error = stationarity(torch.from_numpy(walk(2000, 10, 0, 0.5)))
     assert abs(ratio - 1) < 4 * error < 0.05
     rows = walk(2000, 10, 0, 0.5) * np.linspace(0.1, 3, 2000)[:, None] ** 2
     x = rows - rows.mean(0)
-    ratio, _ = stationarity(centred_gram(torch.from_numpy(rows)))
+    ratio, _ = stationarity(torch.from_numpy(rows))
     expected = -2 * (x[:-1] * np.diff(x, axis=0)).sum() / np.square(np.diff(x, axis=0)).sum()
     assert ratio == pytest.approx(expected)
     assert ratio < 1
@@ -157,7 +156,7 @@ def test_stationarity_is_one_and_less_where_weights_spread():
 def test_blocks_between_layers_are_those_of_the_dense_covariance():
     x, y = torch.randn(50, 4).double(), torch.randn(50, 6).double()
     y[:, :2] += 2 * x[:, :2]
-    found = layer_correlations([centred_gram(x), centred_gram(y)])
+    found = layer_correlations([factor(x), factor(y)])
     dense = np.cov(np.hstack([x, y]).T, ddof=0)
     norms = [[np.linalg.norm(dense[a, b]) for b in (slice(4), slice(4, 10))]
              for a in (slice(4), slice(4, 10))]  # fmt: skip
@@ -325,7 +324,7 @@ def test_exponents_of_fractional_brownian_motion(hurst):
     found, hits = [], 0
     for seed in range(20):
         x = fractional(512, hurst, 16, seed)
-        one = displacements(x @ x.T)
+        one = displacements(x)
         found.append(one.exponent)
         hits += abs(one.exponent - 2 * hurst) < 2.365 * one.exponent_error
     assert np.mean(found) == pytest.approx(2 * hurst, abs=0.03)
@@ -334,29 +333,29 @@ def test_exponents_of_fractional_brownian_motion(hurst):
 
 def test_displacements_of_drift_and_confinement():
     x = np.arange(400.0)[:, None] * np.ones(3)
-    drift = displacements(x @ x.T)
+    drift = displacements(x)
     np.testing.assert_allclose(drift.means, 3 * drift.lags.astype(float) ** 2)
     assert drift.exponent == pytest.approx(2)
     np.testing.assert_allclose(drift.ageing, 1)
     x = walk(4000, 8, 0, 0.9)
-    found = displacements(x @ x.T)
+    found = displacements(x)
     expected = 2 * 8 / (1 - 0.9**2) * (1 - 0.9**found.lags)
     assert (np.abs(found.means - expected) < 5 * found.errors).all()
     assert (found.errors < 0.1 * expected).all()
     each = np.square(x[7:] - x[:-7]).sum(1).mean()
-    lagged = displacements(x @ x.T, per_octave=20)
+    lagged = displacements(x, per_octave=20)
     assert lagged.means[list(lagged.lags).index(7)] == pytest.approx(each)
 
 
 def test_weights_that_slow_down_age():
     steps = np.random.default_rng(0).normal(size=(600, 30)) / np.sqrt(np.arange(1, 601))[:, None]
     x = steps.cumsum(0)
-    found = displacements(x @ x.T)
+    found = displacements(x)
     assert (found.ageing < 0.35).all()
     with pytest.raises(ValueError, match="at least 32 snapshots"):
         displacements(np.eye(20))
     with pytest.raises(ValueError, match="do not move"):
-        displacements(np.ones((40, 40)))
+        displacements(np.ones((40, 3)))
 
 
 # Tails -------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from nettrace.diffusion import Displacements
 from nettrace.fluctuations import (
@@ -162,7 +161,7 @@ def drift(window: WeightWindow) -> float:
 
 @measure(
     "weights/layer_correlations",
-    needs=["window_grams"],
+    needs=["window_factors"],
     convention="|Sigma_lm| / sqrt(|Sigma_ll| |Sigma_mm|), Frobenius norms of the blocks of the "
     "covariance between parameters, from 0 to 1; of T snapshots that are independent about "
     "sqrt(rank / T)",
@@ -170,10 +169,10 @@ def drift(window: WeightWindow) -> float:
     source="Gross et al. 2023, arXiv:2311.14120",
     grouped=False,
 )
-def correlations_between_layers(window_grams: PerLayer) -> Value:
+def correlations_between_layers(window_factors: PerLayer) -> Value:
     """How much the fluctuations of each two parameters have to do with each other."""
-    names = list(window_grams)
-    found = layer_correlations(window_grams.values())
+    names = list(window_factors)
+    found = layer_correlations(window_factors.values())
     return Value(found, coordinates={"layer": names, "other_layer": names})
 
 
@@ -203,16 +202,16 @@ def temperature(window_updating: Updating) -> Value:
 
 @measure(
     "weights/stationarity",
-    needs=["window_gram"],
+    needs=["window_modes"],
     convention="-2 <theta . dtheta> / <|dtheta|^2> with theta about the mean of the window and "
     "dtheta the next step: 1 where the weights are stationary, less while they spread; it does "
     "not see a random walk; standard error as if snapshots were independent",
     source="Yaida 2018, arXiv:1810.00004, the first fluctuation-dissipation relation",
     grouped=False,
 )
-def yaida(window_gram: Tensor) -> Value:
+def yaida(window_modes: Modes) -> Value:
     """Whether fluctuation and dissipation balance."""
-    return Value(*stationarity(window_gram))
+    return Value(*stationarity(window_modes.coordinates))
 
 
 @measure(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nettrace.diffusion import Displacements, displacements
 from nettrace.flatness import width
-from nettrace.fluctuations import Halves, Modes, centred_gram, directions, halves, modes
+from nettrace.fluctuations import Halves, Modes, directions, factor, halves, modes
 from nettrace.operator import PerLayer
 from nettrace.second_order import CurvatureOperator
 from nettrace.statistics.look import Unavailable
@@ -75,7 +75,7 @@ class WindowStatistics(CurvatureStatistics):
 
     #: The statistics that need a window.
     of_window: ClassVar[frozenset[str]] = frozenset(
-        "window window_grams window_gram window_modes window_halves window_directions "
+        "window window_factors window_modes window_halves window_directions "
         "window_size_error window_displacements "
         "window_widths window_curvatures window_fisher window_noise window_updating".split()
     )
@@ -109,41 +109,36 @@ class WindowStatistics(CurvatureStatistics):
         return window
 
     @cached_property
-    def window_grams(self) -> PerLayer:
-        """By parameter, (T, T) inner products of the window's snapshots less their mean."""
+    def window_factors(self) -> PerLayer:
+        """By parameter, T rows with the inner products of its snapshots less their mean."""
         window = self.window
         if window.kind == "moments":
             raise Unavailable(
                 "the window keeps moments alone: name fewer parameters by WeightWindow(parameters="
                 "...), or raise its memory, for snapshots or a sketch"
             )
-        grams = {name: centred_gram(window.rows(name)).cpu() for name in window.names}
-        for name, gram in grams.items():
-            if not bool(gram.isfinite().all()):
-                raise ValueError(
-                    f"the weights of {name!r} in the window are not finite: the training diverges"
-                )
-        return grams
-
-    @property
-    def window_gram(self) -> Tensor:
-        """(T, T) inner products of all weights in the window, less their mean."""
-        return torch.stack(list(self.window_grams.values())).sum(0)
+        found = {}
+        for name in window.names:
+            try:
+                found[name] = factor(window.rows(name)).cpu()
+            except ValueError as error:
+                raise ValueError(f"of {name!r}, {error}") from None
+        return found
 
     @cached_property
     def window_modes(self) -> Modes:
         """Variances and coordinates along the principal directions of the window."""
-        return modes(self.window_gram)
+        return modes(self.window_factors.values())
 
     @cached_property
     def window_halves(self) -> Halves:
         """Whether the halves of the window tell the same."""
-        return halves(self.window_gram)
+        return halves(self.window_modes.coordinates)
 
     @cached_property
     def window_displacements(self) -> Displacements:
         """Mean squared displacements within the window."""
-        return displacements(self.window_gram.numpy())
+        return displacements(self.window_modes.coordinates.numpy())
 
     @property
     def window_size_error(self) -> float:

@@ -1,6 +1,7 @@
 """Measures of a window of weights, against dense covariances, autograd and theory."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_the_window_against_dense_covariances():
     covariance = x.T @ x / 400
     values = np.linalg.eigvalsh(covariance)[::-1]
     got = found["weights/variance"].value.numpy()
-    assert len(got) == stored.shape[1]
+    assert 40 <= len(got) <= stored.shape[1]  # some directions of a softmax are still
     np.testing.assert_allclose(got[:20], values[:20], rtol=1e-6)
     assert found["weights/variation"].value == pytest.approx(np.trace(covariance))
     parts = np.cumsum([p.numel() for p in model.parameters()])[:-1]
@@ -104,6 +105,9 @@ def test_the_landscape_along_directions_against_autograd():
     (weight, bias), rest = list(model[0].parameters()), model[1:]
     sizes, x_, y_ = (24, 6), probe.inputs, probe.targets
 
+    for p in model.parameters():
+        p.requires_grad_(False)
+
     def losses(flat):
         w, b = flat.split(sizes)
         return F.cross_entropy(rest(F.linear(x_, w.view(6, 4), b)), y_, reduction="none")
@@ -119,16 +123,14 @@ def test_the_landscape_along_directions_against_autograd():
     np.testing.assert_allclose(found["weights/gradient_noise"].value[:k], c, rtol=1e-5)
     mean = torch.from_numpy(stored.mean(0))
     least = float(losses(mean).mean())
+    finite = 0
     for i in range(k):
-        far = []
-        for sign in (1, -1):
-            line = mean + sign * torch.logspace(-2, 3, 4001)[:, None].double() * p[i]
-            above = np.array([float(losses(w).mean()) for w in line[::40]]) > math.e * least
-            far.append(above.any())
-        assert math.isfinite(found["weights/flatness"].value[i]) == all(far)
-        if all(far):
-            right, left = (_crossing(losses, mean, s * p[i], math.e * least) for s in (1, -1))
-            assert found["weights/flatness"].value[i] == pytest.approx(right + left, rel=2e-3)
+        sides = [
+            _crossing(losses, mean, s * torch.from_numpy(p[i]), math.e * least) for s in (1, -1)
+        ]
+        finite += math.isfinite(sum(sides))
+        assert found["weights/flatness"].value[i] == pytest.approx(sum(sides), rel=2e-3)
+    assert finite >= 4
     all_h = found["weights/curvature"].value.sum()
     all_c = found["weights/gradient_noise"].value.sum()
     assert found["weights/noise_to_hessian"].value == pytest.approx(float(all_c / all_h))
@@ -149,12 +151,15 @@ def test_the_landscape_along_directions_against_autograd():
 
 
 def _crossing(losses, mean, direction, target):
-    low, high = 0.0, 1e-2
-    while float(losses(mean + high * torch.from_numpy(direction)).mean()) < target:
-        low, high = high, 1.02 * high
+    """Where the loss first reaches the target, by small steps and bisection."""
+    far = torch.logspace(-2, 2.5, 1000).double()
+    above = [float(losses(mean + d * direction).mean()) >= target for d in far]
+    if not any(above):
+        return math.inf
+    low, high = float(far[above.index(True) - 1]), float(far[above.index(True)])
     for _ in range(40):
         middle = (low + high) / 2
-        below = float(losses(mean + middle * torch.from_numpy(direction)).mean()) < target
+        below = float(losses(mean + middle * direction).mean()) < target
         low, high = (middle, high) if below else (low, middle)
     return low
 
@@ -215,7 +220,7 @@ def digits_network(seed, epochs, window):
     y = torch.tensor(digits.target)
     widths = (64, 50, 50, 10)
     layers = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b, bias=False), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     batches = len(x) // 50
@@ -235,7 +240,7 @@ def digits_network(seed, epochs, window):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_inverse_variance_flatness_relation_on_digits(seed):
-    """Feng and Tu's window of ten epochs, after 200; for every third sample of the probe alone."""
+    """Feng and Tu's window of ten epochs, after 200."""
     window = WeightWindow(350, parameters="2.weight", population=1750)
     model, probe = digits_network(seed, 210, window)
     names = ["weights/flatness_exponent", "weights/variance_predicted"]
@@ -289,7 +294,8 @@ def test_a_sketch_of_many_weights_tells_its_error():
     error = variation.attributes["sketch_error"]
     assert 0.002 < error < 0.05
     assert float(variation.value) == pytest.approx(truth, rel=4 * error)
-    exact = np.linalg.svd((torch.stack(stored) - torch.stack(stored).mean(0)).double())[1] ** 2 / 40
+    rows = torch.stack(stored).double()
+    exact = torch.linalg.svdvals(rows - rows.mean(0)).square() / 40
     np.testing.assert_allclose(found["weights/variance"].value, exact[:39], rtol=0.25)
 
 
@@ -333,7 +339,7 @@ def test_what_is_missing_says_what_to_do(fault, measure):
 def test_weights_that_are_not_finite(value):
     window = _seen(range(40), lambda p, step: p.fill_(value if step == 20 else step))
     for name in ("variance", "stationarity", "flatness", "mean_squared_displacement"):
-        with pytest.raises(ValueError, match=r"'0.weight' in the window are not finite"):
+        with pytest.raises(ValueError, match=r"of '0.weight', weights in the window are not"):
             look(_model(), _probe(), window, f"weights/{name}")
 
 
