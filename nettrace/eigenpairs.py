@@ -83,8 +83,10 @@ def eigenpairs(
         tolerance: for the error of each value, relative to the largest in modulus; the square
             root of the dtype's precision unless told.
         start: (P, m) vectors near the wanted ones, such as those found before the matrix changed
-            a little. A random part of 10 % is added to the last, so that eigenvalues that come up
-            are taken in, within a few calls that follow each other.
+            a little. A random part of 10 % is added to the last, so that an eigenvalue that comes
+            up elsewhere is taken in, but only after some calls, 10 to 25 where it is new by 1 to 5
+            % a call and its vector perpendicular to the old ones: give a vector more than are
+            wanted, or begin without now and then, to see it sooner.
         seed: for random vectors, which are drawn on the CPU.
         most_products: after how many to give up, with `converged` False.
         memory: bytes for vectors; where that is short, the outermost Ritz vectors are kept and the
@@ -209,7 +211,7 @@ class _Search:
         bound = self._target * float(values.abs().max())
         self._is_right = [
             len(values) >= count
-            and all(_error(*ends[e], past[e], i) <= bound for i in range(count))
+            and all(_error(*ends[e], past[e], i, self._is_warm) <= bound for i in range(count))
             for e, count in enumerate(self._counts)
         ]
         self._calm = self._calm + 1 if all(self._is_right) else 0
@@ -234,21 +236,23 @@ class _Search:
         return torch.randn(self._space.size, generator=self._random)
 
 
-def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int) -> float:
+def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int, is_warm: bool) -> float:
     """An upper estimate of the error of the i-th largest Ritz value, or a tenth of its residual.
 
     Args:
         values: all Ritz values, largest first.
         residuals: theirs.
-        before: the residuals a round earlier, or none.
+        before: the residuals a round earlier, of as many as there were.
         i: which, from 0.
+        is_warm: whether that may be fewer, as the first were good already.
     """
     squares = residuals.square().cumsum(0)
     highest = (values + residuals).flip(0).cummax(0).values.flip(0)
     gaps = values[i] - highest[i + 1 :]
     squares = squares[i : len(values) - 1]
-    compared = min(max(len(before) - i, 0), len(squares))
-    ratios = squares[:compared] / before.square().cumsum(0)[i : i + compared]
-    squares[:compared] /= (1 - ratios).clamp_min(0)
+    known = before.square().cumsum(0)[i : i + len(squares)]
+    ratios = torch.zeros_like(squares) if is_warm else torch.ones_like(squares)
+    ratios[: len(known)] = squares[: len(known)] / known
+    squares = squares / (1 - ratios).clamp_min(0)
     bounds = (squares / gaps)[gaps > 0]
     return float(torch.cat([_MARGIN * residuals[i : i + 1], bounds]).min())

@@ -5,7 +5,7 @@ lambda_i) has the spectral density of the matrix, (1 / P) sum_i delta(x - lambda
 After s steps of Lanczos from z, the Ritz values theta_k and the squared first components tau_k^2 of
 the eigenvectors of the projected matrix are its Gaussian quadrature: moments up to order 2 s - 1
 are those of z, exactly, and so without bias those of the matrix. Ubaru, Chen and Saad 2017, Fast
-estimation of tr(f(A)) via stochastic Lanczos quadrature; for networks, Papyan 2020,
+estimation of tr(f(A)) via stochastic Lanczos quadrature; for networks Papyan 2020,
 arXiv:2008.11865.
 """
 
@@ -22,7 +22,7 @@ from nettrace.krylov import Krylov, Times
 
 
 @dataclass(frozen=True)
-class SpectralDensity:
+class Quadrature:
     """The spectral density of a symmetric matrix, as its draws' quadratures.
 
     Args:
@@ -60,26 +60,37 @@ class SpectralDensity:
         below = self.nodes[..., None] <= places.double()
         return self._mean(below.double())
 
-    def density(self, places: Tensor, width: float = 0.01) -> Estimate:
+    def grid(self, width: float = 0.01) -> Tensor:
+        """(256,): places over the range, and five widths beyond, for the density of this width."""
+        low, high = self.range
+        margin = 5 * self._scale(width)
+        return torch.linspace(low - margin, high + margin, 256, dtype=torch.float64)
+
+    def density(self, places: Tensor | None = None, width: float = 0.01) -> Estimate:
         """(X,): the density at some places, each eigenvalue a Gaussian of unit area.
 
         Args:
-            places: (X,).
-            width: the Gaussian's standard deviation, as a part of the range of the Ritz values; of
-                their largest modulus, where they coincide.
+            places: (X,), those of `grid` unless told.
+            width: the Gaussian's standard deviation, as a part of the range of the Ritz values.
 
         Raises:
             ValueError: if the width is not positive, or the matrix is 0.
         """
+        scale = self._scale(width)
+        places = self.grid(width) if places is None else places.double()
+        off = (places - self.nodes[..., None]) / scale
+        return self._mean((-off.square() / 2).exp() / (scale * math.sqrt(2 * math.pi)))
+
+    def _scale(self, width: float) -> float:
         low, high = self.range
-        scale = width * (high - low or abs(high))
+        # Of a multiple of the identity, Ritz values differ by rounding.
+        scale = width * max(high - low, 1e-6 * max(abs(low), abs(high)))
         if not scale > 0:
             raise ValueError(
                 f"expected a positive width, and a matrix that is not 0, got {width} and Ritz "
                 f"values from {low} to {high}"
             )
-        off = (places.double() - self.nodes[..., None]) / scale
-        return self._mean((-off.square() / 2).exp() / (scale * math.sqrt(2 * math.pi)))
+        return scale
 
     def _mean(self, values: Tensor) -> Estimate:
         """The mean over nodes by weight and over draws, of (D, s) or (D, s, X)."""
@@ -89,7 +100,7 @@ class SpectralDensity:
         return Estimate(draws.mean(0), error, len(draws), "lanczos quadrature")
 
 
-def spectral_density(
+def quadrature(
     times: Times,
     size: int,
     *,
@@ -98,7 +109,7 @@ def spectral_density(
     steps: int = 30,
     draws: int = 4,
     seed: int = 0,
-) -> SpectralDensity:
+) -> Quadrature:
     """The spectral density, by `steps` products for each of some draws.
 
     Args:
@@ -133,4 +144,4 @@ def spectral_density(
         nodes[k, :count], nodes[k, count:] = values, values[-1]
         weights[k, :count] = coefficients[0].square()
         products += space.products
-    return SpectralDensity(nodes, weights, size, products)
+    return Quadrature(nodes, weights, size, products)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from nettrace.eigenpairs import Eigenpairs
 from nettrace.estimators import Estimate
-from nettrace.matrix_traces import MatrixTraces
+from nettrace.matrix_traces import Probed
 from nettrace.measures.registry import Value, measure
 from nettrace.operator import PerLayer
 from nettrace.per_sample import LossJacobian
 from nettrace.second_order import CurvatureOperator
-from nettrace.spectral_density import SpectralDensity
+from nettrace.spectral_density import Quadrature
 from nettrace.statistics import Inapplicable, Statistics, Unavailable
 
 _MARTENS = "Schraudolph 2002; Martens 2020, arXiv:1412.1193, section 8"
@@ -43,8 +43,8 @@ _MATRICES = {
     "ggn": ("gauss_newton", f"the generalised Gauss-Newton matrix {_OF}"),
     "fisher": ("fisher", "the Fisher information, mean over samples"),
 }
-#: At how many places densities are given, and their width, as a part of the spectrum's range.
-_BINS, _WIDTH = 512, 0.01
+#: The width of densities, as a part of the spectrum's range.
+_WIDTH = 0.01
 #: Groups of measures for which the group's name stands: the Fisher's are dear beside its traces.
 _GROUPED = ("hessian", "ggn")
 
@@ -59,33 +59,26 @@ def eigenvalues(pairs: Eigenpairs) -> Value:
     return Value(pairs.values, attributes=_residuals(pairs))
 
 
-def frobenius(estimates: MatrixTraces) -> Value:
+def frobenius(estimates: Probed) -> Value:
     """The Frobenius norm, from an unbiased estimate of its square."""
-    square = estimates.squared_norm
+    square = estimates.frobenius_square
     norm = square.value.clamp_min(0).sqrt()
     error = square.standard_error / (2 * norm) if norm else square.standard_error
     return Value(norm, error, attributes=_probes(square))
 
 
-def density(found: SpectralDensity) -> Value:
+def density(found: Quadrature) -> Value:
     """The density of eigenvalues, at the places that density_at gives."""
-    there = found.density(_places(found), _WIDTH)
+    there = found.density(width=_WIDTH)
     return Value(there.value, there.standard_error, attributes=_draws(found))
 
 
-def density_at(found: SpectralDensity) -> Value:
+def density_at(found: Quadrature) -> Value:
     """The eigenvalues at which the density is given."""
-    return Value(_places(found), attributes=_draws(found))
+    return Value(found.grid(_WIDTH), attributes=_draws(found))
 
 
-def _places(found: SpectralDensity) -> Tensor:
-    """From three widths below the smallest Ritz value to three above the largest."""
-    low, high = found.range
-    beyond = 3 * _WIDTH * ((high - low) or abs(high))
-    return torch.linspace(low - beyond, high + beyond, _BINS, dtype=torch.float64)
-
-
-def _draws(found: SpectralDensity) -> dict[str, str | int | float]:
+def _draws(found: Quadrature) -> dict[str, str | int | float]:
     draws, nodes = found.nodes.shape
     return {"n_probes": draws, "nodes": nodes, "width": _WIDTH, "products": found.products}
 
@@ -344,6 +337,7 @@ def noise_alignment(
     "2 b) by Nesterov, 2 (1 + b1) / (1 - b1) for Adam: 1 at the edge of stability; D the learning "
     "rates, over sqrt(v) + eps for Adam and AdamW, S the weight decay in the gradient",
     source=_EDGE,
+    grouped=False,
 )
 def stability(stability_top: Eigenpairs, stability_threshold: float) -> Value:
     """How near the optimizer is to instability without noise: 1 at the edge of stability."""
@@ -357,6 +351,7 @@ def stability(stability_top: Eigenpairs, stability_threshold: float) -> Value:
     convention="eta lambda_max / 2, eta the learning rate: 1 at the edge of stability of gradient "
     "descent without momentum, whatever the optimizer",
     source="Cohen et al. 2021, arXiv:2103.00065",
+    grouped=False,
 )
 def stability_gd(hessian_top: Eigenpairs, learning_rates: Mapping[str, float]) -> Value:
     """How near plain gradient descent would be to instability."""
@@ -378,6 +373,7 @@ def stability_gd(hessian_top: Eigenpairs, learning_rates: Mapping[str, float]) -
     "SGD of single samples is linearly stable only if it is at most 1; with batches of B, or "
     "where the samples' minima differ, it may exceed that",
     source="Wu and Su 2023, arXiv:2305.17490",
+    grouped=False,
 )
 def stability_sgd(
     hessian_layer_traces: Mapping[str, Tensor | Estimate], learning_rates: Mapping[str, float]

@@ -11,11 +11,11 @@ from torch import Tensor
 from nettrace.eigenpairs import Eigenpairs, eigenpairs
 from nettrace.estimators import Estimate
 from nettrace.likelihood import CANONICAL
-from nettrace.matrix_traces import MatrixTraces, matrix_traces
+from nettrace.matrix_traces import Probed, probed
 from nettrace.operator import PerLayer
 from nettrace.piecewise import NotPiecewiseLinearError, check_piecewise_linear
 from nettrace.second_order import CurvatureOperator
-from nettrace.spectral_density import SpectralDensity, spectral_density
+from nettrace.spectral_density import Quadrature, quadrature
 from nettrace.statistics.second_order import CurvatureStatistics
 from nettrace.tape import Tape
 
@@ -198,29 +198,28 @@ class SpectralStatistics(CurvatureStatistics):
         )
         return ends[0], ends[1]
 
-    def _estimated(self, matrix: Matrix) -> MatrixTraces:
-        found: MatrixTraces = getattr(self, f"{matrix}_estimates")
+    def _estimated(self, matrix: Matrix) -> Probed:
+        found: Probed = getattr(self, f"{matrix}_estimates")
         return found
 
-    def _estimates(self, matrix: Matrix) -> MatrixTraces:
+    def _estimates(self, matrix: Matrix) -> Probed:
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         vectors = 3 * self.test_vectors * operator.size * operator.dtype.itemsize
-        return matrix_traces(
-            *(operator, operator.size),
+        return probed(
+            *(operator, operator.size, operator.layers),
             dtype=operator.dtype,
             device=operator.device,
             method="xtrace" if vectors <= self._memory else "hutchinson",
             probes=self.test_vectors,
             relative_error=self.trace_error,
             most_products=self.most_products,
-            blocks=operator.layers,
             diagonal=f"{matrix}_diagonal" in self._needs,
             seed=self._seed,
         )
 
-    def _density(self, matrix: Matrix) -> SpectralDensity:
+    def _density(self, matrix: Matrix) -> Quadrature:
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
-        return spectral_density(
+        return quadrature(
             *(operator, operator.size),
             dtype=operator.dtype,
             device=operator.device,
