@@ -131,3 +131,44 @@ def kernel(axis: Axes, data: xr.Dataset, row: int) -> None:
     axis.set_title(f"Neural tangent kernel, step {int(data.step[row])}")
     axis.set_xlabel("sample, in order of class")
     axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
+
+
+def tracks(axis: Axes, data: xr.Dataset, count: int = 4) -> None:
+    """The leading eigenvalues of the Hessian over time, with the value where descent is unstable.
+
+    Args:
+        axis: to draw on.
+        data: a trace of hessian/eigenvalues and hessian/stability_gd.
+        count: how many eigenvalues to draw.
+    """
+    edge = 2 / data.hessian_stability_gd.attrs["learning_rate"]
+    axis.axhline(edge, color="k", lw=0.9, ls="--", label=rf"$2/\eta$ = {edge:.3g}")
+    values = data.hessian_eigenvalues.values.T[:count]
+    colours = [BLUE, *plt.get_cmap("Greys")(np.linspace(0.75, 0.4, count - 1))]
+    for i, (track, colour) in reversed([*enumerate(zip(values, colours, strict=True))]):
+        width, dots = (1.6, 3.5) if i == 0 else (1.1, 0)
+        label = rf"$\lambda_{i + 1}$"
+        axis.plot(data.step, track, color=colour, lw=width, marker="o", ms=dots, label=label)
+    axis.set_ylabel(r"eigenvalue of $\nabla^2 L$")
+    axis.set_ylim(0, 1.3 * max(edge, np.nanmax(values)))
+    axis.legend(loc="upper right", ncols=count + 1, fontsize=8, columnspacing=1, handlelength=1.4)
+
+
+def density(axis: Axes, data: xr.Dataset) -> None:
+    """Densities of the Hessian's eigenvalues at the steps of a trace, with their standard errors.
+
+    Args:
+        axis: to draw on.
+        data: a trace of hessian/density and hessian/density_at.
+    """
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, data.sizes["step"]))
+    for row, colour in zip(range(data.sizes["step"]), colours, strict=True):
+        at, value = data.hessian_density_at[row].values, data.hessian_density[row].values
+        error = data.hessian_density_standard_error[row].values
+        axis.plot(at, value, color=colour, lw=1.2, label=f"step {int(data.step[row])}")
+        axis.fill_between(at, value - error, value + error, color=colour, alpha=0.25, lw=0)
+    axis.set_yscale("log")
+    axis.set_ylim(1e-4, None)
+    axis.set(title="Density of eigenvalues", xlabel=r"eigenvalue of $\nabla^2 L$")
+    axis.set_ylabel("density, of integral 1")
+    axis.legend()
