@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from figure import BLUE, STYLE, density, tracks
+from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ def chebyshev() -> Problem:
     nn.init.zeros_(model[0].bias)
     nn.init.xavier_normal_(model[2].weight)
     y = 8 * x**4 - 8 * x**2 + 1
-    return Problem("A polynomial of degree 4", x, y, model, rate=0.4, steps=6000, every=100)
+    return Problem("a polynomial of degree 4", x, y, model, rate=0.4, steps=6000, every=100)
 
 
 def digits() -> Problem:
@@ -60,7 +61,7 @@ def digits() -> Problem:
     x = (x - torch.tensor(images / 16).mean(0).float()) / torch.tensor(images / 16).std().float()
     y = F.one_hot(torch.tensor(labels[:1000]), 10).float()
     widths = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    return Problem("Digits", x, y, nn.Sequential(*widths), rate=0.2, steps=2000, every=50)
+    return Problem("a thousand digits", x, y, nn.Sequential(*widths), rate=0.2, steps=2000, every=50)
 
 
 def learn(problem: Problem, out: Path) -> list[float]:
@@ -69,7 +70,7 @@ def learn(problem: Problem, out: Path) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.rate)
     probe = nt.Probe(problem.x, problem.y, likelihood="gaussian")
     spectra = ["hessian/density", "hessian/density_at"]
-    times = [0, steps // 10, steps]
+    times = [0, steps // 5, steps]
     losses = []
     with (
         nt.Tracer(probe, MEASURES, every=problem.every, to=out / "trace").attached(
@@ -82,7 +83,7 @@ def learn(problem: Problem, out: Path) -> list[float]:
             loss = (model(problem.x) - problem.y).square().sum(1).mean() / 2
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
     return losses
 
 
@@ -91,13 +92,15 @@ def draw(title: str, losses: list[float], data: xr.Dataset, spectra: xr.Dataset,
     plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     tracks(axes[0], data)
-    axes[0].set_title(f"{title}: leading eigenvalues of the Hessian")
-    axes[1].plot(losses, color=BLUE, lw=0.7)
-    axes[1].set(title="Loss, at every step", yscale="log", ylabel="half the mean squared error")
-    for axis in axes[:2]:
-        axis.set(xlabel="optimizer step", xlim=(0, len(losses)))
+    axes[1].semilogy(losses, color=BLUE, lw=0.7)
+    axes[1].set(title=f"Loss: {title}", xlabel="optimizer step", ylabel="half the mean squared error")
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("")
     density(axes[2], spectra)
-    axes[2].axvline(2 / data.hessian_stability_gd.learning_rate, color="k", lw=0.9, ls="--")
+    axes[2].axvline(2 / data.hessian_stability_gd.learning_rate, color=ORANGE, lw=1.2, ls="--")
+    for axis in axes[:2]:
+        axis.set_xlim(0, len(losses))
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(to, dpi=150)

@@ -134,7 +134,7 @@ def kernel(axis: Axes, data: xr.Dataset, row: int) -> None:
 
 
 def tracks(axis: Axes, data: xr.Dataset, count: int = 4) -> None:
-    """The leading eigenvalues of the Hessian over time, with the value where descent is unstable.
+    """The leading eigenvalues of the Hessian over time, and the value where descent is unstable.
 
     Args:
         axis: to draw on.
@@ -142,16 +142,15 @@ def tracks(axis: Axes, data: xr.Dataset, count: int = 4) -> None:
         count: how many eigenvalues to draw.
     """
     edge = 2 / data.hessian_stability_gd.attrs["learning_rate"]
-    axis.axhline(edge, color="k", lw=0.9, ls="--", label=rf"$2/\eta$ = {edge:.3g}")
     values = data.hessian_eigenvalues.values.T[:count]
-    colours = [BLUE, *plt.get_cmap("Greys")(np.linspace(0.75, 0.4, count - 1))]
-    for i, (track, colour) in reversed([*enumerate(zip(values, colours, strict=True))]):
-        width, dots = (1.6, 3.5) if i == 0 else (1.1, 0)
-        label = rf"$\lambda_{i + 1}$"
-        axis.plot(data.step, track, color=colour, lw=width, marker="o", ms=dots, label=label)
-    axis.set_ylabel(r"eigenvalue of $\nabla^2 L$")
-    axis.set_ylim(0, 1.3 * max(edge, np.nanmax(values)))
-    axis.legend(loc="upper right", ncols=count + 1, fontsize=8, columnspacing=1, handlelength=1.4)
+    shades = plt.get_cmap("Greys")(np.linspace(0.75, 0.4, count - 1))
+    for i, track in enumerate(values):
+        style = {"color": BLUE, "marker": "o", "ms": 3} if i == 0 else {"color": shades[i - 1]}
+        axis.plot(data.step, track, lw=1.4, zorder=count - i, label=rf"$\lambda_{i + 1}$", **style)
+    axis.axhline(edge, color=ORANGE, lw=1.2, ls="--", zorder=9, label=rf"$2/\eta$ = {edge:.3g}")
+    axis.set(title="Leading eigenvalues of the Hessian", ylim=(0, 1.25 * max(edge, values.max())))
+    axis.set(xlabel="optimizer step", ylabel=r"eigenvalue of $\nabla^2 L$")
+    axis.legend(loc="upper center", ncols=count + 1, fontsize=8.5, columnspacing=1, handlelength=1.3)
 
 
 def density(axis: Axes, data: xr.Dataset) -> None:
@@ -161,14 +160,63 @@ def density(axis: Axes, data: xr.Dataset) -> None:
         axis: to draw on.
         data: a trace of hessian/density and hessian/density_at.
     """
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, data.sizes["step"]))
-    for row, colour in zip(range(data.sizes["step"]), colours, strict=True):
+    rows = data.sizes["step"]
+    for row, colour in zip(range(rows), plt.get_cmap("viridis")(np.linspace(0, 0.8, rows))):
         at, value = data.hessian_density_at[row].values, data.hessian_density[row].values
         error = data.hessian_density_standard_error[row].values
         axis.plot(at, value, color=colour, lw=1.2, label=f"step {int(data.step[row])}")
         axis.fill_between(at, value - error, value + error, color=colour, alpha=0.25, lw=0)
-    axis.set_yscale("log")
-    axis.set_ylim(1e-4, None)
+    axis.set(yscale="log", ylim=(1e-4, 5 * data.hessian_density.max()))
     axis.set(title="Density of eigenvalues", xlabel=r"eigenvalue of $\nabla^2 L$")
-    axis.set_ylabel("density, of integral 1")
-    axis.legend()
+    axis.set_ylabel("density $\\pm$ s.e., of integral 1")
+    axis.legend(loc="upper center")
+
+
+def variance_flatness(axis: Axes, data: xr.Dataset) -> None:
+    """The variances of the weights against the flatness of the loss, mode by mode, and the fit.
+
+    Args:
+        axis: to draw on.
+        data: one record of weights/variance, weights/flatness and weights/flatness_exponent.
+    """
+    flat, psi = data.weights_flatness.values, data.weights_flatness_exponent
+    variance = data.weights_variance.values[: len(flat)]
+    fitted = slice(psi.attrs["first_mode"], psi.attrs["last_mode"] + 1)
+    axis.loglog(flat[:1], variance[:1], "o", mfc="none", color=GREY, label="mode 0, drift: not fitted")
+    axis.loglog(flat[fitted], variance[fitted], "o", ms=3.5, color=BLUE, alpha=0.6, label="modes")
+    u, v = np.log(flat[fitted]), np.log(variance[fitted])
+    kept = np.isfinite(u) & np.isfinite(v)
+    middle, level = u[kept].mean(), v[kept].mean()
+    ends = np.array([u[kept].min(), u[kept].max()])
+    ends = np.linspace(ends[0] - 0.1, ends[1] + 0.1, 50)
+    low, high = psi.attrs["interval_low"], psi.attrs["interval_high"]
+    lines = [np.exp(level - slope * (ends - middle)) for slope in (low, float(psi), high)]
+    label = rf"$\psi$ = {float(psi):.2f}, 95 %: {low:.2f} to {high:.2f}"
+    axis.fill_between(np.exp(ends), lines[0], lines[2], color=ORANGE, alpha=0.25, lw=0)
+    axis.plot(np.exp(ends), lines[1], color=ORANGE, label=label)
+    axis.set(title=r"Variance against flatness, $\sigma_i^2 \sim F_i^{-\psi}$")
+    axis.set(xlabel="flatness $F_i$, norm of weights", ylabel=r"variance of the weights $\sigma_i^2$")
+
+
+def variance_predicted(axis: Axes, data: xr.Dataset) -> None:
+    """The variances of the weights against those that theory expects of the same window.
+
+    Args:
+        axis: to draw on.
+        data: one record of weights/variance and weights/variance_predicted.
+    """
+    predicted = data.weights_variance_predicted
+    measured = data.weights_variance.values[: predicted.size]
+    axis.loglog(predicted, measured, "o", ms=3.5, color=BLUE, alpha=0.6)
+    ends = [predicted.min(), predicted.max()]
+    axis.plot(ends, ends, color="k", lw=0.9, ls="--", label="as expected")
+    told = predicted.attrs
+    axis.set_title("Variance against theory of the window")
+    axis.text(
+        *(0.97, 0.05),
+        f"correlation of logarithms {told['log_correlation']:.3f}\nslope {told['slope']:.2f}, "
+        f"median ratio {told['median_ratio']:.2g}",
+        **{"transform": axis.transAxes, "ha": "right", "fontsize": 8.5},
+    )
+    axis.set(xlabel=r"expected $\sigma_i^2$, each mode by itself", ylabel=r"measured $\sigma_i^2$")
+    axis.legend(loc="upper left")
