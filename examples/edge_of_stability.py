@@ -11,6 +11,7 @@ folder `runs/edge_of_stability`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from figure import BLUE, STYLE, density, tracks
+from figure import BLUE, ORANGE, STYLE, density, tracks
 from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -57,11 +58,12 @@ def chebyshev() -> Problem:
 def digits() -> Problem:
     """A thousand digits, by two hidden layers of 64; half the squared error of one-hot targets."""
     images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images[:1000] / 16, dtype=torch.float32)
-    x = (x - torch.tensor(images / 16).mean(0).float()) / torch.tensor(images / 16).std().float()
+    x = torch.tensor(images / 16, dtype=torch.float32)
+    x = ((x - x.mean(0)) / x.std())[:1000]
     y = F.one_hot(torch.tensor(labels[:1000]), 10).float()
-    widths = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    return Problem("a thousand digits", x, y, nn.Sequential(*widths), rate=0.2, steps=2000, every=50)
+    parts = (nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    model = nn.Sequential(*parts)
+    return Problem("a thousand digits", x, y, model, rate=0.2, steps=2000, every=50)
 
 
 def learn(problem: Problem, out: Path) -> list[float]:
@@ -93,7 +95,7 @@ def draw(title: str, losses: list[float], data: xr.Dataset, spectra: xr.Dataset,
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     tracks(axes[0], data)
     axes[1].semilogy(losses, color=BLUE, lw=0.7)
-    axes[1].set(title=f"Loss: {title}", xlabel="optimizer step", ylabel="half the mean squared error")
+    axes[1].set(title=f"Loss: {title}", xlabel="optimizer step", ylabel="half the squared error")
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_minor_formatter("")
@@ -129,7 +131,7 @@ def main() -> None:
     print(f"It is larger for the first time at step {crossed[0] if len(crossed) else '(never)'}")
     print(f"From step {int(late.step[0])} on it is {float(late.mean()):.3f} of that on average,")
     print(f"    with a standard deviation of {float(late.std()):.3f}")
-    rises = sum(b > a for a, b in zip(losses, losses[1:], strict=False))
+    rises = sum(b > a for a, b in itertools.pairwise(losses))
     print(f"The loss fell from {losses[0]:.3g} to {losses[-1]:.3g}, and rose at {rises} steps")
     draw(problem.title, losses, data, spectra, args.out / "edge_of_stability.png")
     print(f"Figure: {args.out / 'edge_of_stability.png'}")

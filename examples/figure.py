@@ -1,4 +1,4 @@
-"""A figure of a trace: loss, kernel, entropy, Fisher information and collective variables."""
+"""Figures of traces: `draw` of the kernel and the Fisher information, and parts of others."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def tracks(axis: Axes, data: xr.Dataset, count: int = 4) -> None:
     axis.axhline(edge, color=ORANGE, lw=1.2, ls="--", zorder=9, label=rf"$2/\eta$ = {edge:.3g}")
     axis.set(title="Leading eigenvalues of the Hessian", ylim=(0, 1.25 * max(edge, values.max())))
     axis.set(xlabel="optimizer step", ylabel=r"eigenvalue of $\nabla^2 L$")
-    axis.legend(loc="upper center", ncols=count + 1, fontsize=8.5, columnspacing=1, handlelength=1.3)
+    axis.legend(loc="upper center", ncols=count + 1, fontsize=8.5, columnspacing=1)
 
 
 def density(axis: Axes, data: xr.Dataset) -> None:
@@ -160,8 +160,8 @@ def density(axis: Axes, data: xr.Dataset) -> None:
         axis: to draw on.
         data: a trace of hessian/density and hessian/density_at.
     """
-    rows = data.sizes["step"]
-    for row, colour in zip(range(rows), plt.get_cmap("viridis")(np.linspace(0, 0.8, rows))):
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.8, data.sizes["step"]))
+    for row, colour in enumerate(colours):
         at, value = data.hessian_density_at[row].values, data.hessian_density[row].values
         error = data.hessian_density_standard_error[row].values
         axis.plot(at, value, color=colour, lw=1.2, label=f"step {int(data.step[row])}")
@@ -182,20 +182,21 @@ def variance_flatness(axis: Axes, data: xr.Dataset) -> None:
     flat, psi = data.weights_flatness.values, data.weights_flatness_exponent
     variance = data.weights_variance.values[: len(flat)]
     fitted = slice(psi.attrs["first_mode"], psi.attrs["last_mode"] + 1)
-    axis.loglog(flat[:1], variance[:1], "o", mfc="none", color=GREY, label="mode 0, drift: not fitted")
-    axis.loglog(flat[fitted], variance[fitted], "o", ms=3.5, color=BLUE, alpha=0.6, label="modes")
+    axis.loglog(flat[:1], variance[:1], "o", mfc="none", color=GREY, label="drift, not fitted")
+    axis.loglog(flat[fitted], variance[fitted], "o", ms=3.5, color=BLUE, alpha=0.6)
     u, v = np.log(flat[fitted]), np.log(variance[fitted])
     kept = np.isfinite(u) & np.isfinite(v)
-    middle, level = u[kept].mean(), v[kept].mean()
-    ends = np.array([u[kept].min(), u[kept].max()])
-    ends = np.linspace(ends[0] - 0.1, ends[1] + 0.1, 50)
+    ends = np.linspace(u[kept].min() - 0.1, u[kept].max() + 0.1, 50)
     low, high = psi.attrs["interval_low"], psi.attrs["interval_high"]
-    lines = [np.exp(level - slope * (ends - middle)) for slope in (low, float(psi), high)]
+    lines = [np.exp(v[kept].mean() - p * (ends - u[kept].mean())) for p in (low, float(psi), high)]
     label = rf"$\psi$ = {float(psi):.2f}, 95 %: {low:.2f} to {high:.2f}"
-    axis.fill_between(np.exp(ends), lines[0], lines[2], color=ORANGE, alpha=0.25, lw=0)
     axis.plot(np.exp(ends), lines[1], color=ORANGE, label=label)
+    axis.fill_between(np.exp(ends), lines[0], lines[2], color=ORANGE, alpha=0.2, lw=0)
+    axis.set_ylim(np.nanmin(variance) / 10, 30 * np.nanmax(variance))
     axis.set(title=r"Variance against flatness, $\sigma_i^2 \sim F_i^{-\psi}$")
-    axis.set(xlabel="flatness $F_i$, norm of weights", ylabel=r"variance of the weights $\sigma_i^2$")
+    axis.set_xlabel("flatness $F_i$, where the loss is within e times its least")
+    axis.set_ylabel(r"variance of the weights $\sigma_i^2$")
+    axis.legend(loc="upper right", fontsize=8.5)
 
 
 def variance_predicted(axis: Axes, data: xr.Dataset) -> None:
@@ -207,16 +208,17 @@ def variance_predicted(axis: Axes, data: xr.Dataset) -> None:
     """
     predicted = data.weights_variance_predicted
     measured = data.weights_variance.values[: predicted.size]
-    axis.loglog(predicted, measured, "o", ms=3.5, color=BLUE, alpha=0.6)
+    axis.loglog(predicted[:1], measured[:1], "o", mfc="none", color=GREY, label="drift")
+    axis.loglog(predicted[1:], measured[1:], "o", ms=3.5, color=BLUE, alpha=0.6)
     ends = [predicted.min(), predicted.max()]
-    axis.plot(ends, ends, color="k", lw=0.9, ls="--", label="as expected")
+    axis.plot(ends, ends, color=ORANGE, ls="--", label="measured as expected")
     told = predicted.attrs
-    axis.set_title("Variance against theory of the window")
     axis.text(
         *(0.97, 0.05),
         f"correlation of logarithms {told['log_correlation']:.3f}\nslope {told['slope']:.2f}, "
         f"median ratio {told['median_ratio']:.2g}",
         **{"transform": axis.transAxes, "ha": "right", "fontsize": 8.5},
     )
+    axis.set(title="Variance against what theory expects")
     axis.set(xlabel=r"expected $\sigma_i^2$, each mode by itself", ylabel=r"measured $\sigma_i^2$")
-    axis.legend(loc="upper left")
+    axis.legend(loc="upper left", fontsize=8.5)

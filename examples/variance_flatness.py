@@ -4,14 +4,15 @@ Run `python examples/variance_flatness.py`: a small network learns digits by sto
 descent, and goes on for 50 epochs after it has learnt them. The weights of its middle layer
 fluctuate with a variance that falls with the flatness of the loss, as sigma^2 ~ F^-psi with psi
 near 4, where a system in equilibrium would fluctuate the more, the flatter (Feng and Tu 2021, PNAS
-118, e2015617118). But that depends on how long one looks: noise that follows curvature, epochs that
-are dealt out without replacement and windows that are too short to be equilibrated each have a part
-in it, and nettrace says what theory expects. Everything goes to the folder `runs/variance_flatness`.
+118, e2015617118). But that depends on how long one looks: noise that follows curvature, epochs
+dealt out without replacement, and windows too short to be equilibrated each have a part in it,
+and nettrace says what theory expects. Everything goes to the folder `runs/variance_flatness`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def learn(epochs: int, windows: list[int], seed: int, out: Path) -> dict[int, xr
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     sizes = (64, 50, 50, 10)
-    a, b, c = (nn.Linear(n, m, bias=False) for n, m in zip(sizes, sizes[1:], strict=False))
+    a, b, c = (nn.Linear(n, m, bias=False) for n, m in itertools.pairwise(sizes))
     model = nn.Sequential(a, nn.ReLU(), b, nn.ReLU(), c)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     batches = len(x) // BATCH
@@ -76,9 +77,12 @@ def lengths(axis: Axes, data: dict[int, xr.Dataset]) -> None:
         ("psi_stationary", GREY, "theory: long window, independent batches"),
     ):
         axis.plot(epochs, [e.attrs[name] for e in expected], ":", color=colour, label=label)
-    axis.set(title="The exponent depends on the window", xlabel="length of the window, epochs")
+    checks = [float(d.weights_equilibration) for d in data.values()]
+    axis.set_title("The exponent depends on the window")
+    axis.set_xlabel("length of the window in epochs, and its equilibration (1: long enough)")
     axis.set(ylabel=r"$\psi$, 95 % intervals", xscale="log", ylim=(0, 1.6 * high.max()))
-    axis.set_xticks(epochs, [str(n) for n in epochs], minor=False)
+    ticks = [f"{n}\n{c:.2f}" for n, c in zip(epochs, checks, strict=True)]
+    axis.set_xticks(epochs, ticks, minor=False)
     axis.set_xticks([], minor=True)
     axis.legend(fontsize=8.5, loc="upper right")
 
@@ -92,13 +96,12 @@ def draw(data: dict[int, xr.Dataset], shown: int, path: Path) -> None:
     variance_predicted(axes[1], one)
     lengths(axes[2], data)
     told = one.weights_equilibration
-    verdict = "is not equilibrated" if "warning" in told.attrs else "is equilibrated"
+    verdict = "WARNING: not equilibrated" if "warning" in told.attrs else "equilibrated"
     axes[0].text(
         *(0.03, 0.04),
-        f"window of {shown} epochs\nequilibration {float(told):.2f}: {verdict}",
+        f"window of {shown} epochs\n{verdict} ({float(told):.2f})",
         **{"transform": axes[0].transAxes, "fontsize": 8.5},
     )
-    axes[0].legend(loc="upper right", fontsize=8.5)
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=150)
