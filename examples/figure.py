@@ -194,7 +194,7 @@ def variance_flatness(axis: Axes, data: xr.Dataset) -> None:
     axis.fill_between(np.exp(ends), lines[0], lines[2], color=ORANGE, alpha=0.2, lw=0)
     axis.set_ylim(np.nanmin(variance) / 10, 30 * np.nanmax(variance))
     axis.set(title=r"Variance against flatness, $\sigma_i^2 \sim F_i^{-\psi}$")
-    axis.set_xlabel("flatness $F_i$, where the loss is within e times its least")
+    axis.set_xlabel("flatness $F_i$: width of the loss at e times its least")
     axis.set_ylabel(r"variance of the weights $\sigma_i^2$")
     axis.legend(loc="upper right", fontsize=8.5)
 

@@ -79,7 +79,7 @@ def lengths(axis: Axes, data: dict[int, xr.Dataset]) -> None:
         axis.plot(epochs, [e.attrs[name] for e in expected], ":", color=colour, label=label)
     checks = [float(d.weights_equilibration) for d in data.values()]
     axis.set_title("The exponent depends on the window")
-    axis.set_xlabel("length of the window in epochs, and its equilibration (1: long enough)")
+    axis.set_xlabel("epochs in the window; below, its equilibration")
     axis.set(ylabel=r"$\psi$, 95 % intervals", xscale="log", ylim=(0, 1.6 * high.max()))
     ticks = [f"{n}\n{c:.2f}" for n, c in zip(epochs, checks, strict=True)]
     axis.set_xticks(epochs, ticks, minor=False)
@@ -97,9 +97,10 @@ def draw(data: dict[int, xr.Dataset], shown: int, path: Path) -> None:
     lengths(axes[2], data)
     told = one.weights_equilibration
     verdict = "WARNING: not equilibrated" if "warning" in told.attrs else "equilibrated"
+    bends = "the points bend\n" * ("fit_warning" in one.weights_flatness_exponent.attrs)
     axes[0].text(
         *(0.03, 0.04),
-        f"window of {shown} epochs\n{verdict} ({float(told):.2f})",
+        f"window of {shown} epochs\n{bends}{verdict} ({float(told):.2f})",
         **{"transform": axes[0].transAxes, "fontsize": 8.5},
     )
     for axis in axes:
