@@ -1,4 +1,4 @@
-"""A figure of a trace: loss, kernel, entropy, Fisher information and collective variables."""
+"""Figures of traces: `draw` of the kernel and the Fisher information, and parts of others."""
 
 from __future__ import annotations
 
@@ -131,3 +131,94 @@ def kernel(axis: Axes, data: xr.Dataset, row: int) -> None:
     axis.set_title(f"Neural tangent kernel, step {int(data.step[row])}")
     axis.set_xlabel("sample, in order of class")
     axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
+
+
+def tracks(axis: Axes, data: xr.Dataset, count: int = 4) -> None:
+    """The leading eigenvalues of the Hessian over time, and the value where descent is unstable.
+
+    Args:
+        axis: to draw on.
+        data: a trace of hessian/eigenvalues and hessian/stability_gd.
+        count: how many eigenvalues to draw.
+    """
+    edge = 2 / data.hessian_stability_gd.attrs["learning_rate"]
+    values = data.hessian_eigenvalues.values.T[:count]
+    shades = plt.get_cmap("Greys")(np.linspace(0.75, 0.4, count - 1))
+    for i, track in enumerate(values):
+        style = {"color": BLUE, "marker": "o", "ms": 3} if i == 0 else {"color": shades[i - 1]}
+        axis.plot(data.step, track, lw=1.4, zorder=count - i, label=rf"$\lambda_{i + 1}$", **style)
+    axis.axhline(edge, color=ORANGE, lw=1.2, ls="--", zorder=9, label=rf"$2/\eta$ = {edge:.3g}")
+    axis.set(title="Leading eigenvalues of the Hessian", ylim=(0, 1.25 * max(edge, values.max())))
+    axis.set(xlabel="optimizer step", ylabel=r"eigenvalue of $\nabla^2 L$")
+    axis.legend(loc="upper center", ncols=count + 1, fontsize=8.5, columnspacing=1)
+
+
+def density(axis: Axes, data: xr.Dataset) -> None:
+    """Densities of the Hessian's eigenvalues at the steps of a trace, with their standard errors.
+
+    Args:
+        axis: to draw on.
+        data: a trace of hessian/density and hessian/density_at.
+    """
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.8, data.sizes["step"]))
+    for row, colour in enumerate(colours):
+        at, value = data.hessian_density_at[row].values, data.hessian_density[row].values
+        error = data.hessian_density_standard_error[row].values
+        axis.plot(at, value, color=colour, lw=1.2, label=f"step {int(data.step[row])}")
+        axis.fill_between(at, value - error, value + error, color=colour, alpha=0.25, lw=0)
+    axis.set(yscale="log", ylim=(1e-4, 5 * data.hessian_density.max()))
+    axis.set(title="Density of eigenvalues", xlabel=r"eigenvalue of $\nabla^2 L$")
+    axis.set_ylabel("density $\\pm$ s.e., of integral 1")
+    axis.legend(loc="upper center")
+
+
+def variance_flatness(axis: Axes, data: xr.Dataset) -> None:
+    """The variances of the weights against the flatness of the loss, mode by mode, and the fit.
+
+    Args:
+        axis: to draw on.
+        data: one record of weights/variance, weights/flatness and weights/flatness_exponent.
+    """
+    flat, psi = data.weights_flatness.values, data.weights_flatness_exponent
+    variance = data.weights_variance.values[: len(flat)]
+    fitted = slice(psi.attrs["first_mode"], psi.attrs["last_mode"] + 1)
+    axis.loglog(flat[:1], variance[:1], "o", mfc="none", color=GREY, label="drift, not fitted")
+    axis.loglog(flat[fitted], variance[fitted], "o", ms=3.5, color=BLUE, alpha=0.6)
+    u, v = np.log(flat[fitted]), np.log(variance[fitted])
+    kept = np.isfinite(u) & np.isfinite(v)
+    ends = np.linspace(u[kept].min() - 0.1, u[kept].max() + 0.1, 50)
+    low, high = psi.attrs["interval_low"], psi.attrs["interval_high"]
+    lines = [np.exp(v[kept].mean() - p * (ends - u[kept].mean())) for p in (low, float(psi), high)]
+    label = rf"$\psi$ = {float(psi):.2f}, 95 %: {low:.2f} to {high:.2f}"
+    axis.plot(np.exp(ends), lines[1], color=ORANGE, label=label)
+    axis.fill_between(np.exp(ends), lines[0], lines[2], color=ORANGE, alpha=0.2, lw=0)
+    axis.set_ylim(np.nanmin(variance) / 10, 30 * np.nanmax(variance))
+    axis.set(title=r"Variance against flatness, $\sigma_i^2 \sim F_i^{-\psi}$")
+    axis.set_xlabel("flatness $F_i$: width of the loss at e times its least")
+    axis.set_ylabel(r"variance of the weights $\sigma_i^2$")
+    axis.legend(loc="upper right", fontsize=8.5)
+
+
+def variance_predicted(axis: Axes, data: xr.Dataset) -> None:
+    """The variances of the weights against those that theory expects of the same window.
+
+    Args:
+        axis: to draw on.
+        data: one record of weights/variance and weights/variance_predicted.
+    """
+    predicted = data.weights_variance_predicted
+    measured = data.weights_variance.values[: predicted.size]
+    axis.loglog(predicted[:1], measured[:1], "o", mfc="none", color=GREY, label="drift")
+    axis.loglog(predicted[1:], measured[1:], "o", ms=3.5, color=BLUE, alpha=0.6)
+    ends = [predicted.min(), predicted.max()]
+    axis.plot(ends, ends, color=ORANGE, ls="--", label="measured as expected")
+    told = predicted.attrs
+    axis.text(
+        *(0.97, 0.05),
+        f"correlation of logarithms {told['log_correlation']:.3f}\nslope {told['slope']:.2f}, "
+        f"median ratio {told['median_ratio']:.2g}",
+        **{"transform": axis.transAxes, "ha": "right", "fontsize": 8.5},
+    )
+    axis.set(title="Variance against what theory expects")
+    axis.set(xlabel=r"expected $\sigma_i^2$, each mode by itself", ylabel=r"measured $\sigma_i^2$")
+    axis.legend(loc="upper left", fontsize=8.5)

@@ -115,7 +115,10 @@ def eigenpairs(
     while any(counts) and not search.is_done() and space.products < most_products:
         if len(space) >= room:
             search.restart(room // 2)
-        search.step()
+        if 2 * len(space) >= size and size <= min(room, most_products):
+            search.complete()
+        else:
+            search.step()
     return *search.found(), space.products
 
 
@@ -161,6 +164,15 @@ class _Search:
             which = int(space.along(self._wanted()).argmax())
         self._deeper = max(self._deeper - 1, 0)
         space.step(which)
+        self._look()
+
+    def complete(self) -> None:
+        """All products that are left: beyond half of them, looking after each takes longer."""
+        space = self._space
+        while len(space) < space.size:
+            if not space.ahead:
+                space.start(self._draw())
+            space.step()
         self._look()
 
     def is_done(self) -> bool:

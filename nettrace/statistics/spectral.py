@@ -44,7 +44,9 @@ def statistic(what: str, matrix: Matrix, words: str) -> Any:
 class SpectralStatistics(CurvatureStatistics):
     """What is known of those matrices' spectra.
 
-    The first eigenvector is kept from one look to the next, which begins with it.
+    Where the largest eigenvalue alone is wanted, the look before is begun with: with two of its
+    eigenvectors, for the second to be there when it overtakes the first. At the edge of stability,
+    where both are held at the same value, one alone is wrong by up to 2 % at one look in seven.
     """
 
     #: How many eigenvalues are found at the upper end, and at the lower.
@@ -71,11 +73,11 @@ class SpectralStatistics(CurvatureStatistics):
     gauss_newton_density = statistic("density", "gauss_newton", "The density of eigenvalues")
     fisher_density = statistic("density", "fisher", "The density of eigenvalues")
     # What the next look begins with.
-    hessian_eigenvector = statistic("eigenvector", "hessian", "(P, 1) the first eigenvector")
+    hessian_eigenvector = statistic("eigenvector", "hessian", "(P, 1 or 2) the first eigenvectors")
     gauss_newton_eigenvector = statistic(
-        "eigenvector", "gauss_newton", "(P, 1) the first eigenvector"
+        "eigenvector", "gauss_newton", "(P, 1 or 2) the first eigenvectors"
     )
-    fisher_eigenvector = statistic("eigenvector", "fisher", "(P, 1) the first eigenvector")
+    fisher_eigenvector = statistic("eigenvector", "fisher", "(P, 1 or 2) the first eigenvectors")
 
     @cached_property
     def hessian_layer_tops(self) -> dict[str, Eigenpairs]:
@@ -164,7 +166,7 @@ class SpectralStatistics(CurvatureStatistics):
         return above.first(upper), below.first(lower)
 
     def _pairs(self, matrix: Matrix, upper: int, lower: int) -> Ends:
-        """Eigenpairs; where the largest alone is wanted, from that of the look before.
+        """Eigenpairs; where the largest alone is wanted, it and the next from the look before.
 
         For several, the vectors of a matrix that has changed since are no better than random ones.
         """
@@ -174,14 +176,16 @@ class SpectralStatistics(CurvatureStatistics):
         start = None
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
+            upper *= 2
         ends = self._extremes(operator, upper, lower, start)
         if upper:
-            self._found[matrix, "eigenvector"] = ends[0].vectors[:, :1]
+            self._found[matrix, "eigenvector"] = ends[0].vectors[:, :2]
             self._past.keep(self, {reference})
         return ends
 
     def _eigenvector(self, matrix: Matrix) -> Tensor:
-        found: Tensor = self._top(matrix).vectors
+        self._top(matrix)
+        found: Tensor = self._found[matrix, "eigenvector"]
         return found
 
     def _extremes(

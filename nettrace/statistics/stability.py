@@ -23,7 +23,9 @@ class StabilityStatistics(SpectralStatistics, PreconditionedStatistics):
     """
 
     stability_top = statistic("top", "stability", "The largest eigenvalue")
-    stability_eigenvector = statistic("eigenvector", "stability", "(P, 1) the first eigenvector")
+    stability_eigenvector = statistic(
+        "eigenvector", "stability", "(P, 1 or 2) the first eigenvectors"
+    )
 
     @cached_property
     def stability_operator(self) -> CurvatureOperator:
