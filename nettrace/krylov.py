@@ -186,9 +186,9 @@ class Krylov:
         found = torch.zeros(len(self) + self.ahead, dtype=torch.float64)
         vector = vector.clone()
         for i in near:
-            share = float(self._basis[i] @ vector)
-            vector.sub_(self._basis[i], alpha=share)
-            found[i] += share
+            amount = float(self._basis[i] @ vector)
+            vector.sub_(self._basis[i], alpha=amount)
+            found[i] += amount
         norm = _length(vector)
         for _ in range(4):
             along = [part @ vector for part in parts]
