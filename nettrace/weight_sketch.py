@@ -8,9 +8,9 @@ the expectation of sum_c (y_c z_c)^2, which the sketches themselves tell: up to 
 of the squared norms, where these are spread evenly over the buckets.
 
 To look at every weight after every update would cost a large network more than it may. Of more than
-2^18, so many stand for all, in evenly spaced blocks that begin at a random place: where the squared
-motion of single weights has a kurtosis q, that changes inner products by sqrt(q / 2^18) of the
-product of norms, 0.3 % for normal numbers.
+2^16, so many stand for all, in evenly spaced blocks that begin at a random place: where the squared
+motion of single blocks has a kurtosis q, that changes inner products by sqrt(q / 2^12) of the
+product of norms, some per cent at most where many weights move alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nettrace.estimators import generator, signs
 #: Numbers in a sketch: inner products are known to sqrt(2 / 4093), 2.2 % of the product of norms.
 BUCKETS = 4093
 #: Weights that are sketched, at most or a few more, in blocks of so many.
-SAMPLED, BLOCK = 2**18, 64
+SAMPLED, BLOCK = 2**16, 16
 #: Weights of a parameter that are sketched, at least.
 _LEAST = 2**10
 
