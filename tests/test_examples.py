@@ -172,12 +172,12 @@ def test_edge_of_stability_example_of_digits(tmp_path):
 
 
 def test_variance_flatness_example(tmp_path):
-    arguments = ("--epochs", "20", "--windows", "2", "4", "--out", "out")
+    arguments = ("--epochs", "9", "--windows", "1", "2", "--out", "out")
     printed = example("variance_flatness.py", tmp_path, *arguments)
-    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) to ([\d.]+)", printed, re.M)
-    assert [int(row[0]) for row in rows] == [2, 4]
+    rows = re.findall(r"^ +(\d+) +([-\d.]+) +([-\d.]+) to ([-\d.]+)", printed, re.M)
+    assert [int(row[0]) for row in rows] == [1, 2]
     for _, psi, low, high in rows:
-        assert 0 < float(low) < float(psi) < float(high)
+        assert float(low) < float(psi) < float(high)
     assert "the window is not equilibrated" in printed
     assert (tmp_path / "out" / "variance_flatness.png").stat().st_size > 30_000
 
