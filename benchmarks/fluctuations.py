@@ -2,7 +2,7 @@
 
     python benchmarks/fluctuations.py [--steps NUMBER]
 
-Lightning's own profiler times every hook of `WeightFluctuations`, at steps without a record: all
+Lightning's profiler times every hook of `WeightFluctuations`, at steps without a record: all
 that the callback does, and a window that sees the weights, for each of the three things that it may
 keep. Beside that stands the time that one record takes. The table goes to
 `benchmarks/results/fluctuations.md`.
@@ -33,7 +33,10 @@ import nettrace as nt
 from nettrace.callbacks import WeightFluctuations
 
 RESULTS = Path(__file__).parent / "results" / "fluctuations.md"
-HEAD = "| network | parameters | kept | a step, ms | an update, ms | share |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| network | parameters | kept | a step, ms | an update, ms | share |\n"
+    "|---|---|---|---|---|---|"
+)
 #: Of those that are trained: their layers, and samples in a batch.
 NETWORKS = {"64-64-10": ((64, 64, 10), 32), "784-850-400-10": ((784, 850, 400, 10), 128)}
 
@@ -58,6 +61,17 @@ class Network(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
+class Clock(SimpleProfiler):
+    """Times by the processor's own clock, as the machine is shared."""
+
+    def start(self, action_name: str) -> None:
+        self.current_actions[action_name] = time.process_time()
+
+    def stop(self, action_name: str) -> None:
+        seconds = time.process_time() - self.current_actions.pop(action_name)
+        self.recorded_durations[action_name].append(seconds)
+
+
 def noise(width: int, number: int) -> TensorDataset:
     return TensorDataset(torch.randn(number, width), torch.randint(0, 10, (number,)))
 
@@ -66,7 +80,7 @@ def trained(title: str, steps: int, *callbacks: WeightFluctuations) -> dict[str,
     """The durations of everything that Lightning does, by its name."""
     widths, batch = NETWORKS[title]
     torch.manual_seed(0)
-    profiler = SimpleProfiler()
+    profiler = Clock()
     profiler.describe = lambda: None  # which would print it all
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -124,7 +138,7 @@ def main() -> None:
     text = (
         "# Cost of windows of weights\n\n"
         f"`python benchmarks/fluctuations.py`; Python {platform.python_version()}, torch "
-        f"{torch.__version__}, pytorch-lightning {version('pytorch-lightning')}; wall time on one "
+        f"{torch.__version__}, pytorch-lightning {version('pytorch-lightning')}; CPU time on one "
         f"thread of a shared machine, medians and quartiles over the updates after the first "
         f"window, {steps} in all.\n\nA step is what Lightning calls the training batch; an update "
         "is all that the callback's hooks do at one. Perceptrons, by SGD with momentum, in batches "

@@ -87,8 +87,8 @@ class Session:
         self._steps = Steps(trainer, module, [c for c in callbacks if c.of_steps])
         self._windows = Windows(trainer, module, self._probing)
         first: dict[object, WeightWindow] = {}
-        for callback, window in self._windows.of.items():
-            first.setdefault(_key(callback), window)
+        for callback in self._windows.of:
+            first.setdefault(_key(callback), self._windows.of[callback])
         for callback in self._probing:
             key = _key(callback)
             window = self._windows.of.get(callback, first.get(key))

@@ -5,8 +5,9 @@ from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
 from nettrace.exports import export
 from nettrace.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from nettrace.matrices import curvature
 from nettrace.measures import Value, measure
-from nettrace.missing import MissingMeasureWarning
+from nettrace.missing import DoubtfulMeasureWarning, MissingMeasureWarning
 from nettrace.offline import Analysis, analyze
 from nettrace.operator import Jacobian
 from nettrace.ownership import CoupledSamplesError
@@ -17,6 +18,7 @@ from nettrace.record import Record
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
 from nettrace.tracer import Tracer
+from nettrace.window import WeightWindow
 
 __all__ = [
     "Analysis",
@@ -24,6 +26,7 @@ __all__ = [
     "Categorical",
     "Certificate",
     "CoupledSamplesError",
+    "DoubtfulMeasureWarning",
     "Estimate",
     "Gaussian",
     "Jacobian",
@@ -37,9 +40,11 @@ __all__ = [
     "TooDear",
     "Tracer",
     "Value",
+    "WeightWindow",
     "analyze",
     "at",
     "certify",
+    "curvature",
     "epochs",
     "every",
     "export",

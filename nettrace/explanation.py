@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import nettrace.price_of_windows  # noqa: F401, which adds its rules
 from nettrace.freeze import frozen
 from nettrace.measures import Measure
 from nettrace.pieces import Pieces, clock

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nettrace.weight_sketch import BUCKETS
+
 _DIVERGES = "weights in the window are not finite: the training diverges"
 #: Numbers in float64 that are made of a window's rows at a time.
 _BLOCK = 2**22
@@ -54,23 +56,23 @@ class Halves:
             other half has along them, over that of their own.
         shift: squared distance between the means of the halves, over the mean total variance within
             them; 4 / n for independent snapshots, and 4 for a random walk.
-        modes: how many directions of each half.
     """
 
     slope: float
     kept: float
     shift: float
-    modes: int
 
 
 def factor(rows: Tensor) -> Tensor:
-    """(n, min(n, P)) in float64, with the inner products of the rows (n, P) less their mean.
+    """In float64, n rows of few numbers, with the inner products of rows (n, P) less their mean.
+
+    These themselves where they are up to a few thousand numbers each, else n.
 
     Raises:
         ValueError: if the rows are not finite.
     """
     n, size = rows.shape
-    if size <= n:
+    if size <= max(n, BUCKETS):
         found = _less_mean(rows)
         if not bool(found.isfinite().all()):
             raise ValueError(_DIVERGES)
@@ -207,7 +209,7 @@ def halves(rows: Tensor, leading: int = 10, fitted: int = 200) -> Halves:
         within += float(centred.square().sum()) / n / 2
     shift = float((rows[:n].mean(0) - rows[-n:].mean(0)).square().sum())
     kept = math.exp(float(torch.cat(logs).mean()))
-    return Halves(sum(slopes) / 2, kept, shift / within if within else math.nan, count)
+    return Halves(sum(slopes) / 2, kept, shift / within if within else math.nan)
 
 
 def layer_correlations(factors: Iterable[Tensor]) -> Tensor:
@@ -253,6 +255,6 @@ def _slope(x: Tensor, y: Tensor) -> float:
 
 def _less_mean(rows: Tensor) -> Tensor:
     """Rows less their mean, in float64; less the first before, as differences keep their digits."""
-    found = rows.double()
-    found = found - found[0]
-    return found - found.mean(0)
+    found = rows.double() - rows[0].double()
+    found -= found.mean(0)
+    return found

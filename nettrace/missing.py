@@ -1,4 +1,4 @@
-"""How it is said that something could not be measured."""
+"""How it is said that something could not be measured, or is to be doubted."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ class MissingMeasureWarning(UserWarning):
     """A measure could not be taken; its record says why, and the training goes on."""
 
 
-def warn_missing(text: str, stacklevel: int = 1) -> None:
-    """Warns of something missing, by the log "nettrace" where the user makes errors of warnings.
+class DoubtfulMeasureWarning(UserWarning):
+    """A measure was taken, but may not mean what it seems to; its record says why."""
+
+
+def warn_missing(
+    text: str, stacklevel: int = 1, category: type[UserWarning] = MissingMeasureWarning
+) -> None:
+    """Warns of something, by the log "nettrace" where the user makes errors of warnings.
 
     Raised from within a training, such an error would end what was not to be disturbed; who wants
     that asks for it by `on_error="raise"`.
     """
     try:
-        warnings.warn(text, MissingMeasureWarning, stacklevel=stacklevel + 1)
-    except MissingMeasureWarning:
+        warnings.warn(text, category, stacklevel=stacklevel + 1)
+    except category:
         logging.getLogger("nettrace").warning(text)
 
 

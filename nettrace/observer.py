@@ -139,7 +139,8 @@ class Observer(Recorder):
         """
 
         def look() -> Statistics:
-            found = Statistics(model, self.probe, memory_budget=self._memory_budget)
+            memory = self._memory_budget
+            found = Statistics(model, self.probe, window=self.window, memory_budget=memory)
             check_independence(found)
             return found
 

@@ -104,12 +104,6 @@ class Pieces:
             return False
 
     @property
-    def has_exact_curvature(self) -> tuple[bool, bool]:
-        """Whether the traces of the Hessian and of the Gauss-Newton matrix are exact."""
-        look = self._look
-        return look._is_piecewise_linear, look._is_canonical
-
-    @property
     def window(self) -> tuple[int, int]:
         """Snapshots in the window of weights, and numbers in each; none where there is no window.
 
@@ -119,6 +113,12 @@ class Pieces:
         if window is None:
             return 0, 0
         return window.length, window.width or sum(w.numel() for w in self._look.weights.values())
+
+    @property
+    def has_exact_curvature(self) -> tuple[bool, bool]:
+        """Whether the traces of the Hessian and of the Gauss-Newton matrix are exact."""
+        look = self._look
+        return look._is_piecewise_linear, look._is_canonical
 
     def fewer(self, samples: int) -> Pieces:
         """The same for fewer samples of the same kind."""

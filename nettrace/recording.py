@@ -14,7 +14,13 @@ from nettrace.allowance import Allowance, is_out_of_memory
 from nettrace.certificate import Certificate, SpotCheckError
 from nettrace.measures import Measure, Value
 from nettrace.measures.registry import Numbers
-from nettrace.missing import regardless_of_numbers, told, warn_missing
+from nettrace.missing import (
+    DoubtfulMeasureWarning,
+    MissingMeasureWarning,
+    regardless_of_numbers,
+    told,
+    warn_missing,
+)
 from nettrace.operator import OverBudgetError
 from nettrace.price import TooDear, size
 from nettrace.ranks import ALONE
@@ -131,6 +137,10 @@ class Recorder:
                     reduced = {"memory_budget": self._allowance.bytes}
                     record = replace(record, attributes={**record.attributes, **reduced})
                 taken.records[measure.name] = record
+                if caution := str(record.attributes.get("warning", "")):
+                    text = f"{measure.name} at step {step}{self._where}: {caution}"
+                    once = f"{measure.name} {regardless_of_numbers(caution)}"
+                    self._warn(once, text, DoubtfulMeasureWarning)
                 taken.seconds[measure.name] = time.perf_counter() - start
             except Inapplicable:
                 continue
@@ -162,10 +172,12 @@ class Recorder:
         self._warn(once, f"{what}. The training goes on without; on_error='raise' would raise this")
         return missing(measure, step, reason)
 
-    def _warn(self, once: str, text: str) -> None:
+    def _warn(
+        self, once: str, text: str, category: type[UserWarning] = MissingMeasureWarning
+    ) -> None:
         if once not in self._warned:
             self._warned.add(once)
-            warn_missing(text, stacklevel=5)
+            warn_missing(text, 5, category)
 
 
 def recorded(measure: Measure, step: int, found: Value, measured: Measured) -> Record:

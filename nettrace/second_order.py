@@ -20,10 +20,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from nettrace.batch_statistics import held
+from nettrace.eigenpairs import Eigenpairs, eigenpairs
+from nettrace.estimators import TraceMethod
 from nettrace.gradients import strided
+from nettrace.matrix_traces import Probed, probed
 from nettrace.operator import PerLayer
 from nettrace.ranks import Ranks
 from nettrace.reduction import Reduction, tape_of, weighted
+from nettrace.spectral_density import Quadrature, quadrature
 from nettrace.tape import Tape, precision
 
 _UNDIFFERENTIABLE = re.compile("derivative|differentiate|[Dd]ouble backward")
@@ -249,7 +253,8 @@ class Flattening:
         for name, place in self.layers.items():
             p = self.parameters[name]
             part = vector[place].to(real(p)).view_as(real(p))
-            found[name] = torch.view_as_complex(part) if p.is_complex() else part
+            # A pair may begin anywhere in the vector, which a view as complex numbers may not.
+            found[name] = torch.view_as_complex(part.clone()) if p.is_complex() else part
         return found
 
 
@@ -262,6 +267,7 @@ class CurvatureOperator(Flattening):
         dtype: of vectors; by default the widest of the parameters'.
 
     Attributes:
+        product: from a tensor for each parameter to another.
         products: how many were made.
     """
 
@@ -272,20 +278,90 @@ class CurvatureOperator(Flattening):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(parameters, dtype)
-        self._product = product
+        self.product = product
         self.products = 0
 
     def __call__(self, vector: Tensor) -> Tensor:
         """The product with a vector (P,), of the same shape."""
         self.products += 1
-        return self.flat(self._product(self.split(vector)))
+        return self.flat(self.product(self.split(vector)))
+
+    def dense(self) -> Tensor:
+        """The matrix (P, P), by P products."""
+        columns = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return torch.stack([self(column) for column in columns], 1)
+
+    def eigenpairs(
+        self,
+        top: int = 1,
+        bottom: int = 0,
+        *,
+        tolerance: float | None = None,
+        start: Tensor | None = None,
+        seed: int = 0,
+        memory: int = 2**31,
+    ) -> tuple[Eigenpairs, Eigenpairs]:
+        """The `top` largest and the `bottom` smallest eigenvalues, signed, with vectors (P, k).
+
+        The arguments are those of `nettrace.eigenpairs.eigenpairs`.
+        """
+        *ends, _ = eigenpairs(
+            *(self, self.size, top, bottom),
+            dtype=self.dtype,
+            device=self.device,
+            tolerance=tolerance,
+            start=start,
+            seed=seed,
+            memory=memory,
+        )
+        return ends[0], ends[1]
+
+    def probe(
+        self,
+        *,
+        method: TraceMethod = "xtrace",
+        probes: int = 12,
+        relative_error: float | None = None,
+        most_products: int = 200,
+        diagonal: bool = False,
+        seed: int = 0,
+    ) -> Probed:
+        """The trace, that of each parameter's block, the squared norm and the diagonal, estimated.
+
+        The arguments are those of `nettrace.matrix_traces.probed`.
+        """
+        return probed(
+            *(self, self.size, self.layers),
+            dtype=self.dtype,
+            device=self.device,
+            method=method,
+            probes=probes,
+            relative_error=relative_error,
+            most_products=most_products,
+            diagonal=diagonal,
+            seed=seed,
+        )
+
+    def density(self, *, steps: int = 30, draws: int = 4, seed: int = 0) -> Quadrature:
+        """The density of eigenvalues, by `steps` products for each of some draws.
+
+        The arguments are those of `nettrace.spectral_density.quadrature`.
+        """
+        return quadrature(
+            *(self, self.size),
+            dtype=self.dtype,
+            device=self.device,
+            steps=steps,
+            draws=draws,
+            seed=seed,
+        )
 
     def block(self, name: str) -> CurvatureOperator:
         """The diagonal block of one parameter."""
         zeros = {n: torch.zeros_like(p) for n, p in self.parameters.items() if n != name}
 
         def product(part: PerLayer) -> PerLayer:
-            return {name: self._product({**zeros, **part})[name]}
+            return {name: self.product({**zeros, **part})[name]}
 
         return CurvatureOperator(product, {name: self.parameters[name]}, self.dtype)
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nettrace.estimators import signs
 from nettrace.freeze import random_streams
+from nettrace.gradients import strided
 from nettrace.probe import Probe
 from nettrace.ranks import Ranks
 from nettrace.second_order import Flattening, HessianProduct, NotTwiceDifferentiableError, Twice
@@ -115,19 +116,28 @@ class WideLoss(Flattening):
 
     def gradient(self, weights: Tensor) -> Tensor:
         """(P,) the gradient of the mean loss at other weights."""
-        return self.flat(self._twice(weights).gradient())
+        losses, parts = self._recorded(weights)
+        found = torch.autograd.grad(
+            losses.sum(), list(parts.values()), allow_unused=True, materialize_grads=True
+        )
+        shares = [strided(g) / sum(self._ranks.each(len(losses))) for g in found]
+        self._ranks.add_(shares)
+        return self.flat(dict(zip(parts, shares, strict=True)))
 
-    def product(self, weights: Tensor, vector: Tensor) -> Tensor:
-        """(P,) the Hessian of the mean loss at other weights times a vector (P,)."""
-        return self.flat(self._twice(weights)(self.split(vector.to(self.point))))
-
-    def _twice(self, weights: Tensor) -> HessianProduct:
-        parts = {n: t.detach().requires_grad_() for n, t in self.split(weights).items()}
-        with torch.enable_grad():
-            losses = self._losses_with(parts)
+    def product(self, weights: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,) the Hessian of the mean loss at other weights times a vector; (P,) its gradient."""
+        losses, parts = self._recorded(weights)
         samples = sum(self._ranks.each(len(losses)))
         shares = torch.full((samples,), 1 / samples, dtype=torch.float64)
-        return HessianProduct(Twice.of_losses(losses, parts, self._ranks), shares)
+        hessian = HessianProduct(Twice.of_losses(losses, parts, self._ranks), shares)
+        product = self.flat(hessian(self.split(vector.to(self.point))))
+        return product, self.flat(hessian.gradient())
+
+    def _recorded(self, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses at other weights with their tape, and those weights."""
+        parts = {n: t.detach().requires_grad_() for n, t in self.split(weights).items()}
+        with torch.enable_grad():
+            return self._losses_with(parts), parts
 
     def _losses_with(self, parts: Mapping[str, Tensor]) -> Tensor:
         self._same_draws()
@@ -160,12 +170,14 @@ def cross_check(loss: WideLoss, seed: int) -> float:
             order explain.
     """
     vector = _unit_signs(loss, seed)
-    product = loss.product(loss.point, vector)
-    errors = []
-    for step in (1e-7, 1e-8):
-        errors.append(_apart(loss.difference(vector, step), product, loss))
-        if errors[-1] < _AGREE:
-            return errors[-1]
+    product, gradient = loss.product(loss.point, vector)
+    step = float(1e-7 * (1 + loss.point.norm()))
+    ahead = (loss.gradient(loss.point + step * vector) - gradient) / step
+    errors = [_apart(ahead, product, gradient)]
+    if errors[0] > _AGREE:
+        errors.append(_apart(loss.difference(vector, 1e-8), product, gradient))
+    if min(errors) < _AGREE:
+        return min(errors)
     raise NotTwiceDifferentiableError(
         f"a product with the Hessian differs from finite differences of the gradient by "
         f"{min(errors):.2g} of its size: the backward pass of some operation gives wrong "
@@ -182,7 +194,7 @@ def check_differences(loss: WideLoss, seed: int) -> None:
     """
     one, other = _unit_signs(loss, seed), _unit_signs(loss, seed + 1)
     of_one, of_other = loss.difference(one), loss.difference(other)
-    if _apart(loss.difference(one, 3e-8), of_one, loss) > _AGREE:
+    if _apart(loss.difference(one, 3e-8), of_one, loss.gradient(loss.point)) > _AGREE:
         raise NotTwiceDifferentiableError("the gradient jumps at these weights: it has no Hessian")
     left, right = float(one @ of_other), float(other @ of_one)
     if abs(left - right) > _AGREE * float(of_one.norm() + of_other.norm()):
@@ -193,9 +205,9 @@ def check_differences(loss: WideLoss, seed: int) -> None:
         )
 
 
-def _apart(one: Tensor, other: Tensor, loss: WideLoss) -> float:
+def _apart(one: Tensor, other: Tensor, gradient: Tensor) -> float:
     # The differences of gradients are no better than the gradients' rounding.
-    scale = one.norm() + other.norm() + 1e-6 * loss.gradient(loss.point).norm()
+    scale = one.norm() + other.norm() + 1e-6 * gradient.norm()
     return float((one - other).norm() / scale) if scale > 0 else 0.0
 
 
@@ -226,9 +238,8 @@ class _Holder(nn.Module):
 
 def _state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies of parameters and buffers in a wider type."""
-    widen = _widened(dtype)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: widen(tensor.detach()).clone() for name, tensor in named.items()}
+    return {name: _copy(tensor, dtype) for name, tensor in named.items()}
 
 
 def _widened(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -243,7 +254,12 @@ def _widened(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return _widened(dtype)(tensor.detach()).clone().requires_grad_()
+    return _copy(tensor, dtype).requires_grad_()
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = _widened(dtype)(tensor.detach())
+    return wide.clone() if wide.dtype == tensor.dtype else wide
 
 
 def _is_narrow(tensor: Tensor) -> bool:

@@ -379,9 +379,8 @@ def precision(outputs: Tensor) -> float:
 
 def _reachable(outputs: Tensor) -> list[Node]:
     """All nodes behind `outputs`, in an order that their connections fix."""
-    assert outputs.grad_fn is not None
     seen: dict[Node, None] = {}
-    stack = [outputs.grad_fn]
+    stack = [] if outputs.grad_fn is None else [outputs.grad_fn]
     while stack:
         node = stack.pop()
         if node not in seen:

@@ -21,7 +21,7 @@ from nettrace.gathered import original
 from nettrace.kernels import weight_welford_
 from nettrace.missing import told
 from nettrace.unwrapped import is_spread
-from nettrace.weight_sketch import WeightSketch, buckets, gather
+from nettrace.weight_sketch import WeightSketch, buckets, gather, sampled
 
 Keep: TypeAlias = Literal["snapshots", "sketch", "moments"]
 _KINDS: tuple[Keep, ...] = ("snapshots", "sketch", "moments")
@@ -53,7 +53,7 @@ class WeightWindow:
     - "snapshots": the weights as they were, bit for bit, half precision in float32. For these there
       is all that fluctuations have: also the directions in which weights move.
     - "sketch": a few thousand numbers for each update, which know inner products of the weights'
-      motion to 1.6 % (see `nettrace.weight_sketch`): variances, correlation times, displacements.
+      motion to 2.2 % (see `nettrace.weight_sketch`): variances, correlation times, displacements.
     - "moments": each weight's mean and variance since the window began, and how far it has come
       from there; they do not forget, and go on beyond `length`.
 
@@ -276,7 +276,7 @@ class WeightWindow:
         kept = self.length * sum(buckets(self._sizes, rows))
         takes: dict[Keep, int] = {
             "snapshots": item * self.length * numbers,
-            "sketch": item * (3 * numbers + kept),
+            "sketch": item * (3 * sum(sampled(n, numbers) for n in self._sizes) + kept),
             "moments": item * 5 * numbers,
         }
         wanted = _KINDS if self.keep is None else (self.keep,)

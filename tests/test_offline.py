@@ -21,6 +21,7 @@ import nettrace as nt
 from nettrace import measures
 from nettrace.offline import pools, witness, worker
 from nettrace.store import parts
+from nettrace.waiting import reads_window
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in training.HARMLESS]
 
@@ -29,8 +30,12 @@ Y = torch.arange(6) % 3
 PROBE = nt.Probe(X, Y)
 SEVERAL = {"a": PROBE, "b": nt.Probe(X[:4] + 1, Y[:4])}
 COMPARING = ["ntk/distance_first", "ntk/velocity", "weights/displacement", "loss"]
-#: All but those of optimizers, which a plain loop does not save.
-ALL = [m.name for m in measures.available() if m.is_own and "precond" not in m.name]
+#: All but those of optimizers, which a plain loop does not save, and of windows, which none has.
+ALL = [
+    m.name
+    for m in measures.available()
+    if m.is_own and "precond" not in m.name and not reads_window(m)
+]
 #: What is not the same each time it is measured, or is of one place.
 OWN = {"nettrace_seconds", "wall_time", "checkpoint_bytes", "checkpoint_modified"}
 OWN |= {"measure", "nettrace_seconds_per_measure", "nettrace_seconds_per_measure_of_pairs"}

@@ -156,8 +156,9 @@ def noise_to_fisher(window_noise: Tensor, window_fisher: Tensor) -> Value:
     needs=["window_modes", "window_noise", "window_curvatures", "window_updating"],
     convention="the variance expected of stationary stochastic gradient descent in each mode by "
     "itself, from C_i, h_i, learning rate, momentum and batch size, about the mean of the window "
-    "of T snapshots; batches independent, or dealt out of shuffled epochs where the window knows "
-    "the population; log_correlation and slope of ln sigma_i^2 against its logarithm, of "
+    "of T snapshots, NaN where descent is not stable, as of negative curvature; batches "
+    "independent, or dealt out of shuffled epochs where the window knows the population; "
+    "log_correlation and slope of ln sigma_i^2 against its logarithm, of "
     "modes 1 to 199; standard error over samples, of the noise",
     dims=["mode"],
     source=_LYAPUNOV,

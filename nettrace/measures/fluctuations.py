@@ -106,7 +106,7 @@ def checked(found: Halves) -> dict[str, str | int | float]:
         "half_kept": found.kept,
         "half_shift": found.shift,
     }
-    own, drifts = not found.slope >= EQUILIBRATED, not found.shift <= 1
+    own, drifts = found.slope < EQUILIBRATED, found.shift > 1
     if own or drifts:
         notes["warning"] = "the window is not equilibrated: " + "; ".join(
             own * [_OWN.format(found.slope)] + drifts * [_DRIFTS.format(found.shift)]
@@ -164,7 +164,7 @@ def drift(window: WeightWindow) -> float:
     needs=["window_factors"],
     convention="|Sigma_lm| / sqrt(|Sigma_ll| |Sigma_mm|), Frobenius norms of the blocks of the "
     "covariance between parameters, from 0 to 1; of T snapshots that are independent about "
-    "sqrt(rank / T)",
+    "sqrt(rank / T); NaN where a parameter is still",
     dims=["layer", "other_layer"],
     source="Gross et al. 2023, arXiv:2311.14120",
     grouped=False,
@@ -293,7 +293,7 @@ def tail_index(window: WeightWindow) -> Value:
     "weights/update_ratio",
     needs=["window", "weights"],
     convention="root mean square over the window of |theta_l(t + 1) - theta_l(t)|, over |theta_l| "
-    "now, by parameter; infinite where theta_l = 0",
+    "now, by parameter; infinite where theta_l = 0 moved",
     dims=["layer"],
     source="You, Gitman and Ginsburg 2017, arXiv:1708.03888",
     grouped=False,
@@ -306,5 +306,5 @@ def update_ratio(window: WeightWindow, weights: PerLayer) -> Value:
     for name in window.names:
         moved = window.rows(name).double().diff(dim=0).square().sum(1).mean().sqrt().cpu()
         norm = float(torch.linalg.vector_norm(weights[name]))
-        found.append(float(moved) / norm if norm else math.inf)
+        found.append(float(moved) / norm if norm else math.inf if moved else 0.0)
     return Value(torch.tensor(found).double(), coordinates={"layer": window.names})

@@ -392,7 +392,7 @@ def stability_sgd(
 
 def _rayleigh(operator: CurvatureOperator, vector: Tensor, zero: str) -> Tensor:
     _check_length(vector, zero)
-    unit = vector / vector.norm()
+    unit = (vector / torch.linalg.vector_norm(vector, dtype=torch.float64)).to(vector)
     found: Tensor = unit.double() @ operator(unit).double()
     return found
 

@@ -354,7 +354,7 @@ class _NumberedTracer(Tracer):
                     self._spot_check(found.jacobian, step)
         return self._passed[position]
 
-    def _warn(self, once: str, text: str) -> None:
+    def _warn(self, once: str, text: str, category: type[UserWarning] = UserWarning) -> None:
         """Says nothing: reasons are reported together in the end."""
 
 

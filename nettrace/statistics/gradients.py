@@ -23,7 +23,7 @@ from nettrace.second_order import Twice, check_functions
 from nettrace.shared_gradients import shared_losses
 from nettrace.smooth import Smooth, smooth
 from nettrace.statistics.information import InformationStatistics
-from nettrace.statistics.look import Inapplicable
+from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.tape import Tape, opaque
 
 
@@ -130,6 +130,8 @@ class ProbeGradientStatistics(InformationStatistics, GradientStatistics):
     @cached_property
     def _smooth(self) -> Smooth:
         """This process's samples evaluated such that all can be differentiated twice."""
+        if not self._outputs.requires_grad:
+            raise Unavailable("no parameter requires a gradient: there is none to differentiate by")
         return smooth(self._model, self._own, self._outputs, self._losses_of)
 
 

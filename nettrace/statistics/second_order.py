@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nettrace.allowance import is_out_of_memory
 from nettrace.likelihood import CANONICAL
+from nettrace.missing import told
 from nettrace.operator import PerLayer
 from nettrace.probe import Probe
 from nettrace.ranks import ALONE, Ranks
@@ -18,9 +20,11 @@ from nettrace.second_order import (
     HessianProduct,
     NotTwiceDifferentiableError,
     Twice,
+    check_functions,
 )
 from nettrace.smooth import WideLoss, check_differences, cross_check
 from nettrace.statistics.gradients import ProbeGradientStatistics
+from nettrace.tape import Tape
 
 
 class CurvatureStatistics(ProbeGradientStatistics):
@@ -45,7 +49,16 @@ class CurvatureStatistics(ProbeGradientStatistics):
             check_differences(few, self._seed)
             self._derivatives = f"finite differences of the gradient in float64, as {why}"
             return CurvatureOperator(self._differences, smooth.parameters, torch.float32)
-        self._derivatives = f"reverse over reverse, {error:.1g} from finite differences"
+        except RuntimeError as why:  # of operations that take one type alone
+            if is_out_of_memory(why):
+                raise
+            check_functions(Tape.behind(smooth.losses, smooth.parameters, ()).nodes)
+            self._derivatives = (
+                "reverse over reverse, not held against finite differences, as the network cannot "
+                f"be evaluated in float64: {told(why)}"
+            )
+        else:
+            self._derivatives = f"reverse over reverse, {error:.1g} from finite differences"
         twice = Twice.of_losses(smooth.losses, smooth.parameters, self._ranks)
         return CurvatureOperator(HessianProduct(twice, self._shares), smooth.parameters)
 

@@ -8,14 +8,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from nettrace.eigenpairs import Eigenpairs, eigenpairs
+from nettrace.eigenpairs import Eigenpairs
 from nettrace.estimators import Estimate
 from nettrace.likelihood import CANONICAL
-from nettrace.matrix_traces import Probed, probed
+from nettrace.matrix_traces import Probed
 from nettrace.operator import PerLayer
 from nettrace.piecewise import NotPiecewiseLinearError, check_piecewise_linear
 from nettrace.second_order import CurvatureOperator
-from nettrace.spectral_density import Quadrature, quadrature
+from nettrace.spectral_density import Quadrature
 from nettrace.statistics.second_order import CurvatureStatistics
 from nettrace.tape import Tape
 
@@ -191,16 +191,13 @@ class SpectralStatistics(CurvatureStatistics):
     def _extremes(
         self, operator: CurvatureOperator, upper: int, lower: int, start: Tensor | None = None
     ) -> Ends:
-        *ends, _ = eigenpairs(
-            *(operator, operator.size, upper, lower),
+        return operator.eigenpairs(
+            *(upper, lower),
             tolerance=max(torch.finfo(operator.dtype).eps ** 0.5, self.least_tolerance),
             start=start,
             seed=self._seed,
-            dtype=operator.dtype,
-            device=operator.device,
             memory=self._memory,
         )
-        return ends[0], ends[1]
 
     def _estimated(self, matrix: Matrix) -> Probed:
         found: Probed = getattr(self, f"{matrix}_estimates")
@@ -209,10 +206,7 @@ class SpectralStatistics(CurvatureStatistics):
     def _estimates(self, matrix: Matrix) -> Probed:
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         vectors = 3 * self.test_vectors * operator.size * operator.dtype.itemsize
-        return probed(
-            *(operator, operator.size, operator.layers),
-            dtype=operator.dtype,
-            device=operator.device,
+        return operator.probe(
             method="xtrace" if vectors <= self._memory else "hutchinson",
             probes=self.test_vectors,
             relative_error=self.trace_error,
@@ -223,12 +217,7 @@ class SpectralStatistics(CurvatureStatistics):
 
     def _density(self, matrix: Matrix) -> Quadrature:
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
-        return quadrature(
-            *(operator, operator.size),
-            dtype=operator.dtype,
-            device=operator.device,
-            seed=self._seed,
-        )
+        return operator.density(seed=self._seed)
 
     @cached_property
     def _found(self) -> dict[tuple[str, str], Any]:

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nettrace.gathered import original
 from nettrace.second_order import CurvatureOperator
-from nettrace.statistics.look import Unavailable
+from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.preconditioned import PreconditionedStatistics, inverse_roots
 from nettrace.statistics.spectral import SpectralStatistics, statistic
 
@@ -32,6 +32,8 @@ class StabilityStatistics(SpectralStatistics, PreconditionedStatistics):
         """The Hessian, with weight decay, as the optimizer scales it."""
         roots, shifts = {}, {}
         for optimizer in self._known_optimizers:
+            if not isinstance(optimizer, SGD) and not optimizer.state:
+                raise Inapplicable("the optimizer divides by nothing yet, before its first step")
             found = inverse_roots(optimizer)
             for group in optimizer.param_groups:
                 apart = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)

@@ -20,7 +20,7 @@ from nettrace.statistics.second_order import CurvatureStatistics
 from nettrace.window import WeightWindow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,18 @@ class WindowStatistics(CurvatureStatistics):
     #: Principal directions along which the landscape is followed, at most.
     most_directions = 200
 
+    def about(self, needs: Iterable[str]) -> dict[str, str]:
+        """As of a look; and of which updates the window is, where one is needed."""
+        needs = set(needs)
+        found = super().about(needs)
+        if needs & self.of_window and self._window is not None:
+            steps = self._window.steps
+            found["window"] = (
+                f"{self._window.kind} of {len(steps)} updates from step {steps[0]} to {steps[-1]}, "
+                f"{self._window.size} numbers of {len(self._window.names)} parameters"
+            )
+        return found
+
     @property
     def window(self) -> WeightWindow:
         """The last updates' weights; not copied.
@@ -102,7 +114,8 @@ class WindowStatistics(CurvatureStatistics):
                 f"; it began anew after a gap of {window.gap} updates: see every one of them, or "
                 f"pass WeightWindow(stride={window.gap})"
                 if window.gap
-                else ": it fills while the training goes on; pass WeightWindow(length=...) for a "
+                else ": it fills while the training goes on, and anew where that is resumed, as "
+                "checkpoints do not hold it; pass WeightWindow(length=...) for a "
                 "shorter one"
             )
             raise Unavailable(f"the window has {window.count} of {window.length} snapshots{gap}")

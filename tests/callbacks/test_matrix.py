@@ -59,8 +59,12 @@ CALLBACKS: dict[str, tuple[Callable[..., Trace], str]] = {
         partial(WeightFluctuations, ["weights/variation", "loss/mean"], length=4),
         "loss_mean",
     ),
-    "Curvature": (Curvature, "hessian_trace"),
-    "StabilityMonitor": (StabilityMonitor, "loss_mean"),
+    # Without what is not defined before the first step of Adam.
+    "Curvature": (partial(Curvature, ["hessian/lambda_max", "hessian/trace"]), "hessian_trace"),
+    "StabilityMonitor": (
+        partial(StabilityMonitor, ["hessian/lambda_min", "hessian/gradient_sharpness"]),
+        "hessian_lambda_min",
+    ),
 }
 
 

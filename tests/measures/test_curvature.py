@@ -242,6 +242,7 @@ def test_what_optimizers_make_of_it():
     with pytest.raises(Exception, match="different learning rates"):
         measured(names[1:2], model, probe, apart)
     adam = torch.optim.Adam(model.parameters(), 0.01)
+    assert names[0] not in measured(names[:1], model, probe, adam)  # before its first step
     for _ in range(3):
         adam.zero_grad()
         loss_of(model, probe).backward()
@@ -265,9 +266,51 @@ def test_faults_are_told():
     with pytest.warns(nt.MissingMeasureWarning, match="not finite|NaN|nan"):
         records = nt.Tracer(probe, "hessian/lambda_max")(model, 0)
     assert records[0].missing
+    with pytest.warns(nt.MissingMeasureWarning, match="no parameter requires a gradient"):
+        nt.Tracer(probe, "hessian/lambda_max")(network()[0].requires_grad_(False), 0)
     unknown = nt.Probe(probe.inputs)
     with pytest.warns(nt.MissingMeasureWarning, match="loss is not known"):
         nt.Tracer(unknown, "hessian/lambda_max")(network()[0], 0)
+
+
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "fisher"])
+def test_operators_for_notebooks(matrix):
+    model, probe = network()
+    model.append(nn.Dropout())  # which is to be off
+    operator = nt.curvature(model, probe, matrix)
+    assert model.training
+    model.eval()
+    true = dense_hessian(model, probe) if matrix == "hessian" else dense_gauss_newton(model, probe)
+    assert torch.allclose(operator.dense(), true, rtol=0, atol=1e-10)
+    values = torch.linalg.eigvalsh(true)
+    top, bottom = operator.eigenpairs(2, 1, tolerance=1e-10)
+    assert torch.allclose(top.values, values.flip(0)[:2], rtol=0, atol=1e-9)
+    for pairs in (top, bottom):
+        off = true @ pairs.vectors - pairs.vectors * pairs.values
+        assert torch.allclose(off.norm(dim=0), pairs.residuals, rtol=1e-3, atol=1e-12)
+    assert operator.density().moment(1).value == pytest.approx(float(values.mean()), abs=0.1)
+    with pytest.raises(ValueError, match="jacobian"):
+        nt.curvature(model, probe, "jacobian")
+
+
+class OfOneType(nn.Module):
+    """Casts its inputs to single precision, whatever its weights are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, C)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x.float())).float())
+
+
+def test_a_network_of_one_type_is_not_checked_and_that_is_said():
+    torch.manual_seed(0)
+    model, (_, probe) = OfOneType(), network(torch.float32)
+    found = measured(["hessian/lambda_max"], model, probe)["hessian/lambda_max"]
+    assert "not held against finite differences" in found.attributes["second_derivatives"]
+    true = torch.linalg.eigvalsh(dense_hessian(model, probe))[-1]
+    assert found.value == pytest.approx(float(true), rel=1e-3)
 
 
 def test_groups_stand_for_what_a_network_and_a_probe_define():

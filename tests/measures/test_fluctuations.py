@@ -12,7 +12,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace.freeze import frozen
-from nettrace.measures import available, resolve
+from nettrace.measures import available, resolve, statistics
 from nettrace.statistics import Statistics, Unavailable
 from nettrace.window import WeightWindow
 
@@ -41,8 +41,9 @@ def trained(model, x, y, window, updates, batch, rate=0.1, momentum=0.0, loss=F.
         optimizer.step()
         window.see(model, step, [optimizer], float(step * batch))
         chosen = dict(model.named_parameters())
-        parts = [chosen[n] for n in window.names]
-        stored.append(torch.cat([p.detach().flatten().double() for p in parts]))
+        parts = [chosen[n].detach().flatten() for n in window.names]
+        parts = [torch.view_as_real(p).flatten() if p.is_complex() else p for p in parts]
+        stored.append(torch.cat([p.double() for p in parts]))
     return torch.stack(stored[-window.length :]).numpy()
 
 
@@ -391,6 +392,64 @@ def test_layers_as_they_are():
     np.testing.assert_allclose(values.value[0], [4, 2, 2, 0], atol=1e-5)
     conv = torch.linalg.svdvals(weights["1.weight"].flatten(1).double())
     np.testing.assert_allclose(values.value[1], [*conv, np.nan], rtol=1e-6)
+
+
+class Odd(nn.Module):
+    """Complex numbers that begin anywhere, a parameter that is still, and one that is a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.still = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(2))
+        self.inner, self.head = nn.Linear(4, 6, dtype=torch.complex64), nn.Linear(6, 3)
+
+    def forward(self, x):
+        found = self.head(self.inner(x.to(self.inner.weight.dtype)).abs()) * self.scale
+        return found + self.still.sum() * 0
+
+
+class Tied(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self[2].weight = self[0].weight
+
+
+NETWORKS = {
+    "complex": Odd,
+    "tied": Tied,
+    "half": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).bfloat16(),
+    "convolution": lambda: nn.Sequential(
+        *(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.BatchNorm1d(3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(9, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_all_kinds(name):
+    torch.manual_seed(0)
+    model, window = NETWORKS[name](), WeightWindow(64, population=30)
+    x, y = torch.randn(30, 4), torch.arange(30) % 3
+    x = x.bfloat16() if name == "half" else x
+    trained(model, x, y, window, 100, 5, rate=0.05, momentum=0.5)
+    names = [m.name for m in OF_WINDOW if m.name != "weights/tail_index"]
+    found = look(model.eval(), nt.Probe(x, y), window, names)
+    for one in names:
+        if one not in ("weights/layer_correlations", "weights/variance_predicted"):
+            assert bool(torch.as_tensor(found[one].value).isnan().sum() == 0), one
+    total = found["weights/variance"].value.sum()
+    assert float(total) == pytest.approx(float(found["weights/variation"].value), rel=1e-4)
+    if name == "complex":
+        assert found["weights/update_ratio"].value[1] == 0
+        assert bool(found["weights/layer_correlations"].value[1].isnan().all())
+
+
+def test_records_say_of_which_updates_they_are():
+    look = Statistics(_model(), _probe(), step=49, window=_seen(range(10, 50)))
+    assert look.about(["window_modes"])["window"] == (
+        "snapshots of 40 updates from step 10 to 49, 43 numbers of 4 parameters"
+    )
+    assert "window" not in look.about(["outputs"])
+    assert Statistics.of_window <= statistics().keys()
 
 
 def test_window_measures_are_asked_for_by_name():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def taken(function, step=0, probe=None, **options):
     nn.init.ones_(model.weight)
     probe = probe or nt.Probe(torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 0, 1]))
     return nt.Tracer(probe, "own", on_error="raise", max_seconds=None)(model, step)[0]
+
+
+def test_what_is_doubtful_is_said_once():
+    def doubtful(x):
+        return nt.Value(x.max(), attributes={"warning": f"{float(x.max()):g} is large"})
+
+    with pytest.warns(nt.DoubtfulMeasureWarning, match="own/one at step 0: 30 is large"):
+        record = taken(doubtful, needs=["outputs"])
+    assert record.attributes["warning"] == "30 is large"
+    tracer = nt.Tracer(nt.Probe(torch.ones(4, 3)), "own/one")
+    model = nn.Linear(3, 2)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for step in range(3):
+            tracer(model, step)
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize(
