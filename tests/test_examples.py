@@ -47,7 +47,7 @@ def hugging_face():
     }
 
 
-def test_readme(tmp_path, monkeypatch):
+def test_readme(tmp_path, monkeypatch, logged):
     import pytorch_lightning as pl
 
     class Model(pl.LightningModule):
@@ -75,6 +75,9 @@ def test_readme(tmp_path, monkeypatch):
         exec(block, names)
     assert {"ntk_entropy", "fisher_trace", "collective_chi_align"} <= set(names["data"])
     assert names["data"].sizes["step"] > 5
+    assert nt.open("runs/edge").hessian_stability.notnull().all()
+    assert nt.open("runs/window").weights_flatness_exponent.notnull().all()
+    assert "the window is not equilibrated" in logged.pop()
     assert nt.open("runs/gradients").gradients_noise_scale.notnull().all()
     for loop in ("attached", "loop", "accelerate", "transformers"):
         assert nt.open(f"runs/{loop}").step.values.tolist() == [0]
