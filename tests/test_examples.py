@@ -174,6 +174,7 @@ def test_edge_of_stability_example_of_digits(tmp_path):
     assert float(ratio) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_variance_flatness_example(tmp_path):
     arguments = ("--epochs", "9", "--windows", "1", "2", "--out", "out")
     printed = example("variance_flatness.py", tmp_path, *arguments)
