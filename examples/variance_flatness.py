@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shutil
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -119,6 +120,7 @@ def main() -> None:
     args = options.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
 
+    warnings.simplefilter("ignore", nt.DoubtfulMeasureWarning)  # what they say is printed below
     data = learn(args.epochs, args.windows, args.seed, args.out)
     print("epochs       psi   95 % interval   expected   equilibration")
     for window, one in data.items():

@@ -139,8 +139,7 @@ class Recorder:
                 taken.records[measure.name] = record
                 if caution := str(record.attributes.get("warning", "")):
                     text = f"{measure.name} at step {step}{self._where}: {caution}"
-                    once = f"{measure.name} {regardless_of_numbers(caution)}"
-                    self._warn(once, text, DoubtfulMeasureWarning)
+                    self._warn(regardless_of_numbers(caution), text, DoubtfulMeasureWarning)
                 taken.seconds[measure.name] = time.perf_counter() - start
             except Inapplicable:
                 continue

@@ -47,7 +47,7 @@ def hugging_face():
     }
 
 
-def test_readme(tmp_path, monkeypatch):
+def test_readme(tmp_path, monkeypatch, logged):
     import pytorch_lightning as pl
 
     class Model(pl.LightningModule):
@@ -75,6 +75,9 @@ def test_readme(tmp_path, monkeypatch):
         exec(block, names)
     assert {"ntk_entropy", "fisher_trace", "collective_chi_align"} <= set(names["data"])
     assert names["data"].sizes["step"] > 5
+    assert nt.open("runs/edge").hessian_stability.notnull().all()
+    assert nt.open("runs/window").weights_flatness_exponent.notnull().all()
+    assert "the window is not equilibrated" in logged.pop()
     assert nt.open("runs/gradients").gradients_noise_scale.notnull().all()
     for loop in ("attached", "loop", "accelerate", "transformers"):
         assert nt.open(f"runs/{loop}").step.values.tolist() == [0]
@@ -140,6 +143,57 @@ def test_entropy_example(tmp_path):
     assert change["1", "ntk/entropy_traced_normalised"] < -0.02
     assert (tmp_path / "runs" / "entropy" / "entropy.png").stat().st_size > 50_000
     assert nt.open(tmp_path / "runs" / "entropy" / "3 layers of 50, seed 0").step[-1] == 24
+
+
+def example(name, tmp_path, *arguments):
+    """What an example prints."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", ROOT / "examples" / name, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_edge_of_stability_example(tmp_path):
+    printed = example("edge_of_stability.py", tmp_path, "--steps", "600", "--out", "out")
+    assert "2 / eta = 5" in printed
+    assert "for the first time at step 400" in printed
+    assert (tmp_path / "out" / "edge_of_stability.png").stat().st_size > 30_000
+    assert nt.open(tmp_path / "out" / "trace").hessian_stability.max() > 1
+    assert nt.open(tmp_path / "out" / "spectra").step.values.tolist() == [0, 120, 600]
+
+
+@pytest.mark.slow
+def test_edge_of_stability_example_of_digits(tmp_path):
+    printed = example("edge_of_stability.py", tmp_path, "--digits", "--out", "out")
+    (ratio,) = re.findall(r"on it is ([\d.]+) of that on average", printed)
+    assert float(ratio) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.slow
+def test_variance_flatness_example(tmp_path):
+    arguments = ("--epochs", "9", "--windows", "1", "2", "--out", "out")
+    printed = example("variance_flatness.py", tmp_path, *arguments)
+    rows = re.findall(r"^ +(\d+) +([-\d.]+) +([-\d.]+) to ([-\d.]+)", printed, re.M)
+    assert [int(row[0]) for row in rows] == [1, 2]
+    for _, psi, low, high in rows:
+        assert float(low) < float(psi) < float(high)
+    assert "the window is not equilibrated" in printed
+    assert (tmp_path / "out" / "variance_flatness.png").stat().st_size > 30_000
+
+
+@pytest.mark.slow
+def test_variance_flatness_example_in_full(tmp_path):
+    """The longer the window, the smaller the exponent."""
+    printed = example("variance_flatness.py", tmp_path, "--windows", "5", "10", "50")
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +[\d.]+ to", printed, re.M)
+    psi = {int(window): float(value) for window, value in rows}
+    assert 3.3 < psi[10] < 4.5
+    assert psi[5] > psi[10] > psi[50]
 
 
 @pytest.mark.parametrize("quantity", ["norms", "loss_gram", "traces", "mc_fisher", "ntk"])

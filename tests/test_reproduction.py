@@ -1,4 +1,4 @@
-"""Published phenomena of learning, seen through nettrace; slow, as networks are trained to the end.
+"""Published phenomena of learning, seen through nettrace; most are slow: networks learn to the end.
 
 What is asked of each is what independent computations without nettrace gave beforehand.
 """
@@ -16,9 +16,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import nettrace as nt
-
-pytestmark = pytest.mark.slow
-
 
 # Two mechanisms of learning: Tovey et al. 2024, arXiv:2410.07451 ----------------------------------
 
@@ -61,6 +58,7 @@ def change(data, name):
     return float(data[name][-1] - data[name][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_deep_networks_form_structure_and_shallow_ones_compress(seed):
     deep, shallow = learn_digits(3, seed), learn_digits(1, seed)
@@ -72,6 +70,7 @@ def test_deep_networks_form_structure_and_shallow_ones_compress(seed):
     assert change(shallow, "ntk_entropy_normalised") < 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_fisher_information_rises_and_falls_while_the_kernel_grows(depth, seed):
@@ -84,6 +83,7 @@ def test_fisher_information_rises_and_falls_while_the_kernel_grows(depth, seed):
     assert kernel[-1] == kernel.max() > 5 * kernel[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "steps"), [(0, 1000), (1, 300), (2, 300)])
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_loss_moves_down_the_spectrum(depth, seed, steps):
@@ -111,6 +111,7 @@ class ModularAddition(nn.Module):
         return (self.a[a] + self.b[b]).square() @ self.out
 
 
+@pytest.mark.slow
 def test_modular_addition_is_understood_long_after_it_is_memorised():
     p = 31
     torch.manual_seed(0)
@@ -152,6 +153,7 @@ class Committee(nn.Module):
         return (h + self.eps / 2 * h.square()).mean(1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_polynomial_regression_groks_as_the_kernel_turns_to_the_target():
     dimension, samples, width, eps = 100, 550, 500, 0.25
     generator = torch.Generator().manual_seed(0)
@@ -185,3 +187,78 @@ def centred_alignment(model, x, y):
     kernel = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
     y = y[:, 0] - y.mean()
     return float(y @ kernel @ y / (kernel.norm() * y.square().sum()))
+
+
+# The edge of stability: Cohen et al. 2021, arXiv:2103.00065 ---------------------------------------
+
+
+def sharpen(model, x, y, rate, steps, every):
+    """Full-batch gradient descent on half the squared error; how stable it is, and the losses."""
+    probe = nt.Probe(x, y, likelihood="gaussian")
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    tracer = nt.Tracer(probe, "hessian/stability", every=every, on_error="raise")
+    found, losses = {}, []
+    for step in range(steps):
+        for record in tracer(model, step, optimizer):
+            if record.name == "hessian/stability":
+                found[step] = float(record.value)
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().sum(1).mean() / 2
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return found, np.array(losses)
+
+
+def dense_sharpness(model, x, y):
+    """The largest eigenvalue of the whole Hessian, by plain autograd in float64."""
+    names = [name for name, _ in model.named_parameters()]
+    weights = [p.detach().double() for p in model.parameters()]
+
+    def loss(flat):
+        parts = flat.split([w.numel() for w in weights])
+        given = {n: p.view_as(w) for n, p, w in zip(names, parts, weights, strict=True)}
+        outputs = torch.func.functional_call(model, given, (x.double(),))
+        return (outputs - y.double()).square().sum(1).mean() / 2
+
+    point = torch.cat([w.flatten() for w in weights])
+    return float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, point))[-1])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+def test_gradient_descent_on_a_polynomial_settles_at_the_edge_of_stability(dtype):
+    """Mean over the records of the last half; without nettrace it is 1.022 in float64."""
+    torch.manual_seed(0)
+    x = torch.linspace(-1, 1, 20, dtype=dtype)[:, None]
+    y = 8 * x**4 - 8 * x**2 + 1
+    model = nn.Sequential(nn.Linear(1, 100), nn.Tanh(), nn.Linear(100, 1, bias=False))
+    nn.init.xavier_normal_(model[0].weight, gain=1.9)
+    nn.init.zeros_(model[0].bias)
+    nn.init.xavier_normal_(model[2].weight)
+    model.to(dtype)
+    start = dense_sharpness(model, x, y)
+    found, losses = sharpen(model, x, y, rate=0.4, steps=6000, every=100)
+    assert found[0] == pytest.approx(0.4 * start / 2, rel=1e-4)
+    assert start == pytest.approx(4.03, abs=0.01)
+    assert 300 <= min(step for step, ratio in found.items() if ratio > 1) <= 500
+    assert np.mean([r for step, r in found.items() if step >= 3000]) == pytest.approx(1, abs=0.03)
+    assert losses[-1000:].mean() < losses[0] / 10
+    assert (np.diff(losses[3000:]) > 0).mean() > 0.2  # although it rises at many steps
+
+
+@pytest.mark.slow
+def test_gradient_descent_on_digits_settles_at_the_edge_of_stability():
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images / 16, dtype=torch.float32)
+    x = ((x - x.mean(0)) / x.std())[:1000]
+    y = F.one_hot(torch.tensor(labels[:1000]), 10).float()
+    hidden = [nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+    model = nn.Sequential(*hidden, nn.Linear(64, 10))
+    found, losses = sharpen(model, x, y, rate=0.2, steps=3000, every=50)
+    assert 0.2 < found[0] < 0.24
+    assert 700 <= min(step for step, ratio in found.items() if ratio > 1) <= 900
+    assert np.mean([r for step, r in found.items() if step >= 2250]) == pytest.approx(1, abs=0.05)
+    assert (np.diff(losses[1500:]) > 0).mean() > 0.2
