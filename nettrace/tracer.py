@@ -465,7 +465,8 @@ class Tracer(Recorder):
             loss_check=self.loss_check,
             ranks=self._ranks,
         )
-        check_independence(found)
+        if not found.needed <= Statistics.of_mean_loss:
+            check_independence(found)
         return found, self._prices.refused(found, measures)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:
