@@ -1,4 +1,4 @@
-"""What the largest eigenvalue, the trace and the density of the Hessian cost, and how right they are.
+"""What the Hessian's largest eigenvalue, trace and density cost, and how right they are.
 
     python benchmarks/curvature.py [--repeats NUMBER]
 
@@ -72,10 +72,10 @@ def convolutional(channels: int) -> nn.Module:
 
 #: By name, from a scale to a network.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "tanh MLP": lambda scale: dense(nn.Tanh, 32 * scale),
-    "GELU MLP": lambda scale: dense(nn.GELU, 32 * scale),
-    "ReLU MLP": lambda scale: dense(nn.ReLU, 32 * scale),
-    "tanh CNN": lambda scale: convolutional(6 + scale),
+    "tanh MLP": lambda scale: dense(nn.Tanh, 16 * scale),
+    "GELU MLP": lambda scale: dense(nn.GELU, 16 * scale),
+    "ReLU MLP": lambda scale: dense(nn.ReLU, 16 * scale),
+    "tanh CNN": lambda scale: convolutional(6 + scale // 2),
 }
 
 
@@ -286,7 +286,7 @@ def runs() -> Iterator[tuple[str, Workload, torch.optim.Optimizer, int]]:
             ("gradient descent, 0.2", 1024, lambda p: torch.optim.SGD(p, 0.2)),
         ]:
             torch.manual_seed(1)
-            work = Workload(name, NETWORKS[name](8), *digits(1024, "CNN" in name))
+            work = Workload(name, NETWORKS[name](16), *digits(1024, "CNN" in name))
             yield f"{name}, {title}", work, make(work.model.parameters()), batch
     for name in ("mlp", "lenet"):
         work = WORKLOADS[name]()
@@ -319,15 +319,15 @@ def warm(
 
 def traces(name: str, seed: int) -> str:
     work = trained(name, 1, seed)
-    dense_hessian = matrix(work)
-    true = float(dense_hessian.trace())
+    hessian_matrix = matrix(work)
+    true = float(hessian_matrix.trace())
     exact = Statistics(work.model, probe(work), {"hessian_trace"}).hessian_trace
     peer = np.array(pyhessian(work).trace(maxIter=200, tol=-np.inf)) - true
     told = []
     for method in ("xtrace", "hutch++"):
         found = [
             probed(
-                *(lambda v: (dense_hessian @ v.double()).to(v), len(dense_hessian)),
+                *(lambda v: (hessian_matrix @ v.double()).to(v), len(hessian_matrix)),
                 **{"dtype": torch.float32, "device": "cpu", "method": method, "seed": k},
                 **{"relative_error": TARGET, "most_products": 1000},
             )
@@ -410,7 +410,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     works = [WORKLOADS[name]() for name in ("mlp", "lenet", "vit", "gpt")]
-    works += [trained(name, 8, 0, 1024) for name in NETWORKS]
+    works += [trained(name, 16, 0, 1024) for name in NETWORKS]
     sections = [
         f"""# Curvature: cost and truth
 
