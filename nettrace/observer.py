@@ -221,7 +221,9 @@ class Observer(Recorder):
             loss_check=self.loss_check,
             ranks=self._ranks,
         )
-        check_independence(found)
+        # Of several processes, each evaluates its samples without those of the others.
+        if self._ranks.count > 1 or not found.needed <= Statistics.of_mean_loss:
+            check_independence(found)
         return found, self._prices.refused(found, measures)
 
     def _spot_check(self, jacobian: Jacobian, step: int) -> Certificate | None:

@@ -77,6 +77,14 @@ class Look:
         "gradient_gram gradient_curvature".split()
     )
 
+    #: The statistics that have a meaning also where samples are not independent of each other.
+    of_mean_loss = frozenset(
+        "hessian_operator hessian_top hessian_leading hessian_bottom hessian_lowest "
+        "hessian_layer_tops hessian_density hessian_estimates hessian_diagonal mean_gradient "
+        "wide_loss stability_operator stability_top stability_threshold learning_rates weights "
+        "step".split()
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,6 +123,11 @@ class Look:
     def expect(self, needs: Iterable[str]) -> None:
         """Says anew which statistics will be asked for, before the first is."""
         self._needs = frozenset(need.rpartition(".")[2] for need in needs)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The statistics that will be asked for."""
+        return self._needs
 
     def earlier(self, reference: Reference) -> Kept:
         """The look that a measure compares with: the first, which may be this, or the one before.
