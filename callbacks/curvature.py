@@ -21,10 +21,13 @@ _OF_STABILITY = (
 class Curvature(Trace):
     """`Trace` of the Hessian of the mean loss: eigenvalues at both ends, trace and stability.
 
-    "ggn", "fisher" and single measures can be asked for instead, or beside.
+    "ggn", "fisher" and single measures can be asked for instead, or beside. All are of the loss on
+    the probe: what is to be held against the training's own stability takes its samples.
     """
 
-    def __init__(self, measures: str | Iterable[str] = "hessian", **options: Any) -> None:
+    def __init__(
+        self, measures: str | Iterable[str] = ("hessian", "hessian/stability"), **options: Any
+    ) -> None:
         super().__init__(measures, **options)
 
 
