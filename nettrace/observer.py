@@ -207,10 +207,11 @@ class Observer(Recorder):
             if certificate is not None:
                 checks[:] = [spot_check(step, certificate)]
 
+        needs = {need for measure in measures for need in measure.needs}
         found = Statistics(
             model,
             self.probe,
-            {need for measure in measures for need in measure.needs},
+            needs,
             step=step,
             past=self._past,
             optimizers=optimizers,
@@ -222,7 +223,8 @@ class Observer(Recorder):
             ranks=self._ranks,
         )
         # Of several processes, each evaluates its samples without those of the others.
-        if self._ranks.count > 1 or not found.needed <= Statistics.of_mean_loss:
+        asked = {need.rpartition(".")[2] for need in needs}
+        if self._ranks.count > 1 or not asked <= Statistics.of_mean_loss:
             check_independence(found)
         return found, self._prices.refused(found, measures)
 

@@ -124,11 +124,6 @@ class Look:
         """Says anew which statistics will be asked for, before the first is."""
         self._needs = frozenset(need.rpartition(".")[2] for need in needs)
 
-    @property
-    def needed(self) -> frozenset[str]:
-        """The statistics that will be asked for."""
-        return self._needs
-
     def earlier(self, reference: Reference) -> Kept:
         """The look that a measure compares with: the first, which may be this, or the one before.
 
