@@ -144,22 +144,30 @@ def autocorrelations(series: Tensor) -> Tensor:
 def correlation_times(series: Tensor) -> tuple[Tensor, Tensor]:
     """Integrated autocorrelation times (K,) of series (n, K), in steps of them, and their errors.
 
-    tau = 1/2 + sum of autocorrelations up to the least lag M of at least 5 tau: Sokal (1997), Monte
-    Carlo methods in statistical mechanics, section 3; of exp(-k / t) it is coth(1 / 2t) / 2,
-    near t. The statistical inefficiency is 2 tau. Errors are tau sqrt(2 (2 M + 1) / n), his
-    equation 3.19; they are infinite where the series is shorter than 50 tau, which it does not
-    resolve: autocorrelations are then those of the window, and tau is a lower bound at best.
+    tau = 1/2 + sum of autocorrelations up to a lag M: Sokal (1997), Monte Carlo methods in
+    statistical mechanics, section 3; of exp(-k / t) it is coth(1 / 2t) / 2, near t. The statistical
+    inefficiency is 2 tau. M is the least lag of at least 5 times the sum of the autocorrelations'
+    moduli, for with momentum they may swing, and a sum that ends within the first swing is wrong.
+    Errors are tau sqrt(2 (2 M + 1) / n), his equation 3.19, with the root of the sum of squared
+    autocorrelations, over 2, for tau where that is more. They are infinite where the series is
+    shorter than 50 of that sum, which it does not resolve: autocorrelations are then those of the
+    window, and tau is a lower bound at best.
     """
     window, resolved = _sokal(series)
-    tau = autocorrelations(series).cumsum(0).gather(0, window[None])[0] - 0.5
-    errors = tau.abs() * (2 * (2 * window + 1) / len(series)).sqrt()
+    found = autocorrelations(series)
+    tau = found.cumsum(0).gather(0, window[None])[0] - 0.5
+    squares = 2 * found.square().cumsum(0).gather(0, window[None])[0] - 1
+    scale = torch.maximum(tau.abs(), squares.sqrt() / 2)
+    errors = scale * (2 * (2 * window + 1) / len(series)).sqrt()
     return tau, torch.where(resolved, errors, torch.inf)
 
 
 def _sokal(series: Tensor) -> tuple[Tensor, Tensor]:
     """Up to which lag autocorrelations are summed, and whether the series resolves them."""
     n = len(series)
-    sums = autocorrelations(series).cumsum(0) - 0.5
+    # Moduli that are no more than noise would let the sum grow with the lag.
+    found = autocorrelations(series).abs()
+    sums = torch.where(found > 2 / n**0.5, found, 0.0).cumsum(0) - 0.5
     lags = torch.arange(n, dtype=series.dtype)[:, None]
     reached = lags >= _SOKAL * sums
     reached[0], reached[-1] = False, True

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import Estimate, TraceMethod, exact_estimate, generator, signs, upper_error
-from nettrace.krylov import Times
+from nettrace.krylov import NotSymmetricError, Times
 
 #: Rows of (P, m) matrices that are worked on at a time.
 _ROWS = 2**16
@@ -143,7 +143,10 @@ class XTrace:
         size, probes = tests.shape
         rows = [slice(first, min(first + _ROWS, size)) for first in range(0, size, _ROWS)]
         triangle = self._triangle.to(basis.device)
-        core = sum(basis[r].double().T @ back[r].double() for r in rows)
+        core = torch.zeros(probes, probes).to(triangle)
+        for r in rows:
+            core += basis[r].double().T @ back[r].double()
+        _check_symmetric(core, torch.finfo(basis.dtype).eps)
         # Without image number i, the basis spans all of itself but one direction.
         tiny = (50 * torch.finfo(basis.dtype).eps * triangle.norm()).clamp_min(1e-300)
         lost = torch.linalg.inv(triangle + tiny * torch.eye(probes).to(triangle)).T
@@ -363,14 +366,13 @@ def _exact(
     diagonal: bool,
 ) -> Probed:
     """The same by the matrix's columns."""
-    entries = torch.zeros(size, dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
     for i in range(size):
         column = torch.zeros(size, dtype=dtype, device=device)
         column[i] = 1
-        image = _product(times, column).double().cpu()
-        entries[i] = image[i]
-        squares += image.square().sum()
+        matrix[i] = _product(times, column).double().cpu()
+    _check_symmetric(matrix, torch.finfo(dtype).eps)
+    entries, squares = matrix.diagonal().clone(), matrix.square().sum()
     return Probed(
         exact_estimate(entries.sum()),
         {name: exact_estimate(entries[own].sum()) for name, own in blocks.items()},
@@ -393,6 +395,21 @@ def _product(times: Times, vector: Tensor) -> Tensor:
             "too narrow"
         )
     return found
+
+
+def _check_symmetric(matrix: Tensor, epsilon: float) -> None:
+    """Checks that what a matrix is within some basis is symmetric, to the square root of rounding.
+
+    Raises:
+        NotSymmetricError: if it is not.
+    """
+    off, size = float((matrix - matrix.T).norm()), float(matrix.norm())
+    if off > epsilon**0.5 * size * 2:
+        raise NotSymmetricError(
+            f"the matrix is not symmetric, by {off / size:.2g} of its norm: the products are not "
+            "those of second derivatives, as where a backward pass gives wrong ones when it is "
+            "differentiated"
+        )
 
 
 def _within(own: slice, rows: slice, size: int) -> slice:

@@ -40,6 +40,8 @@ from nettrace.tape import metadata
 _LONG = 2e-3
 #: Seconds above which nothing is timed twice; the first call of all may take this long.
 _SHORT = 1
+#: Seconds above which nothing is timed twice.
+_LONG = 5.0
 #: Cotangents for which contractions are timed, at most.
 _FEW = 8
 #: What seconds are counted by.
@@ -453,15 +455,15 @@ class Pieces:
         return making, min(seconds, again), n, x
 
     def _time(self, call: Callable[[], object], times: int = 3) -> float:
-        """Wall time; the best of three where it is short, for the first warms up."""
+        """Wall time; the best of three where it is short, for the first warms up, or imports."""
         best = math.inf
-        for _ in range(times):
+        for number in range(times):
             self._synchronise()
             start = clock()
             call()
             self._synchronise()
             best = min(best, clock() - start)
-            if best > _SHORT:
+            if best > (_SHORT if number else _LONG):
                 break
         return best
 

@@ -258,7 +258,8 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 
 def _products(pieces: Pieces, matrix: str, count: int, vectors: int) -> Work:
     """Products with a matrix of second derivatives, and vectors as long as the weights."""
-    instead = f"'{matrix}/lambda_max' takes fewest products" if count > 15 else ""
+    group = {"gauss_newton": "ggn", "stability": "hessian"}.get(matrix, matrix)
+    instead = f"'{group}/lambda_max' takes fewest products" if count > 15 else ""
     return Work(
         count * 4 * pieces.vjp,
         2 * count,

@@ -420,3 +420,24 @@ def test_widths_that_are_none():
     assert math.isinf(width(lambda x: math.exp(-x), 1.0, 1e5, 1e3))
     for least in (0.0, -1.0, math.nan, math.inf):
         assert math.isnan(width(lambda x: 1.0, least, 1.0, 1e3))
+
+
+@pytest.mark.parametrize("curvature", [0.1, 1.0])
+def test_correlation_times_of_what_swings(curvature):
+    """One weight on a quadratic, by a heavy ball with momentum 0.9 and white noise."""
+    # w' = (1 + m - h) w - m w_before + noise: AR(2), of which the spectrum at 0 is exact.
+    momentum, n = 0.9, 4000
+    a, b = 1 + momentum - curvature, -momentum
+    rho = [1.0, a / (1 - b)]
+    for _ in range(400):
+        rho.append(a * rho[-1] + b * rho[-2])
+    true = sum(rho) - 0.5
+    noise = np.random.default_rng(0).standard_normal((n + 500, 40))
+    w = np.zeros_like(noise)
+    for t in range(2, len(w)):
+        w[t] = a * w[t - 1] + b * w[t - 2] + noise[t]
+    times, errors = correlation_times(torch.from_numpy(w[500:]))
+    assert bool((times > 0).float().mean() > 0.5)
+    scores = (times - true) / errors
+    assert abs(float(scores.mean())) < 0.7
+    assert float(scores.abs().max()) < 4

@@ -223,7 +223,10 @@ def _laws(curvatures: Tensor, noise: Tensor, updating: Updating) -> dict[str, An
             f"the theory is that of torch.optim.SGD with momentum, weights are updated by {what}"
         )
     if not updating.batch > 0:
-        raise ValueError("how many samples an update sees is not known: tell it to the window")
+        raise ValueError(
+            "how many samples an update sees is not known: pass how many were seen so far, as in "
+            "tracer(model, step, optimizer, samples=...)"
+        )
     h = curvatures.numpy() + updating.decay
     c = batch_variance(noise.var(0).numpy(), updating.batch, updating.population)
     given = (h, c, updating.rate, updating.momentum)

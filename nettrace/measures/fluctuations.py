@@ -189,7 +189,10 @@ def temperature(window_updating: Updating) -> Value:
     """The temperature of stochastic gradient descent."""
     found = window_updating
     if not found.batch > 0:
-        raise ValueError("how many samples an update sees is not known: tell it to the window")
+        raise ValueError(
+            "how many samples an update sees is not known: pass how many were seen so far, as in "
+            "tracer(model, step, optimizer, samples=...)"
+        )
     value = found.rate / found.batch
     attributes: dict[str, str | int | float] = {
         "with_momentum": value / (1 - found.momentum),

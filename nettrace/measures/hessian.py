@@ -306,6 +306,8 @@ def noise_alignment(
     loss_gradient_sqnorms: Tensor,
 ) -> Value:
     """How much of the gradient noise lies in the top eigenspace of the Hessian."""
+    if loss_gradients.samples < 2:
+        raise ValueError("gradient noise takes at least 2 samples, got 1")
     vectors = leading.vectors
     along = torch.stack(
         [

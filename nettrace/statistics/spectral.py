@@ -119,7 +119,7 @@ class SpectralStatistics(CurvatureStatistics):
     @cached_property
     def _is_piecewise_linear(self) -> bool:
         """Whether the trace of the Hessian is that of the Gauss-Newton matrix."""
-        if not self._is_canonical:
+        if not self._is_canonical or not self._outputs.requires_grad:
             return False
         parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         try:

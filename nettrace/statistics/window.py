@@ -112,7 +112,7 @@ class WindowStatistics(CurvatureStatistics):
         if not window.is_full:
             gap = (
                 f"; it began anew after a gap of {window.gap} updates: see every one of them, or "
-                f"pass WeightWindow(stride={window.gap})"
+                f"pass stride={window.gap} to the WeightWindow, or to WeightFluctuations"
                 if window.gap
                 else ": it fills while the training goes on, and anew where that is resumed, as "
                 "checkpoints do not hold it; pass WeightWindow(length=...) for a "

@@ -313,6 +313,43 @@ def test_a_network_of_one_type_is_not_checked_and_that_is_said():
     assert found.value == pytest.approx(float(true), rel=1e-3)
 
 
+class Once(torch.autograd.Function):
+    """A square whose backward pass hides how it depends on its cotangent."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return (2 * x * g.detach()) + 0.1 * x * g
+
+
+def test_products_that_are_not_symmetric_are_refused_by_all_measures():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 40), nn.Linear(40, C)
+
+        def forward(self, x):
+            return self.last(Once.apply(self.first(x)))
+
+    torch.manual_seed(0)
+    model, (_, probe) = Hidden().double(), network()
+    for name in ("ggn/lambda_max", "ggn/frobenius", "ggn/density"):
+        with pytest.raises(Exception, match="symmetric"):
+            measured([name], model, probe)
+
+
+def test_noise_takes_two_samples():
+    model, probe = network()
+    alone = nt.Probe(probe.inputs[:1], probe.targets[:1])
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        measured(["hessian/noise_alignment"], model, alone)
+
+
 def test_groups_stand_for_what_a_network_and_a_probe_define():
     names = {measure.name for measure in resolve(["hessian", "ggn"])}
     assert {"hessian/lambda_max", "hessian/trace", "ggn/trace"} <= names
