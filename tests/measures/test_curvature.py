@@ -110,6 +110,20 @@ def test_known_signed_spectra(curvatures):
     assert found["hessian/gradient_sharpness"].value == pytest.approx(rayleigh)
 
 
+def test_a_gradient_that_does_not_see_the_top_does_not_hide_it():
+    """The first look begins with the gradient, which has nothing along the top eigenvector."""
+    curvatures = tuple(float(h) for h in range(-40, 60))
+    model = Quadratic(curvatures)
+    with torch.no_grad():
+        model.w[-1] = 0
+    found = measured(["hessian/lambda_max"], model, own())["hessian/lambda_max"]
+    assert found.value == pytest.approx(59, rel=1e-6)
+    with torch.no_grad():
+        model.w[:] = 0
+    found = measured(["hessian/lambda_max"], model, own())["hessian/lambda_max"]
+    assert found.value == pytest.approx(59, rel=1e-6)
+
+
 @pytest.mark.parametrize("weights", [(2.0, 0.5), (0.5, 2.0, 3.0)])
 def test_minima_of_deep_linear_networks(weights):
     """At a minimum, H = x^2 v v^T with v_i the product of the other weights."""
