@@ -30,6 +30,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/budget.py
 	.venv/peers/bin/python benchmarks/steps.py
 	.venv/peers/bin/python benchmarks/curvature.py
+	.venv/peers/bin/python benchmarks/fluctuations.py
 
 clean:
 	rm -rf .venv build *.egg-info
