@@ -59,6 +59,8 @@ class SpectralStatistics(CurvatureStatistics):
     #: How many test vectors traces are estimated from, at least; the relative standard error aimed
     #: at by more, and after how many products to be content.
     test_vectors, trace_error, most_products = 12, 0.02, 100
+    #: How many steps a density takes for each draw, and how many draws.
+    density_steps, density_draws = 30, 4
 
     hessian_top = statistic("top", "hessian", "The largest eigenvalue")
     gauss_newton_top = statistic("top", "gauss_newton", "The largest eigenvalue")
@@ -232,7 +234,8 @@ class SpectralStatistics(CurvatureStatistics):
 
     def _density(self, matrix: Matrix) -> Quadrature:
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
-        return operator.density(seed=self._seed)
+        steps, draws = self.density_steps, self.density_draws
+        return operator.density(steps=steps, draws=draws, seed=self._seed)
 
     @cached_property
     def _found(self) -> dict[tuple[str, str], Any]:
