@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 
 import nettrace as nt
@@ -215,8 +214,8 @@ def test_the_variance_that_is_predicted_is_measured(momentum):
 
 
 def digits_network(seed, epochs, window):
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
     torch.manual_seed(seed)
-    digits = load_digits()
     x = torch.tensor(digits.data / 16, dtype=torch.float32)
     y = torch.tensor(digits.target)
     widths = (64, 50, 50, 10)
