@@ -19,6 +19,7 @@ earlier columns is known beforehand.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -29,6 +30,8 @@ from torch import Tensor
 Times: TypeAlias = Callable[[Tensor], Tensor]
 #: For how many vectors there is room at first.
 _ROOM = 16
+#: How many steps the course of the process is judged by.
+_LATELY = 4
 
 
 class NotSymmetricError(ValueError):
@@ -57,6 +60,8 @@ class Krylov:
         self._ahead: list[Tensor] = []
         self._projected = torch.zeros(0, 0, dtype=torch.float64)
         self._links = torch.zeros(0, 0, dtype=torch.float64)
+        #: Of the last steps, q . A q and the norm of what is new in A q.
+        self._course: deque[tuple[float, float]] = deque(maxlen=_LATELY)
         self.products = 0
         self.norm = 0.0
 
@@ -135,6 +140,7 @@ class Krylov:
             )
         projected[:n, n], projected[n, :n], projected[n, n] = found[:n], expected, found[n]
         self._links = torch.cat([self._links, found[n + 1 :, None]], 1)
+        self._course.append((float(found[n]), rest[1] if rest else 0.0))
         if rest is not None:
             row = torch.zeros(1, n + 1, dtype=torch.float64)
             row[0, n] = rest[1]
@@ -149,6 +155,22 @@ class Krylov:
         values, coefficients = torch.linalg.eigh((self._projected + self._projected.T) / 2)
         residuals = (self._links @ coefficients).square().sum(0)
         return values, coefficients, (residuals + (self.epsilon * self.norm) ** 2).sqrt()
+
+    def continued(self, steps: int) -> Tensor:
+        """Ritz values, smallest first, after further steps with the last ones' mean coefficients.
+
+        Of a space that has one start vector; where it is invariant, nothing is to come.
+        """
+        n, further = len(self), steps if self._ahead else 0
+        whole = torch.zeros(n + further, n + further, dtype=torch.float64)
+        whole[:n, :n] = self._projected
+        if further:
+            own, new = torch.tensor(list(self._course), dtype=torch.float64).mean(0)
+            whole[n:, n:] = torch.diag(own.expand(further))
+            whole[n:, n:].diagonal(1).fill_(new)
+            whole[:n, n] = self._links[0]
+        values: Tensor = torch.linalg.eigvalsh(whole, UPLO="U")
+        return values
 
     def along(self, coefficients: Tensor) -> Tensor:
         """(W,): how much of the residuals of some pairs, Q y for y (n, K), lies in columns of W."""

@@ -303,9 +303,9 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 
 @prices("stability_threshold", "learning_rates")
 @prices("hessian_eigenvector", "gauss_newton_eigenvector", "fisher_eigenvector")
-@prices("stability_eigenvector")
+@prices("stability_eigenvector", "hessian_check")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work()  # known, or found with the eigenvalue
+    return Work()  # known, or found with the eigenvalue or the operator
 
 
 @prices("_kernel")

@@ -298,6 +298,7 @@ class CurvatureOperator(Flattening):
         *,
         tolerance: float | None = None,
         start: Tensor | None = None,
+        hint: Tensor | None = None,
         seed: int = 0,
         memory: int = 2**31,
     ) -> tuple[Eigenpairs, Eigenpairs]:
@@ -311,6 +312,7 @@ class CurvatureOperator(Flattening):
             device=self.device,
             tolerance=tolerance,
             start=start,
+            hint=hint,
             seed=seed,
             memory=memory,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from nettrace.probe import Probe
 from nettrace.ranks import ALONE, Ranks
 from nettrace.second_order import (
     CurvatureOperator,
+    Flattening,
     GaussNewtonProduct,
     HessianProduct,
     NotTwiceDifferentiableError,
@@ -25,6 +27,9 @@ from nettrace.second_order import (
 from nettrace.smooth import WideLoss, check_differences, cross_check
 from nettrace.statistics.gradients import ProbeGradientStatistics
 from nettrace.tape import Tape
+
+_CHECK = ("previous", "hessian_check")
+_CHECKED = "reverse over reverse, {:.1g} from finite differences at step {:.0f}"
 
 
 class CurvatureStatistics(ProbeGradientStatistics):
@@ -38,8 +43,36 @@ class CurvatureStatistics(ProbeGradientStatistics):
 
     @cached_property
     def hessian_operator(self) -> CurvatureOperator:
-        """The Hessian of the mean loss, checked by finite differences on a few samples."""
-        smooth, some = self._smooth, None
+        """The Hessian of the mean loss, held against finite differences where that is due."""
+        apart = float(self.hessian_check[1])
+        self._past.keep(self, {_CHECK})
+        parameters = self._smooth.parameters
+        if math.isnan(apart):
+            return CurvatureOperator(self._differences, parameters, torch.float32)
+        return CurvatureOperator(self._hessian, parameters)
+
+    @cached_property
+    def hessian_check(self) -> Tensor:
+        """How products with the Hessian compared with finite differences, on a few samples.
+
+        (4,) float64: the number of this look; how far they were apart, NaN where differences alone
+        are right and infinite where there are none; at which step that was found; and P. It is
+        found anew at the looks number 1, 2, 4, 8, ..., wherever P has changed, and as long as it is
+        no number.
+        """
+        before = self._past.before(_CHECK, self.step)
+        found = before["hessian_check"].tolist() if before else (0, math.nan, 0, 0)
+        look, apart, step, size = found
+        look, now = look + 1, Flattening(self._smooth.parameters).size
+        self._derivatives = _CHECKED.format(apart, step)
+        if size != now or not math.isfinite(apart) or math.frexp(look)[0] == 0.5:
+            checks, step = self._ranks.each(self._cross_check()), self.step
+            apart, self._derivatives = max(checks, key=lambda c: (math.isnan(c[0]), c[0]))
+        return torch.tensor((look, apart, step, now), dtype=torch.float64)
+
+    def _cross_check(self) -> tuple[float, str]:
+        """How far products are from finite differences, and how derivatives are found."""
+        some = None
         if len(self._outputs) == len(self._own):
             some = self._own.take(slice(0, -(-len(self._own) // self.checked)))
         few = self._wide(some or self._own, ALONE)
@@ -47,19 +80,16 @@ class CurvatureStatistics(ProbeGradientStatistics):
             error = cross_check(few, self._seed)
         except NotTwiceDifferentiableError as why:
             check_differences(few, self._seed)
-            self._derivatives = f"finite differences of the gradient in float64, as {why}"
-            return CurvatureOperator(self._differences, smooth.parameters, torch.float32)
+            return math.nan, f"finite differences of the gradient in float64, as {why}"
         except RuntimeError as why:  # of operations that take one type alone
             if is_out_of_memory(why):
                 raise
-            check_functions(Tape.behind(smooth.losses, smooth.parameters, ()).nodes)
-            self._derivatives = (
+            check_functions(Tape.behind(self._smooth.losses, self._smooth.parameters, ()).nodes)
+            return math.inf, (
                 "reverse over reverse, not held against finite differences, as the network cannot "
                 f"be evaluated in float64: {told(why)}"
             )
-        else:
-            self._derivatives = f"reverse over reverse, {error:.1g} from finite differences"
-        return CurvatureOperator(self._hessian, smooth.parameters)
+        return error, _CHECKED.format(error, self.step)
 
     @cached_property
     def _hessian(self) -> HessianProduct:

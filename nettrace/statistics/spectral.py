@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nettrace.eigenpairs import Eigenpairs
-from nettrace.estimators import Estimate, generator
+from nettrace.estimators import Estimate
 from nettrace.likelihood import CANONICAL
 from nettrace.matrix_traces import Probed
 from nettrace.operator import PerLayer
@@ -177,28 +177,17 @@ class SpectralStatistics(CurvatureStatistics):
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         reference = ("previous", f"{matrix}_eigenvector")
         before = self._past.before(reference, self.step) if upper + lower == 1 else None
-        start = None
+        start = hint = None
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
             upper *= 2
         elif (upper, lower) == (1, 0):
-            start = self._hint(operator)
-        ends = self._extremes(operator, upper, lower, start)
+            hint = operator.flat(self.mean_gradient)
+        ends = self._extremes(operator, upper, lower, start, hint)
         if upper:
             self._found[matrix, "eigenvector"] = ends[0].vectors[:, :2]
             self._past.keep(self, {reference})
         return ends
-
-    def _hint(self, operator: CurvatureOperator) -> Tensor | None:
-        """(P, 1) the gradient and a random vector, None where there is no gradient."""
-        gradient = operator.flat(self.mean_gradient)
-        length = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        if not bool(0 < length < torch.inf):
-            return None
-        drawn = torch.randn(operator.size, generator=generator(self._seed, "hint"))
-        both = gradient / length + drawn.to(gradient) / drawn.double().norm()
-        hint: Tensor = both.to(gradient)[:, None]
-        return hint
 
     def _eigenvector(self, matrix: Matrix) -> Tensor:
         self._top(matrix)
@@ -206,12 +195,18 @@ class SpectralStatistics(CurvatureStatistics):
         return found
 
     def _extremes(
-        self, operator: CurvatureOperator, upper: int, lower: int, start: Tensor | None = None
+        self,
+        operator: CurvatureOperator,
+        upper: int,
+        lower: int,
+        start: Tensor | None = None,
+        hint: Tensor | None = None,
     ) -> Ends:
         return operator.eigenpairs(
             *(upper, lower),
             tolerance=max(torch.finfo(operator.dtype).eps ** 0.5, self.least_tolerance),
             start=start,
+            hint=hint,
             seed=self._seed,
             memory=self._memory,
         )

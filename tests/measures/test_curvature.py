@@ -220,6 +220,68 @@ def test_following_a_run_is_right_at_every_record():
         optimizer.step()
 
 
+def test_products_are_checked_at_the_records_number_1_2_4_and_where_parameters_change():
+    model, probe = network()
+    tracer = nt.Tracer(probe, ["hessian/lambda_max"], on_error="raise")
+    said = []
+    for step in range(8):
+        model[0].bias.requires_grad_(step < 5)
+        found = measured((), model, probe, step=10 * step, tracer=tracer)["hessian/lambda_max"]
+        said.append(int(found.attributes["second_derivatives"].rpartition(" ")[2]))
+    assert said == [0, 10, 10, 30, 30, 50, 50, 70]
+    resumed = nt.Tracer(probe, ["hessian/lambda_max"], on_error="raise")
+    resumed.load_state_dict(tracer.state_dict())
+    found = measured((), model, probe, step=80, tracer=resumed)["hessian/lambda_max"]
+    assert found.attributes["second_derivatives"].endswith("from finite differences at step 70")
+
+
+def test_derivatives_that_are_wrong_are_not_used_between_checks():
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(5, 4))
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(4, C)).double()
+    _, probe = network()
+    tracer = nt.Tracer(probe, ["hessian/lambda_max"], on_error="raise")
+    for step in range(4):
+        found = measured((), model, probe, step=step, tracer=tracer)["hessian/lambda_max"]
+        assert "in float64, as" in found.attributes["second_derivatives"]
+        assert found.value == pytest.approx(top_by_differences(model, probe), rel=1e-3)
+
+
+def top_by_differences(model, probe):
+    """The largest eigenvalue of the Hessian, from gradients of the loss apart by 1e-5."""
+    parameters = list(model.parameters())
+    point = flat(parameters).detach()
+
+    def gradient(weights):
+        nn.utils.vector_to_parameters(weights, parameters)
+        return flat(torch.autograd.grad(loss_of(model, probe), parameters))
+
+    moves = 1e-5 * torch.eye(len(point)).double()
+    columns = [(gradient(point + move) - gradient(point - move)) / 2e-5 for move in moves]
+    nn.utils.vector_to_parameters(point, parameters)
+    return float(torch.linalg.eigvalsh(torch.stack(columns))[-1])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("updates", [0, 100])
+def test_the_top_is_not_missed_from_whichever_start(activation, updates):
+    """Where several eigenvalues lie close together, as at the beginning and in flat minima."""
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    probe = nt.Probe(x, (x[:, :4].argmax(1) + (x[:, 4] > 1)).clamp_max(3))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(16, 24), activation(), nn.Linear(24, 4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+        for _ in range(updates):
+            optimizer.zero_grad()
+            loss_of(model, probe).backward()
+            optimizer.step()
+        true = float(torch.linalg.eigvalsh(dense_hessian(model, probe))[-1])
+        for start in range(4):
+            found = measured(["hessian/lambda_max"], model, probe, step=start)
+            assert found["hessian/lambda_max"].value == pytest.approx(true, rel=1e-3)
+
+
 def test_single_precision():
     model, probe = network(torch.float32)
     true = torch.linalg.eigvalsh(dense_hessian(model, probe))
