@@ -14,7 +14,8 @@ demo: .venv/demo
 	$(BIN)/python examples/digits.py
 
 test: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" \
+		--timeout 900 --timeout-method thread $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check
