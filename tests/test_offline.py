@@ -188,6 +188,7 @@ HERE = Path(__file__).parent
 class Net(nn.Sequential):
     def forward(self, x):
         if float(self[2].bias.detach()[0]) == 666:
+            time.sleep(3)  # Dask starts no worker in place of one that dies while it begins
             os.kill(os.getpid(), signal.SIGKILL)
         if (HERE / "slow").exists():
             time.sleep(0.3)
@@ -297,13 +298,17 @@ def test_a_dask_cluster_finds_the_same(saved, tmp_path):
 
 @pytest.mark.slow
 def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp_path, module):
-    distributed = pytest.importorskip("distributed")
+    dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
     options = {"model": f"{module}:build", "threads": 1}
     one = analyze(saved, **options, to=tmp_path / "one")
     (tmp_path / "kill").touch()
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="3GiB"
-    ) as cluster:
+    few = dask.config.set({"distributed.scheduler.allowed-failures": 1})
+    with (
+        few,
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit="3GiB"
+        ) as cluster,
+    ):
         address = cluster.scheduler_address
         two = analyze(saved, **options, to=tmp_path / "two", dask=address)
         with pytest.raises(
@@ -317,6 +322,22 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert_same(one.trace, two.trace)
     assert three.done == (0, 1, 9)  # the one after it compares with it
     assert "lack of memory" in three.failed[at(saved, 2)]
+
+
+def test_a_dask_cluster_without_workers_is_not_waited_for_without_end(saved, tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(pools, "_PATIENCE", 1)
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+
+        def build():
+            cluster.scale(0)
+            time.sleep(0.5)
+            return smooth()
+
+        with pytest.raises(RuntimeError, match=r"no worker for 1 seconds: start some and"):
+            analyze(saved, model=build, to=tmp_path / "one", dask=cluster.scheduler_address)
 
 
 def test_what_is_no_address_of_a_scheduler_is_refused(saved):

@@ -32,7 +32,7 @@ Task: TypeAlias = tuple[int, tuple[str, ...]]
 #: How often workers may die during one checkpoint.
 DEATHS = 2
 #: Seconds in which a cluster without workers may get one.
-_PATIENCE = 30
+_PATIENCE = 60
 _OF_MEMORY = (
     "a common cause is the lack of memory: take a smaller probe or memory_budget, or jobs=1"
 )
@@ -172,20 +172,26 @@ def _streamed(
     submit: Callable[[Sequence[Task]], Future[list[Outcome]]],
     window: int,
     lost: type[BaseException] | tuple[type[BaseException], ...] = (),
+    check: Callable[[], None] = lambda: None,
 ) -> Outcomes:
+    """What tasks give, so many on their way; `check` raises where none is to come any more."""
     left = deque(cut)
     suspects: deque[Task] = deque()
     waiting: dict[Future[list[Outcome]], Sequence[Task]] = {}
+    alone = False
     try:
         while left or suspects or waiting:
             while left and len(waiting) < window:
                 run = left.popleft()
                 waiting[submit(run)] = run
-            alone = not waiting  # so that no other can have killed its worker
-            if alone:
+            if not waiting:
                 run = [suspects.popleft()]
                 waiting[submit(run)] = run
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                alone = True  # so that no other can have killed its worker
+            ended = wait(waiting, _PATIENCE, FIRST_COMPLETED).done
+            if not ended:
+                check()
+            for future in ended:
                 run = waiting.pop(future)
                 try:
                     yield from future.result()
@@ -194,6 +200,7 @@ def _streamed(
                         yield _died(run[0], str(error))
                     else:
                         suspects.extend(run)
+                alone = False
     finally:
         for future in waiting:
             future.cancel()
@@ -339,6 +346,7 @@ def on_dask(
 
     Raises:
         ImportError: if Dask is not installed.
+        RuntimeError: if all workers are lost, and none comes in their place.
         ValueError: if the address is none, no worker has the memory, or there is none.
     """
     try:
@@ -363,6 +371,16 @@ def on_dask(
         workers = client.scheduler_info(n_workers=-1)["workers"].values()
         resources = _resources(list(workers), need)
         executor = client.get_executor(pure=False, resources=resources)
+
+        def check() -> None:
+            try:
+                client.wait_for_workers(1, timeout=_PATIENCE)
+            except TimeoutError:
+                raise RuntimeError(
+                    f"the Dask cluster has had no worker for {_PATIENCE} seconds: start some and "
+                    "analyse once more, which goes on where this ended"
+                ) from None
+
         # Made there of bytes, so that it is made again wherever it is lost.
         plan = client.submit(_received, shared.pickled, pure=False)
         yield from _streamed(
@@ -370,6 +388,7 @@ def on_dask(
             lambda run: executor.submit(_work_run, plan, run),
             len(workers) + 1,
             KilledWorker,
+            check,
         )
     finally:
         if given is None:
