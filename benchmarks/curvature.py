@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from workloads import WORKLOADS, Workload, cross_entropies
 
 import nettrace as nt
-from nettrace.eigenpairs import eigenpairs
+from nettrace.freeze import frozen
 from nettrace.matrix_traces import probed
 from nettrace.second_order import CurvatureOperator
 from nettrace.spectral_density import quadrature
@@ -167,19 +167,11 @@ def record(tracing: nt.Tracer, work: Workload, step: int) -> tuple[float, int]:
 
 
 def bare(work: Workload, seed: int) -> tuple[float, int]:
-    """The same from the operator, without the tracer."""
+    """The same without the tracer: the look, the check by finite differences, and products."""
     statistics = Statistics(work.model, probe(work), seed=seed)
-    operator = CurvatureOperator(*_product(statistics))
-    top, _, products = eigenpairs(
-        *(operator, operator.size, 1, 0),
-        **{"dtype": operator.dtype, "device": operator.device, "seed": seed},
-    )
-    return float(top.values[0]), products
-
-
-def _product(statistics: Statistics) -> tuple[object, object]:
-    operator = statistics.hessian_operator
-    return operator._product, operator.parameters
+    with frozen(work.model):
+        top = statistics.hessian_top
+    return float(top.values[0]), statistics.hessian_operator.products
 
 
 def pyhessian(work: Workload) -> hessian:
@@ -438,9 +430,9 @@ the samples are right.
         f"""## The largest eigenvalue, cold
 
 Each cell: U, products; relative error, median of {repeats} random starts (worst). "A record" is
-`hessian/lambda_max` by a `Tracer`, all of it: the look, the price, the cross-check by finite
-differences, products. "Bare" is the look, the cross-check and the
-products. PyHessian is `eigenvalues()` as it comes (tol=1e-3); curvlinops with eigsh to tol=1e-3.
+`hessian/lambda_max` by a new `Tracer`, all of it: the look, what tells the price of a run's records
+beforehand, the check by finite differences, products. "Bare" is without that price, as in all later
+records. PyHessian is `eigenvalues()` as it comes (tol=1e-3); curvlinops with eigsh to tol=1e-3.
 """
     )
     head = ["network", "U, ms", *COLD]

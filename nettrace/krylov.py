@@ -29,7 +29,9 @@ from torch import Tensor
 #: A product with a symmetric matrix: (P,) -> (P,), of the same dtype and device.
 Times: TypeAlias = Callable[[Tensor], Tensor]
 #: For how many vectors there is room at first.
-_ROOM = 16
+_ROOM = 24
+#: How many numbers are summed in the vectors' own precision.
+_BLOCK = 1024
 #: How many steps the course of the process is judged by.
 _LATELY = 4
 
@@ -56,8 +58,8 @@ class Krylov:
         self, times: Times, size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self._times = times
-        self._basis = torch.empty(min(_ROOM, size), size, dtype=dtype, device=device)  # rows
-        self._ahead: list[Tensor] = []
+        #: The columns of Q and then those of W, as rows.
+        self._basis = torch.empty(min(_ROOM, size), size, dtype=dtype, device=device)
         self._projected = torch.zeros(0, 0, dtype=torch.float64)
         self._links = torch.zeros(0, 0, dtype=torch.float64)
         #: Of the last steps, q . A q and the norm of what is new in A q.
@@ -77,7 +79,7 @@ class Krylov:
     @property
     def ahead(self) -> int:
         """How many columns W has; 0 where Q spans an invariant subspace."""
-        return len(self._ahead)
+        return len(self._links)
 
     @property
     def epsilon(self) -> float:
@@ -97,9 +99,8 @@ class Krylov:
         if norm == 0 or len(self) + self.ahead == self.size:
             return False
         _, rest = self._orthogonal(vector / norm)
-        if rest is None:
+        if not rest:
             return False
-        self._ahead.append(rest[0])
         row = torch.zeros(1, len(self), dtype=torch.float64)
         self._links = torch.cat([self._links, row])
         return True
@@ -111,8 +112,11 @@ class Krylov:
             NotSymmetricError: if the products cannot be those of a symmetric matrix.
             ValueError: if the product is not finite.
         """
-        n, vector = len(self), self._ahead[which]
-        product = self._times(vector)
+        n, which = len(self), which % self.ahead
+        if which:
+            moved = self._basis[n : n + which + 1].roll(1, 0)
+            self._basis[n : n + which + 1] = moved
+        product = self._times(self._basis[n])
         self.products += 1
         norm = _length(product)
         if not norm < torch.inf:
@@ -121,15 +125,13 @@ class Krylov:
                 "the network diverges, or its arithmetic is too narrow"
             )
         self.norm = max(self.norm, norm)
-        self._append(vector)
-        del self._ahead[which]
         expected = self._links[which]
-        left = [b for b in range(len(self._links)) if b != which % len(self._links)]
-        self._links = self._links[left]
+        others = self._links[[b for b in range(self.ahead) if b != which]]
         projected = torch.zeros(n + 1, n + 1, dtype=torch.float64)
         projected[:n, :n] = self._projected
-        self._projected = projected
-        found, rest = self._orthogonal(product, self.norm, [*expected.nonzero()[:, 0].tolist(), n])
+        near = [*expected.nonzero()[:, 0].tolist(), n]
+        found, rest = self._orthogonal(product, self.norm, near)
+        self._projected, self._links = projected, others
         deviation = float((found[:n] - expected).norm())
         if deviation > self.epsilon**0.5 * self.norm:
             raise NotSymmetricError(
@@ -140,12 +142,11 @@ class Krylov:
             )
         projected[:n, n], projected[n, :n], projected[n, n] = found[:n], expected, found[n]
         self._links = torch.cat([self._links, found[n + 1 :, None]], 1)
-        self._course.append((float(found[n]), rest[1] if rest else 0.0))
-        if rest is not None:
+        self._course.append((float(found[n]), rest))
+        if rest:
             row = torch.zeros(1, n + 1, dtype=torch.float64)
-            row[0, n] = rest[1]
+            row[0, n] = rest
             self._links = torch.cat([self._links, row])
-            self._ahead.append(rest[0])
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values (n,), smallest first, coefficients (n, n) of their vectors, residuals (n,).
@@ -161,7 +162,7 @@ class Krylov:
 
         Of a space that has one start vector; where it is invariant, nothing is to come.
         """
-        n, further = len(self), steps if self._ahead else 0
+        n, further = len(self), steps if self.ahead else 0
         whole = torch.zeros(n + further, n + further, dtype=torch.float64)
         whole[:n, :n] = self._projected
         if further:
@@ -182,49 +183,51 @@ class Krylov:
 
     def restart(self, values: Tensor, coefficients: Tensor) -> None:
         """Keeps some Ritz pairs, of values (K,) and vectors Q y, y from (n, K), in place of Q."""
-        kept = self.combine(coefficients)
+        kept, ahead = self.combine(coefficients), self._basis[len(self) :][: self.ahead].clone()
         self._basis[: len(kept)] = kept
+        self._basis[len(kept) : len(kept) + len(ahead)] = ahead
         self._links = self._links @ coefficients
         self._projected = torch.diag(values)
 
-    def _append(self, vector: Tensor) -> None:
-        n, room = len(self), len(self._basis)
-        if n == room:
-            wider = self._basis.new_empty(min(2 * room, self.size), self.size)
-            wider[:n] = self._basis
-            self._basis = wider
-        self._basis[n] = vector
-
     def _orthogonal(
         self, vector: Tensor, scale: float = 1.0, near: Sequence[int] = ()
-    ) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """What a vector has along the columns of Q and W, and the direction and norm of its rest.
+    ) -> tuple[Tensor, float]:
+        """What a vector has along the columns of Q and W, and the norm of its rest.
 
-        There is no rest, but rounding, where it is tiny in comparison with a scale. What it has
-        along those columns of Q that it is near to is taken out first: then one pass over all
-        mostly is enough.
+        The rest's direction becomes the last column of W. There is none, and the norm is 0, but for
+        rounding, where it is tiny in comparison with a scale. What the vector has along those
+        columns of Q that it is near to is taken out first: then one pass over all mostly is enough.
         """
-        parts = [self._basis[: len(self)], *(a[None] for a in self._ahead)]
-        found = torch.zeros(len(self) + self.ahead, dtype=torch.float64)
+        count = len(self) + self.ahead
+        basis = self._basis[:count]
+        found = torch.zeros(count, dtype=torch.float64)
         vector = vector.clone()
         for i in near:
-            amount = float(self._basis[i] @ vector)
-            vector.sub_(self._basis[i], alpha=amount)
+            amount = float(basis[i] @ vector)
+            vector.sub_(basis[i], alpha=amount)
             found[i] += amount
         norm = _length(vector)
         for _ in range(4):
-            along = [part @ vector for part in parts]
-            for part, share in zip(parts, along, strict=True):
-                vector -= share @ part
-            found += torch.cat(along).double().cpu()
+            along = basis @ vector
+            vector.addmv_(basis.T, along, alpha=-1)
+            found += along.double().cpu()
             before, norm = norm, _length(vector)
             if norm <= 10 * self.epsilon * scale:
-                return found, None
+                return found, 0.0
             if norm > 0.7 * before:
                 break
-        return found, (vector / norm, norm)
+        if count == self.size:
+            return found, 0.0
+        if count == len(self._basis):
+            wider = self._basis.new_empty(min(2 * count, self.size), self.size)
+            wider[:count] = self._basis
+            self._basis = wider
+        torch.div(vector, norm, out=self._basis[count])
+        return found, norm
 
 
 def _length(vector: Tensor) -> float:
-    """The norm, summed in float64: in single precision that of a million numbers is off by 1e-4."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    """The norm: that of a million numbers summed in single precision is off by 1e-4."""
+    whole = len(vector) - len(vector) % _BLOCK
+    parts = [vector[:whole].view(-1, _BLOCK).norm(dim=1), vector[whole:].norm()[None]]
+    return float(torch.cat(parts).double().norm())

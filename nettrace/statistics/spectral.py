@@ -53,9 +53,8 @@ class SpectralStatistics(CurvatureStatistics):
 
     #: How many eigenvalues are found at the upper end, and at the lower.
     upper, lower = 10, 5
-    #: To what error eigenvalues are found in double precision, relative to the largest; in single,
-    #: to the square root of its precision.
-    least_tolerance = 1e-6
+    #: To what error eigenvalues are found, relative to the largest: in single and double precision.
+    tolerances = 1e-3, 1e-6
     #: How many test vectors traces are estimated from, at least; the relative standard error aimed
     #: at by more, and after how many products to be content.
     test_vectors, trace_error, most_products = 12, 0.02, 100
@@ -204,7 +203,7 @@ class SpectralStatistics(CurvatureStatistics):
     ) -> Ends:
         return operator.eigenpairs(
             *(upper, lower),
-            tolerance=max(torch.finfo(operator.dtype).eps ** 0.5, self.least_tolerance),
+            tolerance=self.tolerances[operator.dtype == torch.float64],
             start=start,
             hint=hint,
             seed=self._seed,
