@@ -13,9 +13,9 @@ two lie close together, the space first finds a mixture of their vectors, of whi
 stays at their distance. From one start vector T is tridiagonal, and its last coefficients hardly
 change from step to step once the ends of the spectrum are resolved. So the error is taken to be
 what the Ritz value would gain if the coming steps had the mean coefficients of the last four. From
-several start vectors a residual that falls slowly counts for more, by the sum of the steps to come.
-What is found is to be a tenth of the tolerance, and for a random start, a step later too. With the
-bound alone, one in ten top eigenvalues of small networks' Hessians is off by more than the
+several start vectors a residual that falls slowly counts for more, by the sum of the steps to come,
+and the bound is to be a tenth of the tolerance, for random ones a step later too. With the bound
+alone, one in ten top eigenvalues of small networks' Hessians is off by more than the
 tolerance; with several start vectors one in a hundred, where they happen to have next to nothing
 along the first; with the continued T none of 192.
 
@@ -35,6 +35,8 @@ from nettrace.krylov import Krylov, Times
 
 #: What of the tolerance the bound on the error may be.
 _MARGIN = 0.1
+#: What of it the gain of further steps may be.
+_LITTLE = 0.03
 #: The norm of the random part that is added to the last vector of a warm start.
 _MIXED = 0.1
 #: How many steps the space is continued by, in thought.
@@ -117,7 +119,7 @@ def eigenpairs(
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance, got {tolerance}")
     counts = min(top, size), min(bottom, size)
-    search = _Search(space, counts, max(_MARGIN * tolerance, 2 * space.epsilon), seed)
+    search = _Search(space, counts, max(tolerance, 20 * space.epsilon), seed)
     search.begin(start, hint)
     most_vectors = memory // (size * dtype.itemsize)
     room = max(most_vectors - 2 * space.ahead, 4 * sum(counts) + 8)
@@ -134,10 +136,10 @@ def eigenpairs(
 class _Search:
     """A Krylov space grown until the outermost Ritz values are right."""
 
-    def __init__(self, space: Krylov, counts: tuple[int, int], target: float, seed: int) -> None:
+    def __init__(self, space: Krylov, counts: tuple[int, int], tolerance: float, seed: int) -> None:
         self._space = space
         self._counts = counts
-        self._target = target
+        self._tolerance = tolerance
         self._random = generator(seed, "eigenpairs")
         self._is_warm = False
         self._width = 0
@@ -190,7 +192,9 @@ class _Search:
         space = self._space
         if len(space) == space.size:
             return True
-        if self._deeper or self._calm < (1 if self._is_warm else 1 + self._width):
+        if self._deeper or self._calm < (
+            1 if self._is_warm or self._width == 1 else 1 + self._width
+        ):
             return False
         if self._width >= max(self._counts) or self._coincident() < self._width:
             return True
@@ -230,18 +234,21 @@ class _Search:
         ends = [(values.flip(0), residuals.flip(0)), (-values, residuals)]
         past = self._past[-self._width] if len(self._past) >= self._width else (residuals[:0],) * 2
         self._past = [*self._past, (ends[0][1], ends[1][1])][-self._width :]
-        bound = self._target * float(values.abs().max())
+        bound = self._tolerance * float(values.abs().max())
         if self._width == 1 and not self._is_warm:
             ahead = self._space.continued(_FURTHER)
             gains = (ahead[-1] - values[-1], values[0] - ahead[0])
             self._is_right = [
-                count == 0 or float(gain) <= bound
+                count == 0 or float(gain) <= _LITTLE * bound
                 for count, gain in zip(self._counts, gains, strict=True)
             ]
         else:
             self._is_right = [
                 len(values) >= count
-                and all(_error(*ends[e], past[e], i, self._is_warm) <= bound for i in range(count))
+                and all(
+                    _error(*ends[e], past[e], i, self._is_warm) <= _MARGIN * bound
+                    for i in range(count)
+                )
                 for e, count in enumerate(self._counts)
             ]
         self._calm = self._calm + 1 if all(self._is_right) else 0
@@ -258,7 +265,7 @@ class _Search:
     def _coincident(self) -> int:
         """How many of the values at one end coincide, at most."""
         values = self._ritz[0]
-        close = self._target / _MARGIN * float(values.abs().max())
+        close = self._tolerance * float(values.abs().max())
         ends = (values.flip(0)[: self._counts[0]], values[: self._counts[1]])
         return max(int(((v[:, None] - v).abs() <= close).sum(0).max()) for v in ends if len(v))
 

@@ -59,7 +59,7 @@ class Krylov:
     ) -> None:
         self._times = times
         #: The columns of Q and then those of W, as rows.
-        self._basis = torch.empty(min(_ROOM, size), size, dtype=dtype, device=device)
+        self._basis = torch.empty(min(_ROOM, size + 1), size, dtype=dtype, device=device)
         self._projected = torch.zeros(0, 0, dtype=torch.float64)
         self._links = torch.zeros(0, 0, dtype=torch.float64)
         #: Of the last steps, q . A q and the norm of what is new in A q.
@@ -199,30 +199,28 @@ class Krylov:
         columns of Q that it is near to is taken out first: then one pass over all mostly is enough.
         """
         count = len(self) + self.ahead
-        basis = self._basis[:count]
+        if count == len(self._basis):
+            wider = self._basis.new_empty(min(2 * count, self.size + 1), self.size)
+            wider[:count] = self._basis
+            self._basis = wider
+        basis, rest = self._basis[:count], self._basis[count]
         found = torch.zeros(count, dtype=torch.float64)
-        vector = vector.clone()
+        rest.copy_(vector)
         for i in near:
-            amount = float(basis[i] @ vector)
-            vector.sub_(basis[i], alpha=amount)
+            amount = float(basis[i] @ rest)
+            rest.sub_(basis[i], alpha=amount)
             found[i] += amount
-        norm = _length(vector)
+        norm = _length(rest)
         for _ in range(4):
-            along = basis @ vector
-            vector.addmv_(basis.T, along, alpha=-1)
+            along = basis @ rest
+            rest.addmv_(basis.T, along, alpha=-1)
             found += along.double().cpu()
-            before, norm = norm, _length(vector)
+            before, norm = norm, _length(rest)
             if norm <= 10 * self.epsilon * scale:
                 return found, 0.0
             if norm > 0.7 * before:
                 break
-        if count == self.size:
-            return found, 0.0
-        if count == len(self._basis):
-            wider = self._basis.new_empty(min(2 * count, self.size), self.size)
-            wider[:count] = self._basis
-            self._basis = wider
-        torch.div(vector, norm, out=self._basis[count])
+        rest.div_(norm)
         return found, norm
 
 

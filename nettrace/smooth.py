@@ -172,7 +172,8 @@ def cross_check(loss: WideLoss, seed: int) -> float:
     vector = _unit_signs(loss, seed)
     product, gradient = loss.product(loss.point, vector)
     step = float(1e-7 * (1 + loss.point.norm()))
-    ahead = (loss.gradient(loss.point + step * vector) - gradient) / step
+    moved = torch.add(loss.point, vector, alpha=step)
+    ahead = loss.gradient(moved).sub_(gradient).div_(step)
     errors = [_apart(ahead, product, gradient)]
     if errors[0] > _AGREE:
         errors.append(_apart(loss.difference(vector, 1e-8), product, gradient))
@@ -213,8 +214,8 @@ def _apart(one: Tensor, other: Tensor, gradient: Tensor) -> float:
 
 def _unit_signs(loss: WideLoss, seed: int) -> Tensor:
     size = len(loss.point)
-    found: Tensor = signs((size,), seed, "cross check").to(loss.point) / size**0.5
-    return found
+    found: Tensor = signs((size,), seed, "cross check").to(loss.point)
+    return found.div_(size**0.5)
 
 
 def called(model: nn.Module, state: Mapping[str, Tensor], look: Callable[[nn.Module], T]) -> T:
