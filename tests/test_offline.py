@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -195,6 +196,8 @@ class Net(nn.Sequential):
         return super().forward(x)
 
 def build():
+    while (HERE / "wait").exists():
+        time.sleep(0.05)
     if (HERE / "kill").exists():
         (HERE / "kill").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -324,20 +327,21 @@ def test_a_dask_cluster_of_processes_survives_a_worker_that_is_killed(saved, tmp
     assert "lack of memory" in three.failed[at(saved, 2)]
 
 
-def test_a_dask_cluster_without_workers_is_not_waited_for_without_end(saved, tmp_path, monkeypatch):
+def test_a_dask_cluster_without_workers_is_not_waited_for_without_end(
+    saved, tmp_path, module, monkeypatch
+):
     distributed = pytest.importorskip("distributed")
     monkeypatch.setattr(pools, "_PATIENCE", 1)
+    (tmp_path / "wait").touch()
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
-
-        def build():
-            cluster.scale(0)
-            time.sleep(0.5)
-            return smooth()
-
-        with pytest.raises(RuntimeError, match=r"no worker for 1 seconds: start some and"):
-            analyze(saved, model=build, to=tmp_path / "one", dask=cluster.scheduler_address)
+        threading.Timer(2, cluster.scale, [0]).start()
+        try:
+            with pytest.raises(RuntimeError, match=r"no worker for 1 seconds: start some and"):
+                analyze(saved, model=f"{module}:build", dask=cluster.scheduler_address)
+        finally:
+            (tmp_path / "wait").unlink()
 
 
 def test_what_is_no_address_of_a_scheduler_is_refused(saved):

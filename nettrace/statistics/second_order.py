@@ -29,7 +29,7 @@ from nettrace.statistics.gradients import ProbeGradientStatistics
 from nettrace.tape import Tape
 
 _CHECK = ("previous", "hessian_check")
-_CHECKED = "reverse over reverse, {:.1g} from finite differences at step {:.0f}"
+_CHECKED = "reverse over reverse, as finite differences confirm"
 
 
 class CurvatureStatistics(ProbeGradientStatistics):
@@ -55,20 +55,18 @@ class CurvatureStatistics(ProbeGradientStatistics):
     def hessian_check(self) -> Tensor:
         """How products with the Hessian compared with finite differences, on a few samples.
 
-        (4,) float64: the number of this look; how far they were apart, NaN where differences alone
-        are right and infinite where there are none; at which step that was found; and P. It is
-        found anew at the looks number 1, 2, 4, 8, ..., wherever P has changed, and as long as it is
-        no number.
+        (3,) float64: the number of this look; how far they were apart, NaN where differences alone
+        are right and infinite where there are none; and P. It is found anew at the looks number 1,
+        2, 4, 8, ..., wherever P has changed, and as long as it is no number.
         """
         before = self._past.before(_CHECK, self.step)
-        found = before["hessian_check"].tolist() if before else (0, math.nan, 0, 0)
-        look, apart, step, size = found
+        look, apart, size = before["hessian_check"].tolist() if before else (0, math.nan, 0)
         look, now = look + 1, Flattening(self._smooth.parameters).size
-        self._derivatives = _CHECKED.format(apart, step)
+        self._derivatives = _CHECKED
         if size != now or not math.isfinite(apart) or math.frexp(look)[0] == 0.5:
-            checks, step = self._ranks.each(self._cross_check()), self.step
+            checks = self._ranks.each(self._cross_check())
             apart, self._derivatives = max(checks, key=lambda c: (math.isnan(c[0]), c[0]))
-        return torch.tensor((look, apart, step, now), dtype=torch.float64)
+        return torch.tensor((look, apart, now), dtype=torch.float64)
 
     def _cross_check(self) -> tuple[float, str]:
         """How far products are from finite differences, and how derivatives are found."""
@@ -89,7 +87,7 @@ class CurvatureStatistics(ProbeGradientStatistics):
                 "reverse over reverse, not held against finite differences, as the network cannot "
                 f"be evaluated in float64: {told(why)}"
             )
-        return error, _CHECKED.format(error, self.step)
+        return error, _CHECKED
 
     @cached_property
     def _hessian(self) -> HessianProduct:
