@@ -14,10 +14,10 @@ stays at their distance. From one start vector T is tridiagonal, and its last co
 change from step to step once the ends of the spectrum are resolved. So the error is taken to be
 what the Ritz value would gain if the coming steps had the mean coefficients of the last four. From
 several start vectors a residual that falls slowly counts for more, by the sum of the steps to come,
-and the bound is to be a tenth of the tolerance, a step later too. With the bound alone, one in ten
-top eigenvalues of small networks' Hessians is off by more than the tolerance; with several start
-vectors one in a hundred, where they happen to have next to nothing along the first; with the
-continued T none of 192, nor of 450 that began with the vectors of ten updates before.
+and the bound is to be a tenth of the tolerance, for random ones a step later too. With the bound
+alone, one in ten top eigenvalues of small networks' Hessians is off by more than the
+tolerance; with several start vectors one in a hundred, where they happen to have next to nothing
+along the first; with the continued T none of 192.
 
 From one start vector one vector of each eigenvalue is found, from two start vectors two. So two are
 taken where several pairs are asked for, and further ones as long as as many values coincide.
@@ -37,6 +37,8 @@ from nettrace.krylov import Krylov, Times
 _MARGIN = 0.1
 #: What of it the gain of further steps may be.
 _LITTLE = 0.03
+#: The norm of the random part that is added to the last vector of a warm start.
+_MIXED = 0.1
 #: How many steps the space is continued by, in thought.
 _FURTHER = 40
 
@@ -73,7 +75,7 @@ def eigenpairs(
     device: torch.device | str,
     tolerance: float | None = None,
     start: Tensor | None = None,
-    spare: int = 0,
+    hint: Tensor | None = None,
     seed: int = 0,
     most_products: int = 500,
     memory: int = 2**31,
@@ -89,10 +91,13 @@ def eigenpairs(
         device: of the vectors that are multiplied.
         tolerance: for the error of each value, relative to the largest in modulus; the square
             root of the dtype's precision unless told.
-        start: (P,) what to begin with in place of a random vector: one with more along the wanted
-            vectors, such as those found before the matrix changed a little, and with something of a
-            random one, for what has come up elsewhere.
-        spare: how many more of the largest to give, right or not, as to begin with next time.
+        start: (P, m) vectors near the wanted ones, such as those found before the matrix changed
+            a little. A random part of 10 % is added to the last, so that an eigenvalue that comes
+            up elsewhere is taken in, but only after some calls, 10 to 25 where it is new by 1 to 5
+            % a call and its vector perpendicular to the old ones: give a vector more than are
+            wanted, or begin without now and then, to see it sooner.
+        hint: (P,) a vector that may have more along the wanted ones than a random vector has, to
+            which one as long is added to begin with, unless `start` is given.
         seed: for random vectors, which are drawn on the CPU.
         most_products: after how many to give up, with `converged` False.
         memory: bytes for vectors; where that is short, the outermost Ritz vectors are kept and the
@@ -107,15 +112,15 @@ def eigenpairs(
             "expected a positive size, counts from 0 and at least one product, got "
             f"{size}, {top}, {bottom} and {most_products}"
         )
-    if start is not None and start.shape != (size,):
-        raise ValueError(f"expected a start vector ({size},), got {tuple(start.shape)}")
+    if start is not None and (start.dim() != 2 or len(start) != size):
+        raise ValueError(f"expected start vectors ({size}, m), got {tuple(start.shape)}")
     space = Krylov(times, size, dtype, device)
     tolerance = space.epsilon**0.5 if tolerance is None else tolerance
     if not tolerance > 0:
         raise ValueError(f"expected a positive tolerance, got {tolerance}")
     counts = min(top, size), min(bottom, size)
     search = _Search(space, counts, max(tolerance, 20 * space.epsilon), seed)
-    search.begin(start)
+    search.begin(start, hint)
     most_vectors = memory // (size * dtype.itemsize)
     room = max(most_vectors - 2 * space.ahead, 4 * sum(counts) + 8)
     while any(counts) and not search.is_done() and space.products < most_products:
@@ -125,7 +130,7 @@ def eigenpairs(
             search.complete()
         else:
             search.step()
-    return search.pairs(0, spare), search.pairs(1), space.products
+    return *search.found(), space.products
 
 
 class _Search:
@@ -136,6 +141,7 @@ class _Search:
         self._counts = counts
         self._tolerance = tolerance
         self._random = generator(seed, "eigenpairs")
+        self._is_warm = False
         self._width = 0
         self._calm = 0
         #: Steps with the last column of W that are to come, for a vector that was added late.
@@ -145,20 +151,31 @@ class _Search:
         self._is_right = [False, False]
         self._ritz = space.ritz()
 
-    def begin(self, start: Tensor | None) -> None:
-        """One start vector, or two where several pairs are asked for."""
-        if start is not None:
-            self._space.start(start)
-        while self._space.ahead < min(max(self._counts), 2):
+    def begin(self, start: Tensor | None, hint: Tensor | None) -> None:
+        """Start vectors: those given, with a random part, or random ones."""
+        vectors = [] if start is None else list(start.T)
+        if vectors:
+            vectors[-1] = self._mixed(vectors[-1], _MIXED)
+        for vector in vectors:
+            self._is_warm |= self._space.start(vector)
+        if hint is not None and not self._is_warm and bool(hint.isfinite().all()):
+            self._space.start(self._mixed(hint, 1.0))
+        while self._space.ahead < min(max(self._counts), 1 if self._is_warm else 2):
             self._space.start(self._draw())
         self._width = self._space.ahead
 
     def step(self) -> None:
         """One product more."""
-        if not self._space.ahead:
-            self._space.start(self._draw())
-        self._space.step(-1 if self._deeper else 0)
+        space = self._space
+        which = 0
+        if not space.ahead:
+            space.start(self._draw())
+        elif self._deeper:
+            which = -1
+        elif self._is_warm and len(space) >= self._width:
+            which = int(space.along(self._wanted()).argmax())
         self._deeper = max(self._deeper - 1, 0)
+        space.step(which)
         self._look()
 
     def complete(self) -> None:
@@ -175,7 +192,9 @@ class _Search:
         space = self._space
         if len(space) == space.size:
             return True
-        if self._deeper or self._calm < (1 if self._width == 1 else 1 + self._width):
+        if self._deeper or self._calm < (
+            1 if self._is_warm or self._width == 1 else 1 + self._width
+        ):
             return False
         if self._width >= max(self._counts) or self._coincident() < self._width:
             return True
@@ -194,11 +213,14 @@ class _Search:
         kept = torch.cat([order[: keep - top], order[len(order) - top :]])
         self._space.restart(values[kept], coefficients[:, kept])
 
-    def pairs(self, end: int, spare: int = 0) -> Eigenpairs:
-        """Those at the top, 0, or at the bottom, 1, and some that need not be right."""
+    def found(self) -> tuple[Eigenpairs, Eigenpairs]:
+        """The pairs at the top and at the bottom."""
+        return self._pairs(0), self._pairs(1)
+
+    def _pairs(self, end: int) -> Eigenpairs:
         values, coefficients, residuals = self._ritz
         order = torch.arange(len(values))
-        chosen = (order if end else order.flip(0))[: self._counts[end] + spare]
+        chosen = (order if end else order.flip(0))[: self._counts[end]]
         return Eigenpairs(
             values[chosen],
             self._space.combine(coefficients[:, chosen]).T,
@@ -213,7 +235,7 @@ class _Search:
         past = self._past[-self._width] if len(self._past) >= self._width else (residuals[:0],) * 2
         self._past = [*self._past, (ends[0][1], ends[1][1])][-self._width :]
         bound = self._tolerance * float(values.abs().max())
-        if self._width == 1:
+        if self._width == 1 and not self._is_warm:
             ahead = self._space.continued(_FURTHER)
             gains = (ahead[-1] - values[-1], values[0] - ahead[0])
             self._is_right = [
@@ -223,10 +245,22 @@ class _Search:
         else:
             self._is_right = [
                 len(values) >= count
-                and all(_error(*ends[e], past[e], i) <= _MARGIN * bound for i in range(count))
+                and all(
+                    _error(*ends[e], past[e], i, self._is_warm) <= _MARGIN * bound
+                    for i in range(count)
+                )
                 for e, count in enumerate(self._counts)
             ]
         self._calm = self._calm + 1 if all(self._is_right) else 0
+
+    def _wanted(self) -> Tensor:
+        """(n, K): the coefficients of the Ritz vectors that are not right yet."""
+        coefficients = self._ritz[1]
+        top, bottom = (
+            0 if right else c for c, right in zip(self._counts, self._is_right, strict=True)
+        )
+        n = len(coefficients)
+        return torch.cat([coefficients[:, max(n - top, 0) :], coefficients[:, :bottom]], 1)
 
     def _coincident(self) -> int:
         """How many of the values at one end coincide, at most."""
@@ -235,11 +269,17 @@ class _Search:
         ends = (values.flip(0)[: self._counts[0]], values[: self._counts[1]])
         return max(int(((v[:, None] - v).abs() <= close).sum(0).max()) for v in ends if len(v))
 
+    def _mixed(self, vector: Tensor, share: float) -> Tensor:
+        """A vector and a random one, of so many times its length."""
+        drawn = self._draw().to(vector)
+        found: Tensor = vector + share * vector.norm() * drawn / drawn.norm()
+        return found
+
     def _draw(self) -> Tensor:
         return torch.randn(self._space.size, generator=self._random)
 
 
-def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int) -> float:
+def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int, is_warm: bool) -> float:
     """An upper estimate of the error of the i-th largest Ritz value, or a tenth of its residual.
 
     Args:
@@ -247,13 +287,14 @@ def _error(values: Tensor, residuals: Tensor, before: Tensor, i: int) -> float:
         residuals: theirs.
         before: the residuals a round earlier, of as many as there were.
         i: which, from 0.
+        is_warm: whether that may be fewer, as the first were good already.
     """
     squares = residuals.square().cumsum(0)
     highest = (values + residuals).flip(0).cummax(0).values.flip(0)
     gaps = values[i] - highest[i + 1 :]
     squares = squares[i : len(values) - 1]
     known = before.square().cumsum(0)[i : i + len(squares)]
-    ratios = torch.ones_like(squares)
+    ratios = torch.zeros_like(squares) if is_warm else torch.ones_like(squares)
     ratios[: len(known)] = squares[: len(known)] / known
     squares = squares / (1 - ratios).clamp_min(0)
     bounds = (squares / gaps)[gaps > 0]

@@ -173,6 +173,10 @@ class Krylov:
         values: Tensor = torch.linalg.eigvalsh(whole, UPLO="U")
         return values
 
+    def along(self, coefficients: Tensor) -> Tensor:
+        """(W,): how much of the residuals of some pairs, Q y for y (n, K), lies in columns of W."""
+        return (self._links @ coefficients).square().sum(1)
+
     def combine(self, coefficients: Tensor) -> Tensor:
         """(K, P): the combinations (n, K) of the columns of Q, as rows."""
         return coefficients.T.to(self._basis) @ self._basis[: len(self)]

@@ -298,7 +298,7 @@ class CurvatureOperator(Flattening):
         *,
         tolerance: float | None = None,
         start: Tensor | None = None,
-        spare: int = 0,
+        hint: Tensor | None = None,
         seed: int = 0,
         memory: int = 2**31,
     ) -> tuple[Eigenpairs, Eigenpairs]:
@@ -312,7 +312,7 @@ class CurvatureOperator(Flattening):
             device=self.device,
             tolerance=tolerance,
             start=start,
-            spare=spare,
+            hint=hint,
             seed=seed,
             memory=memory,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nettrace.eigenpairs import Eigenpairs
-from nettrace.estimators import Estimate, generator
+from nettrace.estimators import Estimate
 from nettrace.likelihood import CANONICAL
 from nettrace.matrix_traces import Probed
 from nettrace.operator import PerLayer
@@ -41,18 +41,14 @@ def statistic(what: str, matrix: Matrix, words: str) -> Any:
     return property(get)
 
 
-#: The shares of the second eigenvector and of a random one in what the next look begins with.
-_SECOND, _NEW = 0.3, 0.1
-
-
 class SpectralStatistics(CurvatureStatistics):
     """What is known of those matrices' spectra.
 
     Where the largest eigenvalue alone is wanted, the look before is begun with: with two of its
-    eigenvectors, for the second to be there when it overtakes the first, and a random vector, for
-    what is new. The first look begins with the gradient, which mostly lies in the top eigenspace
-    (Gur-Ari, Roberts and Dyer 2018, arXiv:1812.04754), and a random vector as long: for a third
-    fewer products.
+    eigenvectors, for the second to be there when it overtakes the first. At the edge of stability,
+    where both are held at the same value, one alone is wrong by up to 2 % at one look in seven. The
+    first look begins with the gradient, which mostly lies in the top eigenspace (Gur-Ari, Roberts
+    and Dyer 2018, arXiv:1812.04754), and a random vector as long: for a third fewer products.
     """
 
     #: How many eigenvalues are found at the upper end, and at the lower.
@@ -179,28 +175,18 @@ class SpectralStatistics(CurvatureStatistics):
         """
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         reference = ("previous", f"{matrix}_eigenvector")
-        if upper + lower > 1 or not upper:
-            return self._extremes(operator, upper, lower)
-        before = self._past.before(reference, self.step)
+        before = self._past.before(reference, self.step) if upper + lower == 1 else None
+        start = hint = None
         if before is not None and len(before[reference[1]]) == operator.size:
-            vectors = before[reference[1]].to(operator.device, operator.dtype)
-            start = self._mixed(
-                vectors @ vectors.new_tensor([1.0, _SECOND][: vectors.shape[1]]), _NEW
-            )
-        else:
-            start = self._mixed(operator.flat(self.mean_gradient), 1.0)
-        ends = self._extremes(operator, 1, 0, start, spare=1)
-        self._found[matrix, "eigenvector"] = ends[0].vectors
-        self._past.keep(self, {reference})
+            start = before[reference[1]].to(operator.device, operator.dtype)
+            upper *= 2
+        elif (upper, lower) == (1, 0):
+            hint = operator.flat(self.mean_gradient)
+        ends = self._extremes(operator, upper, lower, start, hint)
+        if upper:
+            self._found[matrix, "eigenvector"] = ends[0].vectors[:, :2]
+            self._past.keep(self, {reference})
         return ends
-
-    def _mixed(self, vector: Tensor, share: float) -> Tensor | None:
-        """(P,) a vector and a random one of so many times its length; None if it has none."""
-        length = torch.linalg.vector_norm(vector, dtype=torch.float64)
-        if not bool(0 < length < torch.inf):
-            return None
-        drawn = torch.randn(len(vector), generator=generator(self._seed, "start")).to(vector)
-        return vector.div(float(length)).add_(drawn, alpha=share / len(vector) ** 0.5)
 
     def _eigenvector(self, matrix: Matrix) -> Tensor:
         self._top(matrix)
@@ -213,13 +199,13 @@ class SpectralStatistics(CurvatureStatistics):
         upper: int,
         lower: int,
         start: Tensor | None = None,
-        spare: int = 0,
+        hint: Tensor | None = None,
     ) -> Ends:
         return operator.eigenpairs(
             *(upper, lower),
             tolerance=self.tolerances[operator.dtype == torch.float64],
             start=start,
-            spare=spare,
+            hint=hint,
             seed=self._seed,
             memory=self._memory,
         )
