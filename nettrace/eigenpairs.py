@@ -15,9 +15,11 @@ change from step to step once the ends of the spectrum are resolved. So the erro
 what the Ritz value would gain if the coming steps had the mean coefficients of the last four. From
 several start vectors a residual that falls slowly counts for more, by the sum of the steps to come,
 and the bound is to be a tenth of the tolerance, for random ones a step later too. With the bound
-alone, one in ten top eigenvalues of small networks' Hessians is off by more than the
-tolerance; with several start vectors one in a hundred, where they happen to have next to nothing
-along the first; with the continued T none of 192.
+alone, one in ten top eigenvalues of small networks' Hessians is off by more than the tolerance;
+with several start vectors one in a hundred, where they happen to have next to nothing along the
+first; with the continued T none of 192. But where the largest two lie within one per cent of each
+other, far above the rest, a mixture of theirs may be taken for the largest from one start vector,
+which is then off by less than their distance; from two start vectors it is not.
 
 From one start vector one vector of each eigenvalue is found, from two start vectors two. So two are
 taken where several pairs are asked for, and further ones as long as as many values coincide.

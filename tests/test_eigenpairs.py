@@ -92,6 +92,16 @@ def ends_of_diagonal(spectrum, top=1, bottom=0, **options):
     return eigenpairs(lambda v: spectrum * v, len(spectrum), top, bottom, **options)
 
 
+@pytest.mark.parametrize("gap", [0.004, 0.01])
+def test_from_two_start_vectors_the_largest_of_a_close_pair_is_found(gap):
+    for seed in range(10):
+        random = torch.Generator().manual_seed(seed)
+        spectrum = 0.1 * torch.rand(3000, generator=random)
+        spectrum[:8], spectrum[8], spectrum[9] = torch.linspace(0.2, 0.6, 8), 1.0, 1 - gap
+        top, *_ = ends_of_diagonal(spectrum, top=2, seed=seed, tolerance=1e-3)
+        assert float(top.values[0]) == pytest.approx(1, abs=1e-3)
+
+
 def test_values_close_together_are_not_taken_for_one():
     spectrum = network_like()
     spectrum[8] = 0.97
