@@ -65,9 +65,9 @@ def smooth(model: nn.Module, probe: Probe, outputs: Tensor, losses: Losses) -> S
     own = dict(model.named_parameters())
     parameters: dict[str, Tensor] = {n: p for n, p in own.items() if p.requires_grad}
     if any(_is_narrow(p) for p in parameters.values()):
-        probe = probe.map(_widened(torch.float32))
+        probe = probe.map(widened(torch.float32))
         parameters = {n: _leaf(p, torch.float32) for n, p in parameters.items()}
-        state = {**_state(model, torch.float32), **parameters}
+        state = {**widened_state(model, torch.float32), **parameters}
         with sdpa_kernel(SDPBackend.MATH):
             outputs = called(model, state, probe.look)
     elif has_fused_attention(outputs):
@@ -100,8 +100,8 @@ class WideLoss(Flattening):
         ranks: Ranks,
     ) -> None:
         self._model, self._losses = model, losses
-        self._probe = probe.map(_widened(torch.float64))
-        self._state = _state(model, torch.float64)
+        self._probe = probe.map(widened(torch.float64))
+        self._state = widened_state(model, torch.float64)
         super().__init__({name: self._state[name] for name in parameters})
         self._ranks = ranks
         self._same_draws = random_streams({t.device for t in self._state.values()})
@@ -237,21 +237,21 @@ class _Holder(nn.Module):
         return look(self.model)
 
 
-def _state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def widened_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies of parameters and buffers in a wider type."""
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: _copy(tensor, dtype) for name, tensor in named.items()}
 
 
-def _widened(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def widened(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """What gives numbers at least the width of a real type, and leaves integers alone."""
 
-    def widened(tensor: Tensor) -> Tensor:
+    def wide(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() or tensor.is_complex():
             return tensor.to(torch.promote_types(tensor.dtype, dtype))
         return tensor
 
-    return widened
+    return wide
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,7 +259,7 @@ def _leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = _widened(dtype)(tensor.detach())
+    wide = widened(dtype)(tensor.detach())
     return wide.clone() if wide.dtype == tensor.dtype else wide
 
 

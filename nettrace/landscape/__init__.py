@@ -1,0 +1,5 @@
+"""Probes of the loss landscape: the loss is taken as an energy, and sampled."""
+
+from nettrace.landscape.run import Sampler, run
+
+__all__ = ["Sampler", "run"]

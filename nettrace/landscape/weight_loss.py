@@ -1,0 +1,206 @@
+"""The mean loss of a network as a function of its weights, for many copies of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nettrace.freeze import random_streams
+from nettrace.probe import Probe
+from nettrace.second_order import Flattening
+from nettrace.smooth import called, widened, widened_state
+
+#: Up to which relative difference gradients of copies taken together and apart agree.
+_AGREE = {torch.float32: 1e-3, torch.float64: 1e-7}
+
+
+class WeightLoss(Flattening):
+    """The mean loss on a probe, in nats a sample, with any weights in place of the network's own.
+
+    Copies are evaluated together by `torch.func.vmap`, as many as memory allows, or one after the
+    other where that cannot be done or gives other gradients than plain autograd does. The network
+    is in the mode that it is in, draws the same random numbers at each evaluation, and is to be
+    frozen meanwhile (`nettrace.freeze.frozen`).
+
+    Args:
+        model: the network.
+        probe: the samples.
+        parameters: names or patterns of those that vary, such as "layers.1.*"; others stay as
+            they are.
+        memory: bytes that copies may take together.
+
+    Attributes:
+        point: (P,) the network's own weights.
+        samples: N, of the probe.
+        apart: for "losses" and "gradients", why copies are evaluated one after the other, or None
+            where they are evaluated together; found when they are first asked for.
+
+    Raises:
+        ValueError: if the loss is not known or not finite at the network's own weights, or there is
+            no such parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        parameters: str | Sequence[str] = "*",
+        memory: int = 2**30,
+    ) -> None:
+        self._model = model
+        self._probe = probe.map(widened(torch.float32))
+        self._state = widened_state(model, torch.float32)
+        super().__init__({name: self._state[name] for name in matching(model, parameters)})
+        self.point = self.flat(self._state)
+        self.samples = len(probe)
+        self.apart: dict[str, str | None] = {}
+        self._same_draws = random_streams({t.device for t in self._state.values()})
+        self._at_once = max(1, memory // self._bytes_of_one())
+
+    def __call__(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The mean losses (K,) in float64 with weights (K, P).
+
+        Args:
+            weights: of each copy.
+            rows: (K, B) which samples each copy sees; None for all.
+        """
+        return torch.cat([self._losses(*part) for part in self._parts(weights, rows)])
+
+    def gradients(self, weights: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean losses (K,) in float64 and their gradients (K, P); arguments as for a call."""
+        found = [self._gradients(*part) for part in self._parts(weights, rows)]
+        losses, gradients = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+    def _parts(
+        self, weights: Tensor, rows: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for begin in range(0, len(weights), self._at_once):
+            part = slice(begin, begin + self._at_once)
+            yield weights[part], None if rows is None else rows[part]
+
+    def _losses(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        each = _each(rows, len(weights))
+
+        def apart() -> Tensor:
+            return torch.stack(
+                [self._mean(w, r).detach() for w, r in zip(weights, each, strict=True)]
+            )
+
+        def together() -> Tensor:
+            return vmap(self._mean, _axes(rows), randomness="same")(weights, rows).detach()
+
+        return self._found("losses", together, apart)
+
+    def _gradients(self, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        each = _each(rows, len(weights))
+
+        def apart() -> Tensor:
+            return torch.stack([self._gradient(w, r) for w, r in zip(weights, each, strict=True)])
+
+        def together() -> Tensor:
+            each = grad_and_value(self._mean)
+            gradients, losses = vmap(each, _axes(rows), randomness="same")(weights, rows)
+            return torch.cat([losses[:, None], gradients.double()], 1)
+
+        found = self._found("gradients", together, apart)
+        return found[:, 0], found[:, 1:].to(weights)
+
+    def _found(
+        self, what: str, together: Callable[[], Tensor], apart: Callable[[], Tensor]
+    ) -> Tensor:
+        """What copies give together, or one by one where that fails or is not the same."""
+        if self.apart.get(what) is not None:
+            return apart()
+        if what in self.apart:
+            return together()
+        truth = apart()
+        try:
+            found = together()
+        except Exception as error:  # whatever vmap or the network makes of it
+            self.apart[what] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return truth
+        self.apart[what] = None
+        off = float((found - truth).norm() / (truth.norm() + 1e-6))
+        if not off < _AGREE.get(self.dtype, 1e-3) and bool(truth.isfinite().all()):
+            self.apart[what] = f"together, {what} differ by {off:.2g} of their size"
+        return truth
+
+    def _gradient(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """(1 + P,) the loss and its gradient, with float64 for the loss."""
+        leaf = weights.detach().requires_grad_()
+        loss = self._mean(leaf, rows)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return torch.cat([loss.detach()[None], gradient.double()])
+
+    def _mean(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        probe = self._probe
+        if rows is not None:
+            taken = probe.take(rows)
+            if taken is None:
+                raise ValueError(
+                    "the probe cannot be taken in parts, as not all tensors of its inputs have one "
+                    "row a sample: leave out batch_size="
+                )
+            probe = taken
+        self._same_draws()
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = called(self._model, {**self._state, **self.split(weights)}, probe.look)
+        losses = probe.per_sample_losses(outputs)
+        if losses is None:
+            raise ValueError(
+                "the probe says not what the loss is: give it targets, and likelihood= or losses= "
+                "where these do not tell"
+            )
+        return losses.to(torch.float64).mean()
+
+    def _bytes_of_one(self) -> int:
+        """What one copy takes, with what its tape keeps."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        leaf = self.point.detach().requires_grad_()
+        try:
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = self._mean(leaf, None)
+        except RuntimeError:  # of what does not go with hooks, such as torch.func in the forward
+            loss = self._mean(leaf, None)
+        if not bool(loss.isfinite()):
+            raise ValueError(
+                f"the mean loss at the network's own weights is {float(loss)}: a landscape is "
+                "probed around finite ones"
+            )
+        return sum(kept.values()) + 4 * self.point.numel() * self.point.element_size()
+
+
+def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
+    return [None] * copies if rows is None else list(rows)
+
+
+def _axes(rows: Tensor | None) -> tuple[int | None, ...]:
+    return 0, None if rows is None else 0
+
+
+def matching(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """The names of parameters that need a gradient and match a pattern.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    several = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = [name for name in names if any(fnmatchcase(name, one) for one in several)]
+    if not found:
+        raise ValueError(
+            f"no parameter that needs a gradient matches {several}: there are {names or 'none'}"
+        )
+    return found
