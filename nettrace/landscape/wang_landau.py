@@ -1,0 +1,435 @@
+"""Flat-histogram sampling: Wang-Landau, then multicanonical runs with the weights that it found.
+
+Walkers move so that all energies are seen alike: a move from energy E to E' is accepted with
+probability min(1, g(E) / g(E')), where g is what is known of the number of states. All walkers
+share g, in three stages.
+
+1. *Exploring.* Moves that are proposed, accepted or not, tell how many states of E' are next to
+   those of E, and so g(E') / g(E): the transition matrix (Wang, Tay and Swendsen 1999, Phys. Rev.
+   Lett. 82, 476). From this g is made anew now and then, until a third of all visits has found no
+   new energy.
+2. *Wang-Landau* with the 1 / t schedule (Wang and Landau 2001, Phys. Rev. Lett. 86, 2050;
+   Belardinelli and Pereyra 2007, Phys. Rev. E 75, 046701): at each visit ln g(E) grows by ln f =
+   1 / t, with t the visits so far over the number of energies. Its error falls as t^-1/2.
+3. *Multicanonical* (Berg and Neuhaus 1992, Phys. Rev. Lett. 68, 9): g is held, and the histogram H
+   of visits says S(E) = ln g(E) + ln H(E) without bias, whatever g is. Groups of walkers, which
+   share nothing any more, tell the error by the jackknife.
+
+Walkers may be confined to windows of energies that overlap, and exchange windows where both are
+within both, which is always accepted, as g is shared. The second and third stage end only when
+walkers have crossed their windows as often as there are walkers, in each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nettrace.estimators import generator
+from nettrace.landscape.multicanonical import Production
+
+Array = npt.NDArray[np.float64]
+#: Sweeps between exchanges of windows: as a walker needs time to cross one.
+_APART = 20
+#: The share of proposals that still counts when visits have grown by a fifth.
+_KEPT = 0.7
+#: Visits to each energy until exploring may end.
+_ENOUGH = 100
+#: Groups of walkers, at most, of which the jackknife leaves out one after the other.
+_GROUPS = 64
+
+
+class Walkers(Protocol):
+    """Copies of something, each with an energy that is one of the numbers 0 to B - 1."""
+
+    energies: Tensor
+
+    def propose(self, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Proposes a move of each walker.
+
+        Args:
+            entropy: (B,) what is known of S(E), for moves that follow its slope.
+
+        Returns:
+            (W,) the energies that it would have, -1 where it has none; and the logarithm of the
+            ratio of proposing back to proposing, and of any prior, None for 0.
+        """
+
+    def accept(self, which: Tensor) -> None:
+        """Makes the moves of some walkers (W,)."""
+
+
+class WangLandau:
+    """Walkers that see all energies alike, and what they tell of the number of states.
+
+    Args:
+        walkers: W of them.
+        energies: B, how many energies there may be.
+        allowed: (B,) those that count; None for all. Walkers that begin elsewhere go there first.
+        error: the standard error of S(E) that is enough, for each energy.
+        windows: how many windows walkers are confined to, once the energies are known.
+        observables: by name, what gives a number (W,) for each walker.
+        sweep: after how many moves all has had a chance to move: then observables are looked at.
+        piece: how many moves are made at once.
+        seed: of what is drawn.
+        title: for the progress bar.
+
+    Attributes:
+        stage: "exploring", "Wang-Landau", "multicanonical" or "done".
+        log_g: (B,) what is known of S(E), up to a constant; infinite where walkers may not go.
+        seen: (B,) which energies were seen.
+        visits: by all walkers, since the beginning.
+        seconds: that were spent on them.
+        history: (visits, ln f, ln g) whenever visits had doubled in the second stage.
+        late: (B,) which energies were found too late to count.
+
+    Raises:
+        ValueError: if there are too few walkers, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        walkers: Walkers,
+        energies: int,
+        *,
+        allowed: Tensor | None = None,
+        error: float = 0.05,
+        windows: int = 1,
+        observables: Mapping[str, Callable[[Any], Tensor]] | None = None,
+        sweep: int = 1,
+        piece: int = 256,
+        seed: int = 0,
+        title: str = "density of states",
+    ) -> None:
+        copies = len(walkers.energies)
+        if copies < 2:
+            raise ValueError(
+                f"expected two walkers or more, got {copies}: errors are told by how far "
+                "independent walkers differ"
+            )
+        if not 1 <= windows <= copies // 2 or copies % windows:
+            raise ValueError(
+                f"expected windows= to be between 1 and half of the {copies} walkers, and to "
+                f"divide them, got {windows}"
+            )
+        if not error > 0:
+            raise ValueError(f"expected error= to be positive, got {error!r}")
+        self.title, self.walkers, self.stage = title, walkers, "exploring"
+        self._copies, self._bins, self._windows = copies, energies, windows
+        self._error, self._sweep, self._moves = error, sweep, piece
+        self._observables = dict(observables or {})
+        self._generator = generator(seed, "Wang-Landau")
+        self._allowed = torch.ones(energies, dtype=torch.bool) if allowed is None else allowed
+        self._outside = not bool(self._allowed[walkers.energies].all())
+        # One more, at -1: where a move that cannot be made leads.
+        self._weights = torch.full((energies + 1,), torch.inf, dtype=torch.float64)
+        self._weights[:-1][self._allowed] = -torch.inf
+        self.seen = torch.zeros(energies, dtype=torch.bool)
+        self._transitions = torch.zeros(energies * energies, dtype=torch.float64)
+        self.visits, self.seconds = 0, 0.0
+        self.late = torch.zeros(energies, dtype=torch.bool)
+        self._latest = 0  # visits when an energy was new
+        self._refreshed = 0
+        self._origin = 0  # visits when 1 / t begins
+        self._moved = 0  # since windows were exchanged
+        self._settled = False
+        self.history: list[tuple[int, float, Array]] = []
+        #: Which walkers share windows, one in each; and which of them are left out together.
+        chains = copies // windows
+        self._slots = torch.arange(copies).view(windows, chains)
+        self._groups = min(_GROUPS, chains)
+        self._low = torch.zeros(copies, dtype=torch.int64)
+        self._high = torch.full((copies,), energies - 1)
+        self._chain_groups = torch.arange(chains) % self._groups
+        self._place = (self._chain_groups * windows).repeat(windows)
+        self._crossings = Crossings(copies, windows)
+        self._production = Production(self._groups, windows, energies, list(self._observables))
+
+    @property
+    def log_g(self) -> Array:
+        """(B,) what is known of S(E)."""
+        return self._weights[:-1].numpy().copy()
+
+    @property
+    def share(self) -> float:
+        """How much is done; errors fall with the square root of the visits."""
+        if self.stage == "done":
+            return 1.0
+        if self.stage != "multicanonical" or not self._production.worst:
+            return 0.0
+        return min(0.99, (self._error / self._production.worst) ** 2)
+
+    def settle(self) -> None:
+        """Holds the weights, however good they are; no energies are taken up from now on."""
+        self._settled = True
+        if self.stage != "multicanonical" and not self._outside and self.visits:
+            self._hold()
+
+    def advance(self) -> None:
+        """Makes some moves."""
+        begun = time.perf_counter()
+        if self._outside:
+            self._enter()
+        else:
+            self._moved += self._moves
+            if self._windows > 1 and self._moved >= _APART * self._sweep:
+                self._moved = 0
+                self._exchange()
+            before = self.walkers.energies.clone()
+            track, proposals = self._walk()
+            self._account(before, track, proposals)
+        self.seconds += time.perf_counter() - begun
+
+    def _walk(self) -> tuple[Tensor, Tensor]:
+        """Moves all walkers; the energies after, and those proposed, (moves, W)."""
+        walkers, weights, generator = self.walkers, self._weights, self._generator
+        limits = torch.empty(self._moves, self._copies, dtype=torch.float64)
+        limits.exponential_(generator=generator).neg_()
+        track = torch.empty(self._moves, self._copies, dtype=torch.int64)
+        proposals = torch.empty_like(track)
+        gain = torch.empty(self._copies, dtype=torch.float64)
+        known = int(self.seen.sum())
+        looking = bool(self._observables) and self.stage == "multicanonical"
+        for move in range(self._moves):
+            at = walkers.energies
+            to, odds = walkers.propose(weights)
+            proposals[move] = to
+            gained = weights[at] - weights[to]
+            if odds is not None:
+                gained += odds
+            which = limits[move] <= gained
+            if self._windows > 1:
+                out = (at < self._low) | (at > self._high)
+                which &= out | (to >= self._low) & (to <= self._high)
+            walkers.accept(which)
+            at = track[move] = walkers.energies
+            if self.stage == "Wang-Landau":
+                gain.fill_(known / (self.visits - self._origin + (move + 1) * self._copies))
+                weights.index_add_(0, at, gain)
+            if looking and move % self._sweep == 0:
+                values = [look(walkers) for look in self._observables.values()]
+                self._production.observe(self._place, at, values)
+        self.visits += track.numel()
+        return track, proposals
+
+    def _enter(self) -> None:
+        """Brings walkers to the energies that are allowed; the odd move away keeps them going."""
+        inside = self._allowed.nonzero()[:, 0]
+        low, high = inside.min(), inside.max()
+
+        def distance(energies: Tensor) -> Tensor:
+            return (low - energies).clamp_min(0) + (energies - high).clamp_min(0)
+
+        for _ in range(self._moves):
+            before = distance(self.walkers.energies)
+            to, _ = self.walkers.propose(self._weights)
+            away = torch.rand(self._copies, generator=self._generator) < 0.02 * (before > 0)
+            self.walkers.accept((to >= 0) & ((distance(to) <= before) | away))
+        self._outside = not bool(self._allowed[self.walkers.energies].all())
+
+    def _exchange(self) -> None:
+        """Exchanges windows between walkers of a chain that are both within both."""
+        first = int(torch.randint(2, (), generator=self._generator))
+        energies = self.walkers.energies
+        for window in range(first, self._windows - 1, 2):
+            one, other = self._slots[window].clone(), self._slots[window + 1].clone()
+            low, high = self._low[other], self._high[one]
+            both = torch.stack([energies[one], energies[other]])
+            swap = ((both >= low) & (both <= high)).all(0)
+            self._slots[window] = torch.where(swap, other, one)
+            self._slots[window + 1] = torch.where(swap, one, other)
+            for held in (self._low, self._high, self._place, *self._crossings.held):
+                at_one, at_other = held[one], held[other]
+                held[one] = torch.where(swap, at_other, at_one)
+                held[other] = torch.where(swap, at_one, at_other)
+            self._crossings.latest[torch.cat([one[swap], other[swap]])] = 0
+
+    def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
+        """Goes on with the stage, by what was seen."""
+        new = torch.bincount(track.flatten(), minlength=self._bins) > 0
+        if self.stage == "multicanonical":  # where nothing new is let in
+            new = torch.bincount(proposals[proposals >= 0], minlength=self._bins) > 0
+            self.late |= new & self._allowed & ~self.seen
+        elif bool((new & ~self.seen).any()):
+            self.seen |= new
+            self._latest = self.visits
+            if self.stage == "Wang-Landau":
+                self._estimate()
+                self.history.clear()
+        if self.stage != "multicanonical":
+            pairs = (torch.cat([before[None], track[:-1]]) * self._bins + proposals)[proposals >= 0]
+            self._transitions += torch.bincount(pairs, minlength=self._bins**2)
+        if self.stage == "exploring":
+            self._explore()
+            return
+        self._crossings.follow(track)
+        if self.stage == "Wang-Landau":
+            self._learn()
+        else:
+            self._produce(track)
+
+    def _explore(self) -> None:
+        if self._latest < self.visits < 1.2 * self._refreshed:
+            return
+        self._refreshed = self.visits
+        self._estimate()
+        self._transitions *= _KEPT  # of states that were hurried through
+        rows = self._transitions.view(self._bins, self._bins).sum(1)
+        if self.visits > 1.5 * self._latest and bool((rows[self.seen] >= _ENOUGH).all()):
+            self.stage = "Wang-Landau"
+            self._split()
+            self._crossings.forget()
+
+    def _estimate(self) -> None:
+        """S(E) from the moves that were proposed between energies that were seen."""
+        places = self.seen.nonzero()[:, 0]
+        matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
+        self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
+
+    def _split(self) -> None:
+        """Windows that take as long to cross each, of which neighbours share half.
+
+        Where energies diffuse by D a move, crossing takes (sum of D^-1/2 over energies)^2 / 2.
+        """
+        places = self.seen.nonzero()[:, 0]
+        known = len(places)
+        if self._windows > max(1, known // 3):
+            raise ValueError(
+                f"windows={self._windows} of the {known} energies that there are would be of fewer "
+                "than three each: choose fewer"
+            )
+        flow = self._transitions.view(self._bins, self._bins)[places][:, places]
+        flow = flow / flow.sum(1, keepdim=True).clamp_min(1)
+        weights = self._weights[places]
+        accepted = flow * (weights[:, None] - weights).exp().clamp_max(1)
+        diffusion = (accepted * (places[:, None] - places) ** 2).sum(1) / 2
+        length = diffusion.clamp_min(1e-6).rsqrt().cumsum(0)
+        # As if there had been as many visits as it takes to cross: faster, and g would lag behind.
+        crossing = float(length[-1] / self._windows) ** 2
+        self._origin = int(self.visits - crossing * self._copies)
+        cuts = torch.linspace(0, 1, self._windows + 2, dtype=torch.float64) * length[-1]
+        cut = torch.searchsorted(length, cuts).clamp_(max=known - 1)
+        order = self.walkers.energies.argsort(stable=True)
+        self._slots = order.view(self._windows, -1)
+        for window, walkers in enumerate(self._slots):
+            low = min(int(cut[window]), known - 3 - (self._windows - 1 - window))
+            high = max(int(cut[window + 2]), low + 2)
+            first, last = window == 0, window == self._windows - 1
+            low, high = 0 if first else low, known - 1 if last else min(high, known - 1)
+            # The outermost are open.
+            self._low[walkers] = 0 if first else places[low]
+            self._high[walkers] = self._bins - 1 if last else places[high]
+            self._place[walkers] = self._chain_groups * self._windows + window
+            # The last energies of all may be of a few states only, which hardly anybody finds.
+            edge = (high - low) // 20
+            self._crossings.begin(walkers, window, places[low + edge], places[high - edge])
+
+    def _learn(self) -> None:
+        log_f = int(self.seen.sum()) / (self.visits - self._origin)
+        last = log_f < self._error**2 / 4 and self._crossings.fewest >= 1
+        if last or not self.history or self.visits >= 2 * self.history[-1][0]:
+            self.history.append((self.visits, log_f, self.log_g))
+        if last:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Begins the third stage."""
+        if self.stage == "exploring":
+            self._estimate()
+            self._split()
+        self._weights[:-1][~self.seen] = torch.inf
+        self.stage = "multicanonical"
+        self._produce_with(self._weights[:-1].numpy())
+
+    def _produce_with(self, log_g: Array) -> None:
+        """Samples anew with other weights."""
+        self._weights[:-1] = torch.from_numpy(log_g)
+        self._crossings.forget()
+        first = self._slots[:, 0]
+        self._production.begin(log_g, self._low[first].numpy(), self._high[first].numpy())
+
+    def _produce(self, track: Tensor) -> None:
+        production = self._production
+        production.count(self._place, track)
+        if production.burning:
+            # What is left of the stages before is forgotten, and made use of once.
+            if self._crossings.fewest >= 1:
+                self._produce_with(production.flattened(self.log_g))
+                production.burning = False
+        elif production.examine() <= self._error and self._crossings.fewest >= 4:
+            self.stage = "done"
+
+
+class Crossings:
+    """How often walkers have gone from one end of their window to the other.
+
+    Attributes:
+        latest: (W,) the end that each was at last: -1, 1, or 0 for none.
+        held: the window of each walker, and its ends; (W,) each.
+    """
+
+    def __init__(self, walkers: int, windows: int) -> None:
+        self.latest = torch.zeros(walkers, dtype=torch.int64)
+        self.held = [torch.zeros(walkers, dtype=torch.int64) for _ in range(3)]
+        self._number = np.zeros(windows)
+        self._walkers = walkers / windows
+
+    @property
+    def fewest(self) -> float:
+        """How many there were for each walker, in the window of the fewest."""
+        return float(self._number.min()) / self._walkers
+
+    def begin(self, walkers: Tensor, window: int, low: Tensor, high: Tensor) -> None:
+        """Some walkers have a window from now on."""
+        for held, value in zip(self.held, (window, low, high), strict=True):
+            held[walkers] = value
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.latest.zero_()
+        self._number[:] = 0
+
+    def follow(self, track: Tensor) -> None:
+        """Goes along energies (moves, W)."""
+        window, low, high = self.held
+        walkers, moves = ((track <= low) | (track >= high)).T.nonzero(as_tuple=True)
+        if not len(walkers):
+            return
+        ends = torch.where(track[moves, walkers] <= low[walkers], -1, 1)
+        after = walkers[1:] != walkers[:-1]
+        one = torch.ones(1, dtype=torch.bool)
+        before = torch.where(torch.cat([one, after]), self.latest[walkers], ends.roll(1))
+        crossed = walkers[(before != 0) & (before != ends)]
+        self._number += np.bincount(window[crossed].numpy(), minlength=len(self._number))
+        last = torch.cat([after, one])
+        self.latest[walkers[last]] = ends[last]
+
+
+def stationary(counts: Array) -> Array:
+    """The logarithm of the stationary distribution (K,) of a Markov chain, from counts (K, K).
+
+    By elimination of one state after the other without a subtraction, which gives small entries as
+    precisely as large ones (Grassmann, Taksar and Heyman 1985, Operations Research 33, 1107).
+    Neighbours without a count have half of one.
+    """
+    size = len(counts)
+    flow = counts.astype(np.float64)
+    here, there = np.arange(size - 1), np.arange(1, size)
+    flow[here, there] = np.maximum(flow[here, there], 0.5)
+    flow[there, here] = np.maximum(flow[there, here], 0.5)
+    flow /= flow.sum(1, keepdims=True)
+    for last in range(size - 1, 0, -1):
+        flow[:last, last] /= flow[last, :last].sum()
+        flow[:last, :last] += np.outer(flow[:last, last], flow[last, :last])
+    found = np.zeros(size)
+    with np.errstate(divide="ignore"):
+        logarithms = np.log(flow)
+    for state in range(1, size):
+        found[state] = np.logaddexp.reduce(found[:state] + logarithms[:state, state])
+    return found - np.logaddexp.reduce(found)
