@@ -59,6 +59,7 @@ class WeightLoss(Flattening):
         self._state = widened_state(model, torch.float32)
         names = numbers(self._state) if parameters is None else matching(model, parameters)
         super().__init__({name: self._state[name] for name in names})
+        self._buffers = {name for name, _ in model.named_buffers()}
         self.point = self.flat(self._state)
         self.samples = len(probe)
         self.apart: dict[str, str | None] = {}
@@ -190,8 +191,11 @@ class WeightLoss(Flattening):
 
     def _outputs(self, probe: Probe, weights: Tensor) -> Tensor:
         self._same_draws()
+        parts = self.split(weights)
+        for name in self._buffers & parts.keys():  # of which batch normalisation has no gradient
+            parts[name] = parts[name].detach()
         with sdpa_kernel(SDPBackend.MATH):
-            return called(self._model, {**self._state, **self.split(weights)}, probe.look)
+            return called(self._model, {**self._state, **parts}, probe.look)
 
     def _losses_of(self, probe: Probe, outputs: Tensor) -> Tensor:
         losses = probe.per_sample_losses(outputs)
