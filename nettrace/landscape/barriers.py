@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nettrace.freeze import frozen
+from nettrace.landscape.matching import By, match
 from nettrace.landscape.points import Points, coarse_to_fine, means, quantities
 from nettrace.landscape.result import Quantity, dataset
 from nettrace.landscape.run import run
@@ -46,8 +47,10 @@ def barrier(
     probe: Probe,
     other: Source,
     *,
+    matched: bool | By = False,
     points: int = 25,
     batch_norm: BatchNorm = "interpolated",
+    seed: int = 0,
     seconds: float | None = None,
     progress: bool = False,
     to: str | Path | None = None,
@@ -61,6 +64,9 @@ def barrier(
         model: the network at t = 0.
         probe: the samples, with targets.
         other: the one at t = 1: a network of the same architecture, its state or a checkpoint.
+        matched: whether to permute the other network's hidden units first, so that they are as
+            close as may be to this one's (`nettrace.landscape.match`): by "weights" where True, or
+            by "activations".
         points: how many, evenly spaced from t = 0 to 1. The barrier is the largest at these.
         batch_norm: "interpolated" running statistics, so that the ends are the two networks; or
             "estimated" anew from the probe's samples at each point (as REPAIR does, Jordan et al.
@@ -68,7 +74,8 @@ def barrier(
             networks and statistics of the ends then do not fit: that raises barriers. Each
             point's variances are those of one batch of all samples, divided by their number;
             samples of one point then depend on each other, of which standard errors know nothing.
-        seconds: how long it may take.
+        seed: of the search for permutations.
+        seconds: how long it may take, the search for permutations not included.
         progress: whether to show a progress bar.
         to: a file for the result.
 
@@ -85,7 +92,7 @@ def barrier(
     Raises:
         CheckpointError: if the other network does not fit.
         ValueError: if an argument is out of range, or the loss is not known, or not finite at an
-            end.
+            end; or as by `match`.
 
     Example:
         >>> import torch, nettrace as nt
@@ -98,8 +105,22 @@ def barrier(
         >>> float(found["barrier"]), float(found["barrier_at"])
         (1.0, 0.5)
     """
+    if matched not in (True, False, *get_args(By)):
+        raise ValueError(
+            f"expected matched= to be True, False, 'weights' or 'activations', got {matched!r}"
+        )
+    said = ""
+    if matched:
+        aligned = match(
+            model, probe, other, by="weights" if matched is True else matched, seed=seed
+        )
+        before, other = aligned.distance[0], aligned.state
+        said = (
+            f", hidden units of w1 permuted in {len(aligned.permutations)} groups to match w0 by "
+            f"{aligned.by}, at a distance of {before:.4g} before"
+        )
     with frozen(model):
-        sampler = Barrier(model, probe, other, points=points, batch_norm=batch_norm)
+        sampler = Barrier(model, probe, other, points=points, batch_norm=batch_norm, said=said)
         return run(sampler, seconds=seconds, progress=progress, to=to)
 
 

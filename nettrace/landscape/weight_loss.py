@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -148,7 +150,10 @@ class WeightLoss(Flattening):
             return together()
         truth = apart()
         try:
-            found = together()
+            with warnings.catch_warnings():
+                # Copies of what has no batching rule are still taken together but for that.
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                found = together()
         except Exception as error:  # whatever vmap or the network makes of it
             self.apart[what] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return truth
@@ -194,7 +199,7 @@ class WeightLoss(Flattening):
         parts = self.split(weights)
         for name in self._buffers & parts.keys():  # of which batch normalisation has no gradient
             parts[name] = parts[name].detach()
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             return called(self._model, {**self._state, **parts}, probe.look)
 
     def _losses_of(self, probe: Probe, outputs: Tensor) -> Tensor:
@@ -234,6 +239,18 @@ def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
 
 def _axes(rows: Tensor | None) -> tuple[int | None, ...]:
     return 0, None if rows is None else 0
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Lets attention be made of products of matrices alone."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def numbers(state: Mapping[str, Tensor]) -> list[str]:
