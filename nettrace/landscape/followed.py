@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nettrace.landscape.axes import Axes, Axis, axes, axis, factors, fix, join, part, reshape
+from nettrace.landscape.axes import (
+    Axes,
+    Axis,
+    Factor,
+    axes,
+    axis,
+    factors,
+    fix,
+    join,
+    part,
+    reshape,
+)
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,18 @@ class Follower(TorchDispatchMode):
 
     Attributes:
         axes: of parameters and buffers.
-        unknown: operations of which it is not known what they do with units.
+        epsilon: the precision of the coarsest numbers that were made of data.
         activations: the results of operations that data enters, but for views, with their axes.
     """
 
     def __init__(self, state: Mapping[str, Tensor], keep: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = WeakTensorKeyDictionary()
         self._from_data = WeakTensorKeyDictionary()
         self._keep = keep
         self.axes = {name: axes(t.shape, fixed=False) for name, t in state.items()}
-        self.unknown: set[str] = set()
+        self.epsilon = 0.0
+        self._stopped: dict[str, list[Factor]] = {}
         self.activations: list[tuple[Tensor, Axes]] = []
         for name, tensor in state.items():
             self._known[tensor] = self.axes[name]
@@ -96,6 +108,15 @@ class Follower(TorchDispatchMode):
             self._from_data[tensor] = True
         found: Axes = self._known[tensor]
         return found
+
+    def unknown(self) -> list[str]:
+        """Operations that saw units, and of which it is not known what they do with them."""
+        units = {factor for several in self.axes.values() for factor in factors(several)}
+        return sorted(
+            name
+            for name, stopped in self._stopped.items()
+            if any(leaf in units for factor in stopped for leaf in factor.leaves())
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -123,8 +144,8 @@ class Follower(TorchDispatchMode):
         if rule is not None:
             made = rule(call)
         else:
-            if not all(factor.fixed for several in given for factor in factors(several)):
-                self.unknown.add(name)
+            free = [f for several in given for f in factors(several) if not f.fixed]
+            self._stopped.setdefault(name, []).extend(free)
             for several in given:
                 fix(*several)
         several_made = made if isinstance(made, list) else [made]
@@ -137,9 +158,11 @@ class Follower(TorchDispatchMode):
             self._known[result] = one
             if from_data:
                 self._from_data[result] = True
-        kept = self._keep and from_data and not func.is_view
-        if kept and (call.results[0].is_floating_point() or call.results[0].is_complex()):
-            self.activations.append((call.results[0].detach(), self.of(call.results[0])))
+        first = call.results[0]
+        if from_data and (first.is_floating_point() or first.is_complex()):
+            self.epsilon = max(self.epsilon, torch.finfo(first.dtype).eps)
+            if self._keep and not func.is_view:
+                self.activations.append((first.detach(), self.of(first)))
 
 
 def _flat(found: Any) -> Iterator[Any]:

@@ -120,7 +120,7 @@ def match(
         orders = _Search(known.groups, [pair for pair in pairs if pair.where], seed).best()
         moved = known.permuted(theirs, orders)
         off = outputs.apart(theirs, moved)
-        if off > outputs.tolerance:
+        if off > known.tolerance:
             raise RuntimeError(
                 f"permuting the units of {type(model).__name__} changed its outputs by {off:.2g} "
                 "of their size, though each group alone did not: please report this network"

@@ -22,8 +22,6 @@ from nettrace.landscape.weight_loss import plain_attention
 from nettrace.probe import Probe
 from nettrace.smooth import called, widened, widened_state
 
-#: By how much outputs may differ, of their size, for rounding.
-_SAME = {torch.float64: 1e-8, torch.float32: 1e-3}
 #: How far around the network's weights, of their size.
 _AROUND = 0.3
 #: On how many samples groups are found and tried.
@@ -71,14 +69,10 @@ class Outputs:
         off = float(most / size.max()) if len(size) and float(size.max()) > 0 else float(most)
         return off if off == off else float("inf")
 
-    @property
-    def tolerance(self) -> float:
-        """Up to what they count as the same."""
-        return _SAME[self.dtype]
-
     def follow(self, state: Mapping[str, Tensor], *, keep: bool = False) -> Follower:
         """The axes of a state's tensors and, if they are kept, of activations."""
-        with Follower(state, keep) as followed:
+        followed = Follower(state, keep)
+        with followed:
             fix(*followed.of(self(state)))
         return followed
 
@@ -111,6 +105,7 @@ class Symmetries:
         groups: those that leave outputs unchanged.
         dropped: by name, why groups that were found are no such, and operations not known.
         outputs: of the network, on the few samples.
+        tolerance: up to which share of their size outputs count as the same, for rounding.
     """
 
     def __init__(self, model: nn.Module, probe: Probe, seed: int) -> None:
@@ -119,10 +114,16 @@ class Symmetries:
         state = self.outputs.own
         followed = self.outputs.follow(state)
         self.axes = followed.axes
+        saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        for name, buffer in model.named_buffers():
+            if id(buffer) not in saved:  # with which the permuted state could not be used
+                fix(*self.axes[name])
         self.dropped = {
             f"operation {name}": "is not known, so that all units that it sees stay where they are"
-            for name in sorted(followed.unknown)
+            for name in followed.unknown()
         }
+        # Some networks compute in single precision whatever their weights are.
+        self.tolerance = followed.epsilon**0.5
         self.groups: list[Group] = []
         around = _around(state, {n for n, _ in model.named_buffers()}, seed)
         for group in self._proposed():
@@ -130,7 +131,7 @@ class Symmetries:
             if torch.equal(order, torch.arange(group.size)):
                 order = order.roll(1)
             off = self.outputs.apart(around, self.permuted(around, {group.name: order}, [group]))
-            if off <= self.outputs.tolerance:
+            if off <= self.tolerance:
                 self.groups.append(group)
             else:
                 self.dropped[group.name] = (
