@@ -177,8 +177,8 @@ class Barrier(Points):
     def weights(self, point: int) -> Tensor:
         """(P,) of a point of the line."""
         one, other, t = self.loss.point, self._end, float(self._t[point])
-        if t == 0:
-            return one
+        if t in (0, 1):
+            return other if t else one
         # What is the same at both ends stays so, be it infinite, as in masks.
         return torch.where(one == other, one, torch.lerp(one, other, t))
 

@@ -179,7 +179,9 @@ def _broadcast(several: Sequence[Axes], ndim: int) -> Axes:
     return tuple(found)
 
 
-@_rule("copy masked_fill _prelu_kernel _weight_norm_interface _conj lerp addcmul addcdiv")
+@_rule(
+    "complex polar copy masked_fill _prelu_kernel _weight_norm_interface _conj lerp addcmul addcdiv"
+)
 def _pointwise(call: Call) -> Axes:
     several = [call.of(t) for t in call.tensors() if t.dim() <= len(call.shape)]
     return _broadcast(several, len(call.shape))
@@ -211,7 +213,9 @@ def _to_pairs(call: Call) -> Axes:
 
 @_rule("view_as_complex")
 def _from_pairs(call: Call) -> Axes:
-    return call.axes("self")[:-1]
+    *own, pairs = call.axes("self")
+    fix(pairs)
+    return tuple(own)
 
 
 @_rule("t transpose permute movedim")
@@ -380,6 +384,30 @@ def _embedding(call: Call) -> Axes:
     return (*call.axes("indices"), features)
 
 
+@_rule("gather")
+def _gather(call: Call) -> Axes:
+    own, chosen = call.axes("self"), call.axes("index")
+    dim = call.named["dim"] % max(len(own), 1)
+    lengths = zip(call.named["self"].shape, call.named["index"].shape, strict=True)
+    for d, (length, taken) in enumerate(lengths):
+        if d == dim or length != taken:
+            fix(own[d])
+        else:
+            join(own[d], chosen[d])
+    return chosen
+
+
+@_rule("index_add scatter_add index_copy index_reduce")
+def _scattered(call: Call) -> Axes:
+    own, source = call.axes("self"), call.axes("source" if "source" in call.named else "src")
+    dim = call.named["dim"] % len(own)
+    fix(own[dim], source[dim])
+    for d in range(len(own)):
+        if d != dim:
+            join(own[d], source[d])
+    return own
+
+
 @_rule("index index_select")
 def _index(call: Call) -> Axes:
     own = call.axes("self")
@@ -394,6 +422,27 @@ def _index(call: Call) -> Axes:
         return axes(call.shape, fixed=True)
     places = call.shape[first : len(call.shape) - behind]
     return (*own[:first], *axes(places, fixed=True), *own[len(own) - behind :])
+
+
+@_rule("max min")
+def _largest(call: Call) -> Axes | list[Axes]:
+    if "other" in call.named:
+        return _pointwise(call)
+    return _reduced(call) if "dim" not in call.named else _chosen(call)
+
+
+@_rule("argmax argmin median nanmedian mode kthvalue cummax cummin aminmax")
+def _chosen(call: Call) -> list[Axes]:
+    """Places along one axis are told, or along all."""
+    own = call.axes("self")
+    dims = call.dims("dim", len(own))
+    fix(*[own[d] for d in dims])
+    kept = len(call.shape) == len(own)
+    same = kept and call.shape[dims[0]] == call.named["self"].shape[dims[0]]
+    one = tuple(
+        a if same or d not in dims else () for d, a in enumerate(own) if kept or d not in dims
+    )
+    return [one] * len(call.results)
 
 
 @_rule("flip roll cumsum cumprod sort topk constant_pad_nd reflection_pad1d reflection_pad2d")

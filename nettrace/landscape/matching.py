@@ -62,7 +62,8 @@ def match(
     Which units may be permuted is found by following a forward pass on a few samples through
     whatever operations it is made of: hidden units, channels (those of grouped convolutions as
     groups and alike within all groups), features of a residual stream, heads of attention as
-    blocks, and features within heads alike for all of them. Each such group is tried before it is
+    blocks, and features within heads alike for all of them; features that are joined along an axis
+    alike if there are equally many of each, else not at all. Each such group is tried before it is
     used, and outputs of the permuted network are held against those of the other one. Units that an
     operation not known sees stay where they are.
 
@@ -103,7 +104,7 @@ def match(
             said = "; ".join(f"{name}: {why}" for name, why in known.dropped.items())
             raise ValueError(
                 f"no units of {type(model).__name__} may be permuted"
-                + (f" ({said})" if said else ": operations that are not known see all of them")
+                + (f" ({said})" if said else ": the order of all of them matters")
             )
         outputs = Outputs(model, probe)
         own = outputs.own

@@ -56,9 +56,17 @@ class Outputs:
 
     def __call__(self, state: Mapping[str, Tensor]) -> Tensor:
         """The outputs (N, ...) with another state."""
+        return self._with(self._leaves(state)).detach()
+
+    def _with(self, state: Mapping[str, Tensor]) -> Tensor:
         self._same_draws()
-        with torch.no_grad(), plain_attention():
+        with plain_attention():
             return called(self._model, state, self._probe.look)
+
+    def _leaves(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, by which networks that do so in their forward may differentiate."""
+        wants = {name for name, p in self._model.named_parameters() if p.requires_grad}
+        return {name: t.detach().requires_grad_(name in wants) for name, t in state.items()}
 
     def apart(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
         """How far the outputs with two states are apart, of the largest; or infinite."""
@@ -71,9 +79,10 @@ class Outputs:
 
     def follow(self, state: Mapping[str, Tensor], *, keep: bool = False) -> Follower:
         """The axes of a state's tensors and, if they are kept, of activations."""
-        followed = Follower(state, keep)
+        leaves = self._leaves(state)
+        followed = Follower(leaves, keep)
         with followed:
-            fix(*followed.of(self(state)))
+            fix(*followed.of(self._with(leaves)))
         return followed
 
 

@@ -94,7 +94,7 @@ class WeightLoss(Flattening):
 
     def _samples_of(self, weights: Tensor) -> Tensor:
         def apart() -> Tensor:
-            return torch.stack([self._rows(w).detach() for w in weights])
+            return torch.stack([self._rows(_leaf(w)).detach() for w in weights])
 
         def together() -> Tensor:
             return vmap(self._rows, randomness="same")(weights).detach()
@@ -114,7 +114,7 @@ class WeightLoss(Flattening):
 
         def apart() -> Tensor:
             return torch.stack(
-                [self._mean(w, r).detach() for w, r in zip(weights, each, strict=True)]
+                [self._mean(_leaf(w), r).detach() for w, r in zip(weights, each, strict=True)]
             )
 
         def together() -> Tensor:
@@ -166,7 +166,7 @@ class WeightLoss(Flattening):
 
     def _gradient(self, weights: Tensor, rows: Tensor | None) -> Tensor:
         """(1 + P,) the loss and its gradient, with float64 for the loss."""
-        leaf = weights.detach().requires_grad_()
+        leaf = _leaf(weights)
         loss = self._mean(leaf, rows)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return torch.cat([loss.detach()[None], gradient.double()])
@@ -219,7 +219,7 @@ class WeightLoss(Flattening):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        leaf = self.point.detach().requires_grad_()
+        leaf = _leaf(self.point)
         try:
             with saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self._mean(leaf, None)
@@ -231,6 +231,11 @@ class WeightLoss(Flattening):
                 "probed around finite ones"
             )
         return sum(kept.values()) + 4 * self.point.numel() * self.point.element_size()
+
+
+def _leaf(weights: Tensor) -> Tensor:
+    """By which networks that do so in their forward may differentiate."""
+    return weights.detach().requires_grad_()
 
 
 def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:

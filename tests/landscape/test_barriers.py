@@ -250,6 +250,15 @@ def test_what_there_was_no_time_for_is_nan():
     assert float(found["barrier"]) == pytest.approx(float(np.nanmax(found["excess"])))
 
 
+def test_what_is_infinite_at_one_end_is_so_at_that_end_alone():
+    one, other, probe = mlp(1), mlp(2), classes()
+    for model in (one, other):
+        model.register_buffer("unused", torch.zeros(2))
+    one.unused.fill_(torch.inf)
+    found = barrier(one, probe, other, points=3)
+    assert np.isfinite(found["loss"]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -26,6 +26,10 @@ FOUND = {
     "low-rank": [2, 6, 5],
     "u-net": [3],
     "paddings": [4, 2, 3],
+    "llama": [8, 2, 6, 2, 6],  # grouped queries, whose pairs of features turn with the position
+    "lstm": [4],
+    "router": [4],  # units of all experts alike
+    "pinn": [6, 6],  # differentiates in its forward pass
 }
 
 

@@ -295,7 +295,9 @@ def test_what_there_was_no_time_for_is_nan():
     assert there[100]
 
 
-@pytest.mark.parametrize("name", ["cnn", "gpt", "vit", "recurrent", "low-rank", "shared"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "gpt", "vit", "recurrent", "low-rank", "shared", "pinn", "inner-loop"]
+)
 def test_networks_are_left_as_they_were(name):
     member = build(name)
     probe = nt.Probe(
