@@ -43,15 +43,8 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             network may then be changed in part.
     """
     ours = model.state_dict(keep_vars=True)
-    if _COUNT in state and _COUNT not in ours:
-        state = {name: value for name, value in state.items() if name != _COUNT}
-    ties = _ties(ours)
-    attempts, fitting = [], None
-    for names in _renamings(state, ours):
-        attempts.append(_Attempt(names, state, ours, ties))
-        if attempts[-1].fits:  # as do no others: prefixes leave the order of names as it is
-            fitting = attempts[-1].complete()
-            break
+    state = _counted(state, ours)
+    fitting, attempts = _fitting(state, ours)
     try:
         if fitting is not None:
             _convert(model, ours, fitting)
@@ -64,14 +57,56 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         reason = None
     except Exception as error:
         reason = error
-    attempts.append(_Attempt(_part(state, ours), state, ours, ties))
-    best = min(attempts, key=lambda attempt: attempt.misfits)
+    said = _misfit(state, ours, attempts) or (reason and told(reason))
     raise CheckpointError(
-        f"the checkpoint does not fit {type(model).__name__}: "
-        f"{best.described() or (reason and told(reason))}. Give the network that was trained, as "
-        "--model; or rename nettrace.checkpoints.load(path).state by hand, which "
+        f"the checkpoint does not fit {type(model).__name__}: {said}. Give the network that was "
+        "trained, as --model; or rename nettrace.checkpoints.load(path).state by hand, which "
         "nettrace.checkpoints.restore(model, state) then takes"
     ) from reason
+
+
+def named(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state's weights and buffers by the network's own names, which is left as it is.
+
+    Args:
+        model: the network.
+        state: by name, as for `restore`.
+
+    Raises:
+        CheckpointError: if names or shapes do not fit, with those that do not.
+    """
+    ours = model.state_dict(keep_vars=True)
+    state = _counted(state, ours)
+    fitting, attempts = _fitting(state, ours)
+    if fitting is None:
+        raise CheckpointError(
+            f"the other weights are not of {type(model).__name__}: "
+            f"{_misfit(state, ours, attempts)}. Both networks must have the same architecture"
+        )
+    return fitting
+
+
+def _counted(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Without what an average of networks counts in, where the network does not."""
+    return state if _COUNT in ours else {n: v for n, v in state.items() if n != _COUNT}
+
+
+def _fitting(
+    state: Mapping[str, Tensor], ours: Mapping[str, Any]
+) -> tuple[dict[str, Tensor] | None, list[_Attempt]]:
+    """The entries by the network's names, if they fit, and what was tried."""
+    ties, attempts = _ties(ours), []
+    for names in _renamings(state, ours):
+        attempts.append(_Attempt(names, state, ours, ties))
+        if attempts[-1].fits:  # as do no others: prefixes leave the order of names as it is
+            return attempts[-1].complete(), attempts
+    return None, attempts
+
+
+def _misfit(state: Mapping[str, Tensor], ours: Mapping[str, Any], attempts: list[_Attempt]) -> str:
+    """What does not fit, of the naming with which the least does not."""
+    best = [*attempts, _Attempt(_part(state, ours), state, ours, _ties(ours))]
+    return min(best, key=lambda attempt: attempt.misfits).described()
 
 
 class _Attempt:

@@ -1,5 +1,8 @@
 """Probes of the loss landscape: the loss is taken as an energy, and sampled."""
 
+from nettrace.landscape.barriers import barrier
+from nettrace.landscape.matching import Matched, match
 from nettrace.landscape.run import Sampler, run
+from nettrace.landscape.slices import slice_1d, slice_2d
 
-__all__ = ["Sampler", "run"]
+__all__ = ["Matched", "Sampler", "barrier", "match", "run", "slice_1d", "slice_2d"]

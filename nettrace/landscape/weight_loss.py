@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,6 +14,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nettrace.freeze import random_streams
+from nettrace.likelihood import Categorical
 from nettrace.probe import Probe
 from nettrace.second_order import Flattening
 from nettrace.smooth import called, widened, widened_state
@@ -32,14 +35,14 @@ class WeightLoss(Flattening):
         model: the network.
         probe: the samples.
         parameters: names or patterns of those that vary, such as "layers.1.*"; others stay as
-            they are.
+            they are. None for all that has a place in a state: frozen parameters and buffers too.
         memory: bytes that copies may take together.
 
     Attributes:
         point: (P,) the network's own weights.
         samples: N, of the probe.
-        apart: for "losses" and "gradients", why copies are evaluated one after the other, or None
-            where they are evaluated together; found when they are first asked for.
+        apart: for "losses", "gradients" and "samples", why copies are evaluated one after the
+            other, or None where together; found when they are first asked for.
 
     Raises:
         ValueError: if the loss is not known or not finite at the network's own weights, or there is
@@ -50,13 +53,15 @@ class WeightLoss(Flattening):
         self,
         model: nn.Module,
         probe: Probe,
-        parameters: str | Sequence[str] = "*",
+        parameters: str | Sequence[str] | None = "*",
         memory: int = 2**30,
     ) -> None:
         self._model = model
         self._probe = probe.map(widened(torch.float32))
         self._state = widened_state(model, torch.float32)
-        super().__init__({name: self._state[name] for name in matching(model, parameters)})
+        names = numbers(self._state) if parameters is None else matching(model, parameters)
+        super().__init__({name: self._state[name] for name in names})
+        self._buffers = {name for name, _ in model.named_buffers()}
         self.point = self.flat(self._state)
         self.samples = len(probe)
         self.apart: dict[str, str | None] = {}
@@ -78,6 +83,25 @@ class WeightLoss(Flattening):
         losses, gradients = zip(*found, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
+    def samples_of(self, weights: Tensor) -> Tensor:
+        """(K, R, N) in float64: what each sample makes of weights (K, P).
+
+        Row 0 are the losses. Where the outputs are logits of classes there is a row 1: the share
+        of a sample's positions at which another class than the target's has the largest; NaN where
+        the loss is.
+        """
+        return torch.cat([self._samples_of(part) for part, _ in self._parts(weights, None)])
+
+    def _samples_of(self, weights: Tensor) -> Tensor:
+        def apart() -> Tensor:
+            return torch.stack([self._rows(_leaf(w)).detach() for w in weights])
+
+        def together() -> Tensor:
+            return vmap(self._rows, randomness="same")(weights).detach()
+
+        # Which of two equal logits is the largest may depend on rounding.
+        return self._found("samples", together, apart, lambda rows: rows[:, :1])
+
     def _parts(
         self, weights: Tensor, rows: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -90,7 +114,7 @@ class WeightLoss(Flattening):
 
         def apart() -> Tensor:
             return torch.stack(
-                [self._mean(w, r).detach() for w, r in zip(weights, each, strict=True)]
+                [self._mean(_leaf(w), r).detach() for w, r in zip(weights, each, strict=True)]
             )
 
         def together() -> Tensor:
@@ -113,7 +137,11 @@ class WeightLoss(Flattening):
         return found[:, 0], found[:, 1:].to(weights)
 
     def _found(
-        self, what: str, together: Callable[[], Tensor], apart: Callable[[], Tensor]
+        self,
+        what: str,
+        together: Callable[[], Tensor],
+        apart: Callable[[], Tensor],
+        compared: Callable[[Tensor], Tensor] = lambda found: found,
     ) -> Tensor:
         """What copies give together, or one by one where that fails or is not the same."""
         if self.apart.get(what) is not None:
@@ -122,19 +150,23 @@ class WeightLoss(Flattening):
             return together()
         truth = apart()
         try:
-            found = together()
+            with warnings.catch_warnings():
+                # Copies of what has no batching rule are still taken together but for that.
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                found = together()
         except Exception as error:  # whatever vmap or the network makes of it
             self.apart[what] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return truth
         self.apart[what] = None
-        off = float((found - truth).norm() / (truth.norm() + 1e-6))
-        if not off < _AGREE.get(self.dtype, 1e-3) and bool(truth.isfinite().all()):
+        one, other = compared(found), compared(truth)
+        off = float((one - other).norm() / (other.norm() + 1e-6))
+        if not off < _AGREE.get(self.dtype, 1e-3) and bool(other.isfinite().all()):
             self.apart[what] = f"together, {what} differ by {off:.2g} of their size"
         return truth
 
     def _gradient(self, weights: Tensor, rows: Tensor | None) -> Tensor:
         """(1 + P,) the loss and its gradient, with float64 for the loss."""
-        leaf = weights.detach().requires_grad_()
+        leaf = _leaf(weights)
         loss = self._mean(leaf, rows)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return torch.cat([loss.detach()[None], gradient.double()])
@@ -149,16 +181,35 @@ class WeightLoss(Flattening):
                     "row a sample: leave out batch_size="
                 )
             probe = taken
+        return self._losses_of(probe, self._outputs(probe, weights)).mean()
+
+    def _rows(self, weights: Tensor) -> Tensor:
+        """(R, N) what `samples_of` says, of one copy."""
+        outputs = self._outputs(self._probe, weights)
+        losses = self._losses_of(self._probe, outputs)
+        likelihood = self._probe.distribution(outputs)
+        if not isinstance(likelihood, Categorical):
+            return losses[None]
+        classes = outputs.argmax(likelihood.axis)
+        wrong = (classes != self._probe.targets).reshape(len(losses), -1).to(losses).mean(1)
+        return torch.stack([losses, wrong.masked_fill(losses.isnan(), torch.nan)])
+
+    def _outputs(self, probe: Probe, weights: Tensor) -> Tensor:
         self._same_draws()
-        with sdpa_kernel(SDPBackend.MATH):
-            outputs = called(self._model, {**self._state, **self.split(weights)}, probe.look)
+        parts = self.split(weights)
+        for name in self._buffers & parts.keys():  # of which batch normalisation has no gradient
+            parts[name] = parts[name].detach()
+        with plain_attention():
+            return called(self._model, {**self._state, **parts}, probe.look)
+
+    def _losses_of(self, probe: Probe, outputs: Tensor) -> Tensor:
         losses = probe.per_sample_losses(outputs)
         if losses is None:
             raise ValueError(
                 "the probe says not what the loss is: give it targets, and likelihood= or losses= "
                 "where these do not tell"
             )
-        return losses.to(torch.float64).mean()
+        return losses.to(torch.float64)
 
     def _bytes_of_one(self) -> int:
         """What one copy takes, with what its tape keeps."""
@@ -168,7 +219,7 @@ class WeightLoss(Flattening):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        leaf = self.point.detach().requires_grad_()
+        leaf = _leaf(self.point)
         try:
             with saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self._mean(leaf, None)
@@ -182,12 +233,34 @@ class WeightLoss(Flattening):
         return sum(kept.values()) + 4 * self.point.numel() * self.point.element_size()
 
 
+def _leaf(weights: Tensor) -> Tensor:
+    """By which networks that do so in their forward may differentiate."""
+    return weights.detach().requires_grad_()
+
+
 def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
     return [None] * copies if rows is None else list(rows)
 
 
 def _axes(rows: Tensor | None) -> tuple[int | None, ...]:
     return 0, None if rows is None else 0
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Lets attention be made of products of matrices alone."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def numbers(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of what is made of real or complex numbers, not of integers."""
+    return [name for name, t in state.items() if t.is_floating_point() or t.is_complex()]
 
 
 def matching(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
