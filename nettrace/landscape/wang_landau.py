@@ -6,8 +6,8 @@ share g, in three stages.
 
 1. *Exploring.* Moves that are proposed, accepted or not, tell how many states of E' are next to
    those of E, and so g(E') / g(E): the transition matrix (Wang, Tay and Swendsen 1999, Phys. Rev.
-   Lett. 82, 476). From this g is made anew now and then, until a third of all visits has found no
-   new energy.
+   Lett. 82, 476). From this g is made anew now and then, until a third of all visits has found
+   next to no new energy.
 2. *Wang-Landau* with the 1 / t schedule (Wang and Landau 2001, Phys. Rev. Lett. 86, 2050;
    Belardinelli and Pereyra 2007, Phys. Rev. E 75, 046701): at each visit ln g(E) grows by ln f =
    1 / t, with t the visits so far over the number of energies. Its error falls as t^-1/2.
@@ -37,10 +37,10 @@ from nettrace.landscape.multicanonical import Production
 Array = npt.NDArray[np.float64]
 #: Sweeps between exchanges of windows: as a walker needs time to cross one.
 _APART = 20
+#: Sweeps that it takes walkers to forget where they were, about.
+_FORGETTING = 100
 #: The share of proposals that still counts when visits have grown by a fifth.
 _KEPT = 0.7
-#: Visits to each energy until exploring may end.
-_ENOUGH = 100
 #: Groups of walkers, at most, of which the jackknife leaves out one after the other.
 _GROUPS = 64
 
@@ -134,8 +134,8 @@ class WangLandau:
         self._transitions = torch.zeros(energies * energies, dtype=torch.float64)
         self.visits, self.seconds = 0, 0.0
         self.late = torch.zeros(energies, dtype=torch.bool)
-        self._latest = 0  # visits when an energy was new
-        self._refreshed = 0
+        self._refreshed = 0  # visits when g was last made from transitions
+        self._growth: list[tuple[int, int]] = []  # visits, energies seen
         self._origin = 0  # visits when 1 / t begins
         self._moved = 0  # since windows were exchanged
         self._settled = False
@@ -252,21 +252,20 @@ class WangLandau:
 
     def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
         """Goes on with the stage, by what was seen."""
-        new = torch.bincount(track.flatten(), minlength=self._bins) > 0
+        new, known = torch.bincount(track.flatten(), minlength=self._bins) > 0, self.seen.clone()
         if self.stage == "multicanonical":  # where nothing new is let in
             new = torch.bincount(proposals[proposals >= 0], minlength=self._bins) > 0
             self.late |= new & self._allowed & ~self.seen
         elif bool((new & ~self.seen).any()):
             self.seen |= new
-            self._latest = self.visits
             if self.stage == "Wang-Landau":
-                self._estimate()
+                self._extend(known)
                 self.history.clear()
         if self.stage != "multicanonical":
             pairs = (torch.cat([before[None], track[:-1]]) * self._bins + proposals)[proposals >= 0]
             self._transitions += torch.bincount(pairs, minlength=self._bins**2)
         if self.stage == "exploring":
-            self._explore()
+            self._explore(bool((self.seen & ~known).any()))
             return
         self._crossings.follow(track)
         if self.stage == "Wang-Landau":
@@ -274,14 +273,16 @@ class WangLandau:
         else:
             self._produce(track)
 
-    def _explore(self) -> None:
-        if self._latest < self.visits < 1.2 * self._refreshed:
+    def _explore(self, found: bool) -> None:
+        if not found and self.visits < 1.2 * self._refreshed:
             return
         self._refreshed = self.visits
         self._estimate()
         self._transitions *= _KEPT  # of states that were hurried through
-        rows = self._transitions.view(self._bins, self._bins).sum(1)
-        if self.visits > 1.5 * self._latest and bool((rows[self.seen] >= _ENOUGH).all()):
+        known = int(self.seen.sum())
+        self._growth.append((self.visits, known))
+        before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
+        if before and known <= 1.02 * before[-1]:
             self.stage = "Wang-Landau"
             self._split()
             self._crossings.forget()
@@ -291,6 +292,16 @@ class WangLandau:
         places = self.seen.nonzero()[:, 0]
         matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
         self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
+
+    def _extend(self, known: Tensor) -> None:
+        """The same for energies that are new, where the others are known better."""
+        before = self._weights.clone()
+        self._estimate()
+        places = known.nonzero()[:, 0]
+        for new in (self.seen & ~known).nonzero()[:, 0]:
+            nearest = places[(places - new).abs().argmin()]
+            before[new] = before[nearest] + self._weights[new] - self._weights[nearest]
+        self._weights = before
 
     def _split(self) -> None:
         """Windows that take as long to cross each, of which neighbours share half.
@@ -310,9 +321,9 @@ class WangLandau:
         accepted = flow * (weights[:, None] - weights).exp().clamp_max(1)
         diffusion = (accepted * (places[:, None] - places) ** 2).sum(1) / 2
         length = diffusion.clamp_min(1e-6).rsqrt().cumsum(0)
-        # As if there had been as many visits as it takes to cross: faster, and g would lag behind.
-        crossing = float(length[-1] / self._windows) ** 2
-        self._origin = int(self.visits - crossing * self._copies)
+        # As if there had been as many visits as it takes walkers to forget where they were: with
+        # larger steps, what is known of energies seldom seen would lag behind.
+        self._origin = self.visits - _FORGETTING * self._sweep * self._copies
         cuts = torch.linspace(0, 1, self._windows + 2, dtype=torch.float64) * length[-1]
         cut = torch.searchsorted(length, cuts).clamp_(max=known - 1)
         order = self.walkers.energies.argsort(stable=True)
