@@ -88,7 +88,7 @@ class WangLandau:
         seen: (B,) which energies were seen.
         visits: by all walkers, since the beginning.
         seconds: that were spent on them.
-        history: (visits, ln f, ln g) whenever visits had doubled in the second stage.
+        history: (visits, ln f, ln g) whenever ln f had halved in the second stage.
         late: (B,) which energies were found too late to count.
 
     Raises:
@@ -380,7 +380,7 @@ class WangLandau:
     def _learn(self) -> None:
         log_f = int(self.seen.sum()) / (self.visits - self._origin)
         last = log_f < self._error**2 / 4 and self._crossings.fewest >= 1
-        if last or not self.history or self.visits >= 2 * self.history[-1][0]:
+        if last or not self.history or log_f <= self.history[-1][1] / 2:
             self.history.append((self.visits, log_f, self.log_g))
         if last:
             self._hold()

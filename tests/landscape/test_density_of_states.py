@@ -25,7 +25,6 @@ from nettrace.landscape import (
 from nettrace.landscape.density import DensityOfStates
 from nettrace.landscape.transitions import stationary
 from nettrace.landscape.wang_landau import WangLandau
-from nettrace.missing import DoubtfulMeasureWarning
 
 
 def signs(count, inputs, seed=0):
@@ -55,7 +54,7 @@ def errors(network, weights, x, y):
         h = torch.where(h.abs() < 1e-9, 0.0, h)
         if number + 1 < len(weights) or network.output == "product":
             h = (
-                torch.where(h >= 0, 1.0, -1.0)
+                torch.where(h >= 0, 1.0, -1.0).double()
                 if network.activation == "sign"
                 else network.activation(h)
             )
@@ -151,9 +150,9 @@ def test_the_error_of_wang_landau_falls_with_the_root_of_time():
     truth = np.bincount(errors(network, enumerated(network), x, y), minlength=10)
     exact = np.log(truth[truth > 0] / truth.sum())
     curves = []
-    for seed in range(6):
-        sampler = DensityOfStates(network, x, y, error=1e-4, walkers=32, seed=seed)
-        while len(sampler.history) < 9:
+    for seed in range(4):
+        sampler = DensityOfStates(network, x, y, error=1e-4, seed=seed)
+        while len(sampler.history) < 6:
             sampler.advance()
         rms, times = [], []
         for visits, log_f, log_g in sampler.history:
@@ -161,7 +160,7 @@ def test_the_error_of_wang_landau_falls_with_the_root_of_time():
             rms.append(np.sqrt(((log_g - exact) ** 2).mean()))
             times.append(1 / log_f)
         curves.append(rms)
-    fall = np.polyfit(np.log(times[2:]), np.log(np.mean(curves, 0)[2:]), 1)[0]
+    fall = np.polyfit(np.log(times), np.log(np.mean(curves, 0)), 1)[0]
     assert -0.75 < fall < -0.3
 
 
@@ -378,11 +377,10 @@ def test_a_stationary_distribution_of_any_range_is_found():
     flow = np.minimum(np.exp(entropy)[:, None], np.exp(entropy)[None]) * (proposals + proposals.T)
     counts = flow / np.exp(entropy)[:, None]
     counts[np.abs(np.subtract.outer(range(30), range(30))) > 4] = 0
-    np.fill_diagonal(counts, 20.0)
-    counts /= 1e-3  # so many that half of one does not count
-    found = stationary(np.where(counts > 0, counts + 1e6 * (counts > 0) * 0, 0))
-    far = np.abs(np.diff(entropy)) < 5
-    assert np.diff(found)[far] == pytest.approx(np.diff(entropy)[far], rel=0.02, abs=0.02)
+    np.fill_diagonal(counts, 0.0)
+    np.fill_diagonal(counts, 20.0 - counts.sum(1))  # proposals that lead nowhere
+    found = stationary(counts * 1e9)  # so many that half of one does not count
+    assert np.diff(found) == pytest.approx(np.diff(entropy), rel=1e-6, abs=1e-6)
 
 
 def test_wang_landau_takes_any_walkers():
@@ -412,7 +410,11 @@ def test_wang_landau_takes_any_walkers():
     assert (np.abs(entropy - exact) < 4 * error).all()
 
 
-def test_doubts_are_warned_of(monkeypatch):
+def test_doubts_are_told(logged):
     x, y = signs(40, 41)
-    with pytest.warns(DoubtfulMeasureWarning, match="more time"):
-        density_of_states(perceptron(41), x, y, error=1e-3, seconds=0.4)
+    found = density_of_states(perceptron(41), x, y, error=1e-3, seconds=0.4)
+    assert any("more time" in text for text in logged)
+    assert found.doubts.splitlines() == [
+        text.removeprefix("density of states: ") for text in logged
+    ]
+    logged.clear()
