@@ -1,5 +1,6 @@
 """Probes of the loss landscape: the loss is taken as an energy, and sampled."""
 
+from nettrace.landscape.langevin import langevin
 from nettrace.landscape.run import Sampler, run
 
-__all__ = ["Sampler", "run"]
+__all__ = ["Sampler", "langevin", "run"]
