@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from nettrace.freeze import frozen
 from nettrace.landscape.chains import Chains, mean_and_error, require_arviz
@@ -187,21 +187,25 @@ class Langevin:
         walkers.move()
         lost = walkers.lost()
         if bool(lost.any()):
-            if sampled < 0 and self.settings.step_size is None:
-                walkers.restart(lost)
-            elif bool(lost.all()):
-                raise FloatingPointError(
-                    f"all {self.settings.chains} chains diverged: losses, gradients or weights are "
-                    f"not finite after {self._steps} steps of size {walkers.step:.3g}: take a "
-                    "smaller step_size=, or a larger localisation="
-                )
-            else:
-                walkers.drop(lost)
+            self._without(lost)
         self._steps += 1
         if self._steps == self._warmup:
             walkers.settle()
         elif sampled >= 0 and (sampled + 1) % self._spacing == 0:
             self._draw()
+
+    def _without(self, lost: Tensor) -> None:
+        walkers = self.walkers
+        if self._steps < self._warmup and self.settings.step_size is None:
+            walkers.restart(lost)
+            return
+        walkers.drop(lost)
+        if not len(walkers.alive):
+            raise FloatingPointError(
+                f"all {self.settings.chains} chains diverged: after {self._steps} steps, with "
+                f"size {walkers.step:.3g} at last, losses, gradients or weights are not finite: "
+                "take a smaller step_size=, or a larger localisation="
+            )
 
     def _draw(self) -> None:
         walkers, gamma = self.walkers, self.settings.localisation
@@ -288,6 +292,8 @@ class Langevin:
                 walkers.stiffness.highest, [], "k, the largest of the energy that chains met"
             ),
         }
+        of_step = "e" if settings.dynamics == "sgld" else "h"
+        quantities["step_size"] = Quantity(walkers.step, [], of_step)
         lost = sorted(set(range(settings.chains)) - set(walkers.alive.tolist()))
         doubts = [*losses.doubts, *_heats(temperatures)]
         if lost:
@@ -308,7 +314,6 @@ class Langevin:
             dynamics=settings.dynamics,
             inverse_temperature=self.scale,
             localisation=settings.localisation,
-            step_size=walkers.step,
             friction=walkers.friction,
             warmup=self._warmup,
             spacing=self._spacing,
