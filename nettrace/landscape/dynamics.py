@@ -34,8 +34,8 @@ Dynamics: TypeAlias = Literal["underdamped", "sgld"]
 
 #: Steps by default, in units of what is stable: h^2 k, or e k, at the largest curvature k.
 _STEP = {"underdamped": 0.25, "sgld": 0.04}
-#: The friction by default, in units of the inverse step.
-_FRICTION = 0.05
+#: The friction by default, in units of the inverse step; with batches, whose noise it takes up.
+_FRICTION, _FRICTION_OF_BATCHES = 0.05, 1.0
 #: The share of such a step that the warm-up begins with, and by how much it grows.
 _SHORT, _GROWTH = 0.1, 1.05
 #: In the warm-up the curvature is looked at after each of so many steps, then after some.
@@ -119,7 +119,7 @@ class Walkers:
         self.momenta = self._noise()
         self._grown = _SHORT
         self._rows = self._batches()
-        self.losses, self.slopes = self._at(self.weights)
+        self.losses, self.slopes = self._at(self.weights, self._rows)
         self.stiffness = Stiffness(
             self._slopes_at, self.weights, self.slopes, self._noise(), settings.localisation
         )
@@ -130,7 +130,8 @@ class Walkers:
         """Of the momenta, per unit of time; 0 for overdamped dynamics."""
         if self._settings.dynamics == "sgld":
             return 0.0
-        return self._settings.friction or _FRICTION / self.step
+        usual = _FRICTION if self._settings.batch_size is None else _FRICTION_OF_BATCHES
+        return self._settings.friction or usual / self.step
 
     @property
     def length(self) -> float:
@@ -145,13 +146,36 @@ class Walkers:
             self.weights = self.weights - (h / 2) * self.slopes + math.sqrt(h) * self._noise()
             self._renew()
             return
-        kept = math.exp(-h * self.friction)
+        kept = self._kept()
         momenta = self.momenta - (h / 2) * self.slopes
         weights = self.weights + (h / 2) * momenta
         momenta = kept * momenta + math.sqrt(1 - kept**2) * self._noise()
         self.weights = weights + (h / 2) * momenta
         self._renew()
         self.momenta = momenta - (h / 2) * self.slopes
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (K,) and gradients (K, P) of the whole energy where the chains are.
+
+        And (K,) what has the mean of that by which steps and batches raise the losses. Of SGLD it
+        is (e/8) grad L . grad U, gradients being those of the step. Otherwise the noise c of the
+        gradients of batches raises the variance along a direction by its own, times h^2 / 4 times
+        (1 + a) / (1 - a), where a is what a step leaves of a momentum. The first is right for
+        quadratic energies, the second is if h^2 k is small, too.
+        """
+        losses, slopes = self.losses, self.slopes
+        if self._rows is not None:
+            losses, slopes = self._at(self.weights, None)
+        if self._settings.dynamics == "sgld":
+            held = self._settings.localisation * (self.weights - self.loss.point)
+            return (
+                losses,
+                slopes,
+                self.step / 8 * self._per_loss((self.slopes - held) * self.slopes),
+            )
+        kept = self._kept()
+        factor = self.step**2 / 8 * (1 + kept) / (1 - kept)
+        return losses, slopes, factor * self._per_loss((self.slopes - slopes).square())
 
     def adapt(self, step: int, steps: int) -> None:
         """Chooses the step size, unless it was given, before a step of so many of the warm-up."""
@@ -205,7 +229,7 @@ class Walkers:
     def _renew(self) -> None:
         """Gradients where the weights are now, of another batch if of batches."""
         self._rows = self._batches()
-        self.losses, self.slopes = self._at(self.weights)
+        self.losses, self.slopes = self._at(self.weights, self._rows)
 
     def _batches(self) -> Tensor | None:
         """(K, B) which samples the gradients of each chain are of; None for all."""
@@ -216,16 +240,23 @@ class Walkers:
         return torch.randint(loss.samples, shape, generator=self._random, device=loss.device)
 
     def _slopes_at(self, weights: Tensor) -> Tensor:
-        return self._at(weights)[1]
+        return self._at(weights, self._rows)[1]
 
-    def _at(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        losses, gradients = self.loss.gradients(weights, self._rows)
-        if self._rows is not None:
+    def _at(self, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        losses, gradients = self.loss.gradients(weights, rows)
+        if rows is not None:
             center = self.loss.point.expand_as(weights)
-            gradients = gradients - self.loss.gradients(center, self._rows)[1]
+            gradients = gradients - self.loss.gradients(center, rows)[1]
             gradients = gradients + self._center_gradient
         apart = weights - self.loss.point
         return losses, self._scale * gradients + self._settings.localisation * apart
+
+    def _per_loss(self, products: Tensor) -> Tensor:
+        return products.sum(1).double() / self._scale
+
+    def _kept(self) -> float:
+        """What a step leaves of a momentum."""
+        return math.exp(-self.step * self.friction)
 
     def _noise(self) -> Tensor:
         shape, loss = (len(self.alive), self.loss.size), self.loss

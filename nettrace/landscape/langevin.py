@@ -73,12 +73,12 @@ def langevin(
         draws: of each chain, at which losses are noted.
         warmup: steps before the first, in which the step size is chosen.
         spacing: steps from one draw to the next; by default 1, or with batches as many as take
-            about as long as the loss of the whole probe does.
+            about as long as a gradient of the whole probe does.
         batch_size: how many samples, drawn anew at each step and chain, gradients are of; by
             default all. Losses are of the whole probe always.
         step_size: h, or for "sgld" e as in w <- w - (e/2) grad U + sqrt(e) N(0, 1); by default such
             that with k the largest curvature that chains meet, h^2 k = 0.25, or e k = 0.04.
-        friction: of momenta, per unit of time; by default 0.05 / h.
+        friction: of momenta, per unit of time; by default 0.05 / h, with batches 1 / h.
         seed: of all that is random.
         memory: bytes that copies of the network may take together.
         seconds: how long it may take; the warm-up then ends at half of it.
@@ -87,7 +87,7 @@ def langevin(
 
     Returns:
         A Dataset with "loss" (chain, draw); "mean_loss" and, with what it rises by from that at w*
-        in units of the temperature, "energy", without the bias of the step for "sgld", which is
+        in units of the temperature, "energy", both without the bias of steps and batches, which is
         "step_size_bias"; "kinetic_temperature" <p^2> (underdamped) and
         "configurational_temperature" <(w - w*) . grad U> / P, in units of the temperature;
         "squared_distance" |w - w*|^2; "r_hat" and "effective_samples" of the losses; and
@@ -153,8 +153,7 @@ class Langevin:
         self._steps, self._drawn, self._warmup = 0, 0, settings.warmup
         self._spacing = settings.spacing or 1
         if settings.spacing is None and settings.batch_size is not None:
-            # A step takes as long as the losses of three batches, twice.
-            self._spacing = max(1, round(loss.samples / (6 * settings.batch_size)))
+            self._spacing = max(1, round(loss.samples / (2 * settings.batch_size)))
         self._seen: dict[str, npt.NDArray[np.float64]] = {}
         if not self._warmup:
             self.walkers.settle()
@@ -208,19 +207,16 @@ class Langevin:
             )
 
     def _draw(self) -> None:
-        walkers, gamma = self.walkers, self.settings.localisation
+        walkers = self.walkers
+        losses, slopes, excess = walkers.seen()
         apart = walkers.weights - walkers.loss.point
         found = {
-            "loss": walkers.losses,
-            "virial": (apart * walkers.slopes).mean(1),
+            "loss": losses,
+            "excess": excess,
+            "virial": (apart * slopes).mean(1),
             "squared_distance": apart.square().sum(1),
         }
-        if self.settings.batch_size is not None:
-            found["loss"] = walkers.loss(walkers.weights)
-        if self.settings.dynamics == "sgld":
-            of_loss = (walkers.slopes - gamma * apart) / self.scale
-            found["excess"] = walkers.step / 8 * (of_loss * walkers.slopes).sum(1)
-        else:
+        if self.settings.dynamics == "underdamped":
             found["kinetic"] = walkers.momenta.square().mean(1)
         for name, values in found.items():
             if name not in self._seen:
@@ -234,8 +230,8 @@ class Langevin:
         return self._of("loss") - self.walkers.center_loss
 
     def bias(self) -> npt.NDArray[np.float64]:
-        """(chains alive, draws) what has the mean of that by which the step raises the loss."""
-        return self._of("excess") if self.settings.dynamics == "sgld" else 0 * self._of("loss")
+        """(chains alive, draws) what has the mean of that by which steps and batches raise it."""
+        return self._of("excess")
 
     def squared_distance(self) -> npt.NDArray[np.float64]:
         """(chains alive, draws) |w - w*|^2."""
@@ -259,6 +255,12 @@ class Langevin:
             ),
             "center_loss": Quantity(center, [], "the loss at w*"),
             "mean_loss": Quantity(center + mean, [], "mean over chains and draws", error),
+            "step_size_bias": Quantity(
+                _mean(self.bias()),
+                [],
+                "what was taken off the mean of loss for the length of steps and the noise of "
+                "batches; exact for quadratic energies, but for orders above h^2 k",
+            ),
             "energy": Quantity(
                 self.scale * mean,
                 [],
@@ -266,14 +268,7 @@ class Langevin:
                 self.scale * error,
             ),
         }
-        if settings.dynamics == "sgld":
-            quantities["step_size_bias"] = Quantity(
-                _mean(self.bias()),
-                [],
-                "what was taken off the mean of loss: (e/8) <grad L . grad U>, exact for quadratic "
-                "energies",
-            )
-        else:
+        if settings.dynamics == "underdamped":
             temperatures["kinetic"] = mean_and_error(self._of("kinetic"))
         for kind, (value, its_error) in temperatures.items():
             quantities[f"{kind}_temperature"] = Quantity(

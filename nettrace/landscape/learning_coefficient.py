@@ -96,7 +96,7 @@ def learning_coefficient(
         to: likewise.
 
     Returns:
-        A Dataset with "learning_coefficient", without the bias of the step for "sgld", and its
+        A Dataset with "learning_coefficient", without the bias of steps and batches, and its
         standard error over chains and along them; "learning_coefficient_uncorrected", as the chains
         have it; "learning_coefficient_of_chain" (chain,); "localisation_energy"
         gamma <|w - w*|^2> / 2; and what `langevin` gives. With `per_layer` all have a first axis
@@ -201,7 +201,7 @@ class Estimator:
                     _SOURCE,
                 ),
                 "learning_coefficient_uncorrected": Quantity(
-                    uncorrected[0], [], "with the bias of the step", uncorrected[1]
+                    uncorrected[0], [], "with the bias of steps and batches", uncorrected[1]
                 ),
                 "learning_coefficient_of_chain": Quantity(
                     of_chain, ["chain"], "learning_coefficient of each chain; NaN if it diverged"

@@ -38,8 +38,8 @@ class WeightLoss(Flattening):
     Attributes:
         point: (P,) the network's own weights.
         samples: N, of the probe.
-        apart: for "losses" and "gradients", why copies are evaluated one after the other, or None
-            where they are evaluated together; found when they are first asked for.
+        apart: for "losses", "gradients" and both "of rows", why copies are evaluated one after the
+            other, or None where they are evaluated together; found when they are first asked for.
 
     Raises:
         ValueError: if the loss is not known or not finite at the network's own weights, or there is
@@ -62,6 +62,9 @@ class WeightLoss(Flattening):
         self.apart: dict[str, str | None] = {}
         self._same_draws = random_streams({t.device for t in self._state.values()})
         self._at_once = max(1, memory // self._bytes_of_one())
+        with torch.no_grad():  # what the loss is does not depend on which rows are looked at
+            outputs = self._outputs(self._probe, self.point)
+        self._probe.likelihood = self._probe.distribution(outputs)
 
     def __call__(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mean losses (K,) in float64 with weights (K, P).
@@ -94,9 +97,11 @@ class WeightLoss(Flattening):
             )
 
         def together() -> Tensor:
-            return vmap(self._mean, _axes(rows), randomness="same")(weights, rows).detach()
+            if rows is not None:
+                return self._means_of(weights.detach(), rows).detach()
+            return vmap(self._mean, (0, None), randomness="same")(weights, rows).detach()
 
-        return self._found("losses", together, apart)
+        return self._found("losses" if rows is None else "losses of rows", together, apart)
 
     def _gradients(self, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         each = _each(rows, len(weights))
@@ -105,11 +110,17 @@ class WeightLoss(Flattening):
             return torch.stack([self._gradient(w, r) for w, r in zip(weights, each, strict=True)])
 
         def together() -> Tensor:
+            if rows is not None:
+                leaf = weights.detach().requires_grad_()
+                losses = self._means_of(leaf, rows)
+                (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+                return torch.cat([losses.detach()[:, None], gradients.double()], 1)
             each = grad_and_value(self._mean)
-            gradients, losses = vmap(each, _axes(rows), randomness="same")(weights, rows)
+            gradients, losses = vmap(each, (0, None), randomness="same")(weights, rows)
             return torch.cat([losses[:, None], gradients.double()], 1)
 
-        found = self._found("gradients", together, apart)
+        what = "gradients" if rows is None else "gradients of rows"
+        found = self._found(what, together, apart)
         return found[:, 0], found[:, 1:].to(weights)
 
     def _found(
@@ -140,25 +151,43 @@ class WeightLoss(Flattening):
         return torch.cat([loss.detach()[None], gradient.double()])
 
     def _mean(self, weights: Tensor, rows: Tensor | None) -> Tensor:
-        probe = self._probe
-        if rows is not None:
-            taken = probe.take(rows)
-            if taken is None:
-                raise ValueError(
-                    "the probe cannot be taken in parts, as not all tensors of its inputs have one "
-                    "row a sample: leave out batch_size="
-                )
-            probe = taken
+        probe = self._probe if rows is None else self._taken(rows)
+        return self._losses_of(probe, self._outputs(probe, weights)).mean()
+
+    def _means_of(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """The mean losses (K,) of each copy on rows (K, B); only networks see copies one by one.
+
+        Losses may look at the values of targets, which `vmap` does not let them do.
+        """
+
+        def each(weights: Tensor, rows: Tensor) -> Tensor:
+            return self._outputs(self._taken(rows), weights)
+
+        outputs = vmap(each, randomness="same")(weights, rows).flatten(0, 1)
+        return self._losses_of(self._taken(rows.flatten()), outputs).view(len(rows), -1).mean(1)
+
+    def _outputs(self, probe: Probe, weights: Tensor) -> Tensor:
         self._same_draws()
         with sdpa_kernel(SDPBackend.MATH):
-            outputs = called(self._model, {**self._state, **self.split(weights)}, probe.look)
+            return called(self._model, {**self._state, **self.split(weights)}, probe.look)
+
+    def _taken(self, rows: Tensor) -> Probe:
+        taken = self._probe.take(rows)
+        if taken is None:
+            raise ValueError(
+                "the probe cannot be taken in parts, as not all tensors of its inputs have one row "
+                "a sample: leave out batch_size="
+            )
+        return taken
+
+    def _losses_of(self, probe: Probe, outputs: Tensor) -> Tensor:
         losses = probe.per_sample_losses(outputs)
         if losses is None:
             raise ValueError(
                 "the probe says not what the loss is: give it targets, and likelihood= or losses= "
                 "where these do not tell"
             )
-        return losses.to(torch.float64).mean()
+        return losses.to(torch.float64)
 
     def _bytes_of_one(self) -> int:
         """What one copy takes, with what its tape keeps."""
@@ -184,10 +213,6 @@ class WeightLoss(Flattening):
 
 def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
     return [None] * copies if rows is None else list(rows)
-
-
-def _axes(rows: Tensor | None) -> tuple[int | None, ...]:
-    return 0, None if rows is None else 0
 
 
 def matching(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
