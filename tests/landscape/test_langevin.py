@@ -162,19 +162,21 @@ def test_gradients_of_batches_are_unbiased_and_those_of_the_probe_at_the_centre(
         assert (errors > 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"dynamics": "sgld"}, {"friction": 3.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dynamics": "sgld", "step_size": 0.004}, {"friction": 3.0}]
+)
 def test_the_noise_of_batches_is_taken_off(options, logged):
     model, probe = regression()
     x = torch.cat([probe.inputs, torch.ones(60, 1)], 1).double()
     h = torch.linalg.eigvalsh(x.T @ x / 60)
     settings = {"chains": 400, "draws": 60, "warmup": 200, "batch_size": 10, "spacing": 4}
-    found = langevin(model, probe, localisation=5.0, **settings, **options)
-    truth = float((60 * h / (60 * h + 5)).sum() / 2)
+    found = langevin(model, probe, localisation=10.0, **settings, **options)
+    truth = float((60 * h / (60 * h + 10)).sum() / 2)
     error = float(found.energy_standard_error)
     assert error < 0.03 * truth
     assert abs(float(found.energy) - truth) < 4 * error + 0.01 * truth
     if "friction" in options:  # so little that the noise heats the chains
-        assert 60 * float(found.step_size_bias) > 0.1 * truth
+        assert 60 * float(found.step_size_bias) > 0.05 * truth
     logged.clear()
 
 
@@ -252,7 +254,7 @@ def test_chains_that_have_not_mixed_are_said_not_to_have(logged):
         assert any(draws in doubt for doubt in Chains.of(expected).doubts)
     assert Chains.of(np.ones((4, 50))).standard_error == 0
     model, probe = quadratic()
-    langevin(model, probe, localisation=1e-4, chains=40, draws=50, warmup=50, n=1000)
+    langevin(model, probe, localisation=1e-4, chains=300, draws=20, warmup=20, n=1000)
     assert "have not spread" in "".join(logged)
     logged.clear()
 
