@@ -113,7 +113,7 @@ class WeightLoss(Flattening):
             if rows is not None:
                 leaf = weights.detach().requires_grad_()
                 losses = self._means_of(leaf, rows)
-                (gradients,) = torch.autograd.grad(losses.sum(), leaf)
+                gradients = _derivative(losses.sum(), leaf)
                 return torch.cat([losses.detach()[:, None], gradients.double()], 1)
             each = grad_and_value(self._mean)
             gradients, losses = vmap(each, (0, None), randomness="same")(weights, rows)
@@ -147,8 +147,7 @@ class WeightLoss(Flattening):
         """(1 + P,) the loss and its gradient, with float64 for the loss."""
         leaf = weights.detach().requires_grad_()
         loss = self._mean(leaf, rows)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return torch.cat([loss.detach()[None], gradient.double()])
+        return torch.cat([loss.detach()[None], _derivative(loss, leaf).double()])
 
     def _mean(self, weights: Tensor, rows: Tensor | None) -> Tensor:
         probe = self._probe if rows is None else self._taken(rows)
@@ -213,6 +212,13 @@ class WeightLoss(Flattening):
 
 def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
     return [None] * copies if rows is None else list(rows)
+
+
+def _derivative(loss: Tensor, leaf: Tensor) -> Tensor:
+    """Zero where the loss does not depend on the weights."""
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(loss, leaf, materialize_grads=True)[0]
 
 
 def matching(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:

@@ -232,6 +232,17 @@ def test_complex_and_tied_weights_move():
     assert float(found.configurational_temperature) == pytest.approx(1, abs=0.1)
 
 
+def test_weights_that_the_loss_does_not_see_move_as_the_localisation_lets_them(logged):
+    model, probe = quadratic()
+    model.unused = nn.Parameter(torch.zeros(3))
+    options = {"parameters": "unused", "chains": 300, "draws": 50, "warmup": 200}
+    found = langevin(model, probe, localisation=4.0, **options)
+    error = float(found.squared_distance_standard_error)
+    assert abs(float(found.squared_distance) - 3 / 4) < 4 * error < 0.1
+    assert not found.energy.any()
+    logged.clear()
+
+
 def test_one_chain_is_right_and_says_what_it_cannot_tell(logged):
     model, probe = quadratic(torch.ones(40, dtype=torch.float64))
     found = langevin(model, probe, n=100, chains=1, draws=700, warmup=100, friction=5.0)
