@@ -105,7 +105,7 @@ def reduced_rank(seed: int) -> Problem:
     model = ReducedRank(torch.Generator().manual_seed(seed))
     x = math.sqrt(5) * torch.eye(5)  # of which the covariance is one
     scale = 200_000 / math.log(200_000)
-    return Problem(model, x, model(x).detach(), 200_000, 10.5, 5 * scale)
+    return Problem(model, x, model(x).detach(), 200_000, 10.5, 2 * scale)
 
 
 def ours(problem: Problem, seed: int, **options: Any) -> Found:
