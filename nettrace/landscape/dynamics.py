@@ -119,6 +119,8 @@ class Walkers:
         self.momenta = self._noise()
         self._grown = _SHORT
         self._rows = self._batches()
+        if self._rows is not None:  # whether copies can be evaluated together is found on one
+            loss.gradients(center, self._rows[:1])
         self.losses, self.slopes = self._at(self.weights, self._rows)
         self.stiffness = Stiffness(
             self._slopes_at, self.weights, self.slopes, self._noise(), settings.localisation

@@ -14,7 +14,6 @@ from torch import nn
 import nettrace as nt
 from nettrace.freeze import frozen
 from nettrace.landscape import langevin, run
-from nettrace.landscape import run as module_of_run
 from nettrace.landscape.chains import Chains, mean_and_error
 from nettrace.landscape.dynamics import Settings, Walkers
 from nettrace.landscape.langevin import Langevin
@@ -63,8 +62,8 @@ def regression(samples=60, bias=True, dtype=torch.float32):
 def test_a_quadratic_energy_has_the_temperature_and_the_mean_of_theory(logged):
     """SCIENCE A9: half of n beta h / (n beta h + gamma) a direction, without bias of the step."""
     model, probe = quadratic()
-    options = {"n": 1000, "beta": 0.145, "chains": 200, "warmup": 200}
-    for dynamics, gamma, draws in [("underdamped", 10.0, 200), ("sgld", 100.0, 300)]:
+    options = {"n": 1000, "beta": 0.145, "chains": 300, "warmup": 150}
+    for dynamics, gamma, draws in [("underdamped", 10.0, 120), ("sgld", 100.0, 200)]:
         stiffness = 145 * CURVATURES + gamma
         options |= {"localisation": gamma, "dynamics": dynamics, "draws": draws}
         found = langevin(model, probe, **options)
@@ -150,21 +149,19 @@ def test_gradients_of_batches_are_unbiased_and_those_of_the_probe_at_the_centre(
     model, probe = regression()
     with frozen(model):
         loss = WeightLoss(model, probe)
-        walkers = Walkers(loss, 60.0, Settings(chains=4000, batch_size=3))
+        walkers = Walkers(loss, 60.0, Settings(chains=1500, batch_size=3))
         moved = loss.point + torch.randn(loss.size)
         whole = loss.gradients(loss.point[None])[1]
         assert (walkers.slopes - 60 * whole).abs().max() < 1e-3  # the control variate
         walkers.weights = moved.expand_as(walkers.weights)
         walkers.losses, walkers.slopes = walkers._at(walkers.weights, walkers._batches())
         truth = 60 * loss.gradients(moved[None])[1][0] + (moved - loss.point)
-        errors = walkers.slopes.std(0) / math.sqrt(4000)
+        errors = walkers.slopes.std(0) / math.sqrt(1500)
         assert ((walkers.slopes.mean(0) - truth).abs() < 4 * errors).all()
         assert (errors > 0).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"dynamics": "sgld", "step_size": 0.004}, {"friction": 3.0}]
-)
+@pytest.mark.parametrize("options", [{"dynamics": "sgld", "step_size": 0.004}, {"friction": 3.0}])
 def test_the_noise_of_batches_is_taken_off(options, logged):
     model, probe = regression()
     x = torch.cat([probe.inputs, torch.ones(60, 1)], 1).double()
@@ -213,7 +210,7 @@ def test_weights_of_other_types_give_the_same(dtype, logged):
     logged.clear()
 
 
-def test_complex_and_tied_weights_move():
+def test_complex_and_tied_weights_move(logged):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -227,9 +224,10 @@ def test_complex_and_tied_weights_move():
     model = Model()
     x = torch.randn(20, 3)
     probe = nt.Probe(x, model(x).detach())
-    found = langevin(model, probe, chains=50, draws=200, warmup=200, localisation=50.0)
+    found = langevin(model, probe, chains=50, draws=100, warmup=150, localisation=50.0)
     assert found.attrs["parameters"] == 2 * (9 + 3 + 3)
     assert float(found.configurational_temperature) == pytest.approx(1, abs=0.1)
+    logged.clear()
 
 
 def test_weights_that_the_loss_does_not_see_move_as_the_localisation_lets_them(logged):
@@ -362,7 +360,6 @@ def test_what_was_found_is_kept_when_it_is_stopped(monkeypatch, tmp_path, logged
         assert kept.attrs["stopped"] == "unfinished"
         assert 0 < kept.sizes["draw"] <= 40
         np.testing.assert_array_equal(kept.loss, found.loss[:, : kept.sizes["draw"]])
-    assert callable(module_of_run)
     logged.clear()
 
 
