@@ -40,6 +40,8 @@ _FRICTION, _FRICTION_OF_BATCHES = 0.05, 1.0
 _SHORT, _GROWTH = 0.1, 1.05
 #: In the warm-up the curvature is looked at after each of so many steps, then after some.
 _CLOSE, _OFTEN = 50, 4
+#: How far from w* it is tried how copies can be evaluated, in units of weights and one.
+_BESIDE = 1e-2
 #: What the curvature is multiplied with where a chain ran away in the warm-up.
 _STIFFER = 4.0
 
@@ -112,15 +114,19 @@ class Walkers:
         self._random = torch.Generator(loss.device)
         self._random.manual_seed(generator(settings.seed, "langevin").initial_seed())
         center = loss.point[None]
-        center_losses, self._center_gradient = loss.gradients(center)
-        self.center_loss = float(center_losses)
         self.alive = torch.arange(settings.chains)
         self.weights = center.repeat(settings.chains, 1)
         self.momenta = self._noise()
         self._grown = _SHORT
         self._rows = self._batches()
-        if self._rows is not None:  # whether copies can be evaluated together is found on one
-            loss.gradients(center, self._rows[:1])
+        # Whether copies can be evaluated together is found on one, and not at w* itself, where
+        # gradients may be nothing but rounding.
+        beside = center + _BESIDE * (1 + center.abs()) * self._noise()[:1]
+        loss.gradients(beside)
+        if self._rows is not None:
+            loss.gradients(beside, self._rows[:1])
+        center_losses, self._center_gradient = loss.gradients(center)
+        self.center_loss = float(center_losses)
         self.losses, self.slopes = self._at(self.weights, self._rows)
         self.stiffness = Stiffness(
             self._slopes_at, self.weights, self.slopes, self._noise(), settings.localisation
