@@ -196,16 +196,6 @@ def test_chains_one_by_one_give_what_they_give_together(logged):
     logged.clear()
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
-def test_copies_are_taken_together_at_a_minimum_whose_gradient_is_rounding(batch_size):
-    x = torch.randn(32, 10)
-    model = nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 10))
-    loss = WeightLoss(model, nt.Probe(x, model(x).detach() + 1e-7 * torch.randn(32, 10)))
-    with frozen(model):
-        Walkers(loss, 100.0, Settings(batch_size=batch_size))
-    assert set(loss.apart.values()) == {None}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_types_give_the_same(dtype, logged):
     model, probe = regression(dtype=dtype)

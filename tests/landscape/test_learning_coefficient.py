@@ -9,7 +9,10 @@ import xarray as xr
 from torch import nn
 
 import nettrace as nt
+from nettrace.freeze import frozen
 from nettrace.landscape import learning_coefficient
+from nettrace.landscape.dynamics import Settings, Walkers
+from nettrace.landscape.weight_loss import WeightLoss
 
 EULER = 0.5772156649015329
 
@@ -184,6 +187,14 @@ def test_reduced_rank_regression_has_aoyagis_coefficient(logged):
     found = learning_coefficient(model, probe, **RRR)
     assert float(found.learning_coefficient) == pytest.approx(aoyagi(*shape)[0], rel=0.05)
     logged.clear()
+
+
+def test_copies_are_taken_together_at_a_minimum_whose_gradient_is_rounding():
+    model, probe = reduced_rank(5, 4, 5, 1, seed=0)
+    with frozen(model):
+        loss = WeightLoss(model, probe)
+        Walkers(loss, 1e4, Settings())
+    assert loss.apart == {"gradients": None}
 
 
 SGLD = {"dynamics": "sgld", "spacing": 5, "step_size": 0.2 * math.log(200_000) / 200_000}
