@@ -32,6 +32,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/steps.py
 	.venv/peers/bin/python benchmarks/curvature.py
 	.venv/peers/bin/python benchmarks/fluctuations.py
+	.venv/peers/bin/python benchmarks/learning_coefficient.py
 
 clean:
 	rm -rf .venv build *.egg-info
@@ -50,7 +51,7 @@ clean:
 .venv/peers/done: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv/peers
 	.venv/peers/bin/python $(INSTALL) --constraint constraints.txt \
-		--editable '.[export,lightning,scale]' --requirement benchmarks/peers.txt
+		--editable '.[export,landscape,lightning,scale]' --requirement benchmarks/peers.txt
 	touch $@
 
 .venv/jax/done: benchmarks/jax.txt

@@ -9,9 +9,11 @@ from nettrace.landscape.discrete import (
     parity,
     perceptron,
 )
-from nettrace.landscape.local_entropy import local_entropy
+from nettrace.landscape.in_silico import patterns
+from nettrace.landscape.langevin_chains import langevin
+from nettrace.landscape.llc import learning_coefficient
 from nettrace.landscape.matching import Matched, match
-from nettrace.landscape.patterns import patterns
+from nettrace.landscape.nearby import local_entropy
 from nettrace.landscape.run import Sampler, run
 from nettrace.landscape.slices import slice_1d, slice_2d
 from nettrace.landscape.thermodynamics import canonical
@@ -24,6 +26,8 @@ __all__ = [
     "canonical",
     "committee",
     "density_of_states",
+    "langevin",
+    "learning_coefficient",
     "local_entropy",
     "margin",
     "match",

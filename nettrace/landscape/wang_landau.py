@@ -307,27 +307,30 @@ class WangLandau:
             self._produce(track)
 
     def _explore(self, found: bool) -> None:
-        if found:
-            self._estimate()
-        if self.visits < 1.2 * self._refreshed:
+        due = self.visits >= 1.2 * self._refreshed
+        if not found and not due:
             return
-        self._refreshed = self.visits
         self._estimate()
-        self._transitions *= _KEPT  # of states that were hurried through
-        known = int(self.seen.sum())
-        self._growth.append((self.visits, known))
-        before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
-        if before and known <= 1.02 * before[-1]:
-            self.stage = "Wang-Landau"
-            self._split()
-            self._crossings.forget()
+        if due:
+            self._refreshed = self.visits
+            self._transitions *= _KEPT  # of states that were hurried through
+            known = int(self.seen.sum())
+            self._growth.append((self.visits, known))
+            before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
+            if before and known <= 1.02 * before[-1]:
+                self.stage = "Wang-Landau"
+                self._split()
+                self._crossings.forget()
+                return
+        places = self.seen.nonzero()[:, 0]
+        guess = tempered(places.numpy(), self._weights[places].numpy())
+        self._weights[places] = torch.from_numpy(guess)
 
     def _estimate(self) -> None:
         """S(E) from the moves that were proposed between energies that were seen."""
         places = self.seen.nonzero()[:, 0]
         matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
-        found = tempered(places.numpy(), stationary(matrix.numpy()))
-        self._weights[places] = torch.from_numpy(found)
+        self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
 
     def _extend(self, known: Tensor) -> None:
         """The same for energies that are new, where the others are known better."""

@@ -150,18 +150,18 @@ def test_the_error_of_wang_landau_falls_with_the_root_of_time():
     truth = np.bincount(errors(network, enumerated(network), x, y), minlength=10)
     exact = np.log(truth[truth > 0] / truth.sum())
     curves = []
-    for seed in range(4):
-        sampler = DensityOfStates(network, x, y, error=1e-4, seed=seed)
+    for seed in range(3):
+        sampler = DensityOfStates(network, x, y, error=1e-4, walkers=64, seed=seed)
         while len(sampler.history) < 6:
             sampler.advance()
         rms, times = [], []
-        for visits, log_f, log_g in sampler.history:
+        for _, log_f, log_g in sampler.history:
             log_g = log_g[truth > 0] - np.logaddexp.reduce(log_g[truth > 0])
             rms.append(np.sqrt(((log_g - exact) ** 2).mean()))
             times.append(1 / log_f)
         curves.append(rms)
     fall = np.polyfit(np.log(times), np.log(np.mean(curves, 0)), 1)[0]
-    assert -0.75 < fall < -0.3
+    assert -0.85 < fall < -0.3
 
 
 def test_mirrored_networks_make_the_other_errors():
@@ -317,7 +317,7 @@ def test_wrong_data_are_told():
         density_of_states(perceptron(9), x * math.nan, y)
     with pytest.raises(ValueError, match="no weight is free"):
         DiscreteNetwork((torch.ones(1, 3),))
-    with pytest.raises(ValueError, match="makes 9 errors|makes"):
+    with pytest.raises(ValueError, match="errors, and errors=0 are allowed"):
         local_entropy(perceptron(9), x, y, [-torch.ones(1, 9)], errors=0)
     with pytest.raises(ValueError, match="among the levels"):
         local_entropy(perceptron(9), x, y, [torch.full((1, 9), 0.5)])
