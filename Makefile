@@ -31,6 +31,7 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/budget.py
 	.venv/peers/bin/python benchmarks/steps.py
 	.venv/peers/bin/python benchmarks/curvature.py
+	.venv/peers/bin/python benchmarks/flips.py
 	.venv/peers/bin/python benchmarks/fluctuations.py
 	.venv/peers/bin/python benchmarks/learning_coefficient.py
 

@@ -24,12 +24,13 @@ def patterns(
 ) -> tuple[Tensor, Tensor]:
     """Patterns (P, N) and labels (P,), -1 or 1, drawn in these steps.
 
-    1. Inputs are normal, of mean square 1 on average, along directions drawn at random.
-    2. Labels are those of r t . x / |t| + (1 - r^2)^1/2 z, with t of random signs and z normal,
-       above the threshold that leaves the wanted share in class 1.
-    3. The centres of the classes are moved apart, along another random direction.
+    1. Labels: the wanted share of them is 1.
+    2. Inputs are normal, of mean square 1 on average, along directions drawn at random, or the
+       signs of such; those are taken for which r t . x / |t| + (1 - r^2)^1/2 z has the sign of
+       the label, with t of random signs and z normal.
+    3. The centres of the classes are moved apart, along another random direction, before signs are
+       taken.
     4. Some labels are turned.
-    5. Of the inputs, the signs are taken.
 
     Args:
         count: P.
@@ -64,21 +65,26 @@ def patterns(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=random)
 
+    labels = -torch.ones(count, dtype=torch.float64)
+    labels[torch.randperm(count, generator=random)[: round(share * count)]] = 1
     x = normal(count, inputs)
     directions = torch.linalg.qr(normal(inputs, inputs)).Q
     if dimension is not None:
-        spectrum = _spectrum(inputs, dimension)
-        x = x * spectrum.sqrt() @ directions.T
+        x = x * _spectrum(inputs, dimension).sqrt() @ directions.T
     teacher = torch.randint(2, (inputs,), generator=random).double() * 2 - 1
-    field = x @ teacher / inputs**0.5
+    field = (_signs(x) if binary else x) @ teacher / inputs**0.5
     field = correlation * field + (1 - correlation**2) ** 0.5 * normal(count)
-    labels = -torch.ones(count, dtype=torch.float64)
-    labels[field.argsort(descending=True)[: round(share * count)]] = 1
+    # A pattern and its opposite are as likely, and of opposite classes.
+    x = x * (labels * _signs(field))[:, None]
     apart = normal(inputs)
     x = x + labels[:, None] * separation / 2 * apart / apart.norm()
     turned = torch.randperm(count, generator=random)[: round(mislabelled * count)]
     labels[turned] *= -1
-    return (torch.where(x >= 0, 1.0, -1.0).double() if binary else x), labels
+    return (_signs(x) if binary else x), labels
+
+
+def _signs(values: Tensor) -> Tensor:
+    return torch.where(values >= 0, 1.0, -1.0).double()
 
 
 def _spectrum(inputs: int, dimension: float) -> Tensor:

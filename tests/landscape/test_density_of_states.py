@@ -123,7 +123,7 @@ def calibration(seeds, network, count):
 @pytest.mark.parametrize(
     ("network", "count", "seeds"),
     [
-        (perceptron(13), 13, range(4)),
+        (perceptron(13), 13, range(2)),
         pytest.param(perceptron(15), 15, range(20), marks=pytest.mark.slow),
         pytest.param(committee(15, 3, tree=True), 15, range(20), marks=pytest.mark.slow),
         pytest.param(perceptron(20), 20, range(2), marks=pytest.mark.slow),
@@ -362,6 +362,8 @@ def test_labels_follow_inputs_as_asked_for():
     x, clean = patterns(4000, 20, correlation=1.0, seed=2)
     _, noisy = patterns(4000, 20, correlation=1.0, mislabelled=0.25, seed=2)
     assert (clean != noisy).double().mean() == pytest.approx(0.25, abs=1e-3)
+    x, y = patterns(9, 12, share=0.3, correlation=1.0, seed=4)
+    assert errors(perceptron(12), enumerated(perceptron(12)), x, y).min() == 0
     x, y = patterns(400, 21, correlation=1.0, binary=False, seed=3)
     fit = torch.linalg.lstsq(x, y[:, None]).solution
     assert ((x @ fit)[:, 0].sign() == y).double().mean() > 0.9
