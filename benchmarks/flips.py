@@ -4,8 +4,9 @@
 
 A perceptron whose N weights are signs, with N random patterns. NumPy and Numba move one network, as
 programs of physicists do, by flat-histogram moves with fixed weights 1 / g, at P additions a move;
-`nettrace.landscape.density_of_states` does all that it does. Each is timed in turn, again and again,
-in one process on one core; the median is taken. The table goes to `benchmarks/results/flips.md`.
+`nettrace.landscape.density_of_states` does all that it does. Each is timed in turn, again and
+again, in one process on one core; the median is taken. The table goes to
+`benchmarks/results/flips.md`.
 """
 
 from __future__ import annotations

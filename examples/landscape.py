@@ -5,10 +5,10 @@
 S(E) is the logarithm of the number of perceptrons that put E patterns in the wrong class. Four
 figures turn one property of the patterns each: how many are in one class, how far the classes are
 apart, how many labels are wrong, how much inputs say of labels. The last two are of the digits of
-scikit-learn, 0 to 4 against 5 to 9, seen by 201 weights, from two runs that share nothing; and their
-energy and heat capacity at any temperature. After Mele, Menichetti, Ingrosso and Potestio, DPG 2026,
-DY 19.10, and arXiv:2409.18683. Takes up to 24 times as long as `--seconds` says, and draws
-`landscape.png`.
+scikit-learn, 0 to 4 against 5 to 9, seen by 201 weights, from two runs that share nothing; and
+their energy and heat capacity at any temperature. After Mele, Menichetti, Ingrosso and Potestio,
+DPG 2026, DY 19.10, and arXiv:2409.18683. Takes up to 24 times as long as `--seconds` says, and
+draws `landscape.png`.
 """
 
 from __future__ import annotations
