@@ -292,6 +292,48 @@ def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ran
     return known if weights.count(weights[0]) == len(weights) else ALONE
 
 
+@contextmanager
+def first_alone(key: str) -> Iterator[bool]:
+    """Lets the first process work while the others wait for it; gives whether this is the first.
+
+    They wait by the process group's store, so that nothing is pending that could time out, for as
+    long as the first works. If it does not begin within `PATIENCE` seconds, they go on.
+
+    Args:
+        key: the same in all processes, and another each time.
+    """
+    if is_main_process():
+        _tell(f"nettrace/{key}/begun")
+        try:
+            yield True
+        finally:
+            _tell(f"nettrace/{key}/done")
+    else:
+        with suppress(RuntimeError):  # of a store that is gone with the process that held it
+            _wait_for_first(f"nettrace/{key}", key)
+        yield False
+
+
+def _tell(key: str) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        with suppress(RuntimeError):
+            distributed.distributed_c10d._get_default_store().set(key, "yes")
+
+
+def _wait_for_first(place: str, key: str) -> None:
+    store, begun = distributed.distributed_c10d._get_default_store(), time.monotonic()
+    while not store.check([f"{place}/begun"]):
+        if time.monotonic() - begun > PATIENCE:
+            warn_missing(
+                f"the first of several processes did not come to work for the others in "
+                f"{PATIENCE:.0f} s ({key}): call this in each, at the same steps"
+            )
+            return
+        time.sleep(0.002)
+    while not store.check([f"{place}/done"]):
+        time.sleep(0.02)
+
+
 def leads(purpose: str, folder: str) -> bool:
     """Whether this process writes to a folder: the first does, and those with one of their own."""
     if purpose not in _folders:
