@@ -81,7 +81,7 @@ class Request:
         self.due = schedule(every)
         self.probe = probe
         self.to = to
-        self.log = log
+        self.logs = log  # Lightning gives callbacks a method `log`
         self.prefix = prefix
         self.samples = samples
         self.on_error = on_error

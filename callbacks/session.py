@@ -393,7 +393,7 @@ class Session:
     def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
         prefixes: dict[str, list[Trace]] = {}
         for callback in callbacks:
-            if callback.log:
+            if callback.logs:
                 prefixes.setdefault(callback.prefix, []).append(callback)
         for prefix, sharing in prefixes.items():
             found = [r for r in self._of(sharing, records) if r.missing is None]
