@@ -100,7 +100,7 @@ class LandscapeProbe(Callback):
         self.to = to
         self.seconds = seconds
         self.progress = progress
-        self.log = log
+        self.logs = log  # Lightning gives callbacks a method `log`
         self.samples = samples
         self.on_error: OnError = on_error
         self._said: set[str] = set()
@@ -154,7 +154,7 @@ class LandscapeProbe(Callback):
                 silenced(module),
             ):
                 for name, found in self._prober.each(module, step):
-                    if self.log:
+                    if self.logs:
                         self._log(trainer, records(name, found, step), begun)
 
     def _log(self, trainer: Any, found: list[Record], begun: bool) -> None:
