@@ -17,7 +17,7 @@ from nettrace.callbacks.progress import announced
 from nettrace.callbacks.request import report, warn_idle
 from nettrace.callbacks.samples import probe_of
 from nettrace.landscape.prober import Function, Prober, by_name, check
-from nettrace.ranks import first_alone, purpose
+from nettrace.ranks import by_first, purpose
 from nettrace.record import ERROR
 from nettrace.recording import OnError
 from nettrace.schedule import Every, Schedule, schedule
@@ -145,21 +145,26 @@ class LandscapeProbe(Callback):
 
     def _probe(self, trainer: Any, module: Any, begun: bool) -> None:
         step = self._probed = trainer.global_step
-        with first_alone(f"{self._purpose}/{step}") as first:
-            if not first or self._prober is None:
-                return
-            with (
-                self._spared(f"cannot probe step {step}"),
-                announced(trainer, f"nettrace probes step {step}"),
-                silenced(module),
-            ):
-                for name, found in self._prober.each(module, step):
-                    if self.logs:
-                        self._log(trainer, records(name, found, step), begun)
+        found: list[Record] = []
+
+        def work() -> list[Record]:
+            if self._prober is not None:
+                with (
+                    self._spared(f"cannot probe step {step}"),
+                    announced(trainer, f"nettrace probes step {step}"),
+                    silenced(module),
+                ):
+                    for name, result in self._prober.each(module, step):
+                        found.extend(new := records(name, result, step))
+                        if self.logs:
+                            self._log(trainer, new, begun)
+            return found
+
+        told = by_first(f"{self._purpose}/{step}", work)
+        if self.logs:  # others monitor them, in all processes alike
+            monitor(trainer, told or [], "")
 
     def _log(self, trainer: Any, found: list[Record], begun: bool) -> None:
-        if found:
-            monitor(trainer, found, "")
         for logger in trainer.loggers if found else ():
             with self._spared(f"cannot log to {type(logger).__name__}"):
                 send(logger, found, "", loggers_step(trainer) + begun)

@@ -21,7 +21,7 @@ from nettrace.landscape.folder import file_of, read
 from nettrace.landscape.run import write
 from nettrace.missing import regardless_of_numbers, told, warn_missing
 from nettrace.probe import Probe
-from nettrace.ranks import first_alone, purpose
+from nettrace.ranks import by_first, purpose
 from nettrace.recording import OnError
 from nettrace.schedule import Every, schedule
 from nettrace.store.provenance import name_of, of_probe
@@ -114,15 +114,17 @@ class Prober:
             step: how many updates its weights have had.
 
         Returns:
-            What was found anew, by the names of functions.
+            What was found anew, by the names of functions; nothing but in the first of several
+            processes.
 
         Raises:
             KeyboardInterrupt: if it was interrupted; what there was by then is kept in `to`.
         """
         if not self.due(step):
             return {}
-        with first_alone(f"{self._purpose}/{step}") as first:
-            return dict(self.each(model, step)) if first else {}
+        found: dict[str, xr.Dataset] = {}
+        by_first(f"{self._purpose}/{step}", lambda: found.update(self.each(model, step)))
+        return found
 
     def each(self, model: nn.Module, step: int) -> Iterator[tuple[str, xr.Dataset]]:
         """Probes whether that is due or not, in this process; gives each result as it comes.
