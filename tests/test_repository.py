@@ -84,7 +84,7 @@ def test_the_repository_root_may_be_on_the_path(name):
 
 
 def test_import_is_light():
-    heavy = "pytorch_lightning lightning wandb triton xarray pandas scipy.stats plotly dask"
+    heavy = "arviz pytorch_lightning lightning wandb triton xarray pandas scipy.stats plotly dask"
     code = f"import sys, nettrace; print([m for m in {heavy.split()} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

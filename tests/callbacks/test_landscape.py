@@ -20,7 +20,7 @@ import xarray as xr
 import nettrace as nt
 from nettrace import landscape
 from nettrace.callbacks import LandscapeProbe, Trace
-from nettrace.landscape import barrier, probe_checkpoints, slice_1d
+from nettrace.landscape import barrier, learning_coefficient, probe_checkpoints, slice_1d
 from nettrace.landscape.run import run
 
 pytestmark = [
@@ -300,6 +300,29 @@ def test_a_checkpoint_gives_what_the_callback_gave(namespace: str, tmp_path: Pat
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "live").rglob("*.nc")}
     probe_checkpoints(tmp_path / "saved", probes, PROBE, to=tmp_path / "live", **options)
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "live").rglob("*.nc")}
+
+
+def test_the_learning_coefficient_is_the_same_live_and_afterwards(
+    tmp_path: Path, logged: list[str]
+) -> None:
+    """Random streams of its own are the same at each step, whatever the training draws."""
+    pytest.importorskip("arviz")
+    probe = nt.Probe(SAMPLES.inputs, SAMPLES.targets)
+    function = partial(learning_coefficient, chains=2, draws=40, warmup=20)
+    callback = LandscapeProbe(function, every=[4], probe=probe, to=tmp_path / "live", seconds=None)
+    trainer = training.fit([callback], max_steps=4)
+    trainer.save_checkpoint(tmp_path / "step=4.ckpt")
+    options: Any = {"model": training.network(), "progress": False, "to": tmp_path / "later"}
+    found = probe_checkpoints(tmp_path / "step=4.ckpt", function, probe, **options)
+    live = landscape.open(tmp_path / "live")["learning_coefficient"]
+    xr.testing.assert_equal(
+        live.drop_vars("seconds"), found["learning_coefficient"].drop_vars("seconds")
+    )
+    name = "landscape/learning_coefficient/learning_coefficient"
+    value = float(live.learning_coefficient[0])
+    assert float(trainer.callback_metrics[name]) == pytest.approx(value)
+    assert f"{name}_standard_error" in trainer.callback_metrics
+    logged.clear()  # of a network as fresh as this, all is to be doubted
 
 
 # Several processes -------------------------------------------------------------------------------
