@@ -29,7 +29,7 @@ from torch import Tensor
 from nettrace.landscape import canonical, density_of_states, patterns, perceptron
 
 KNOBS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "Imbalance": ("share of class 1", [{"share": s} for s in (0.5, 0.7, 0.9)]),
+    "Imbalance": ("share of class 1", [{"offset": 0.5, "share": s} for s in (0.5, 0.7, 0.9)]),
     "Separation": ("distance of the classes", [{"separation": s} for s in (0.0, 2.0, 4.0)]),
     "Mislabelling": (
         "wrong labels, of separable data",

@@ -37,8 +37,6 @@ from nettrace.landscape.multicanonical import Production
 from nettrace.landscape.transitions import stationary, tempered
 
 Array = npt.NDArray[np.float64]
-#: Sweeps between exchanges of windows: as a walker needs time to cross one.
-_APART = 20
 #: Sweeps that it takes walkers to forget where they were, about.
 _FORGETTING = 100
 #: The share of proposals that still counts when visits have grown by a fifth.
@@ -78,7 +76,8 @@ class WangLandau:
         windows: how many windows walkers are confined to, once the energies are known.
         observables: by name, what gives a number (W,) for each walker.
         sweep: after how many moves all has had a chance to move: then observables are looked at.
-        piece: how many moves are made at once.
+        piece: how many moves are made at once; windows are exchanged between pieces, where a sweep
+            or more has passed.
         seed: of what is drawn.
         title: for the progress bar.
 
@@ -211,7 +210,7 @@ class WangLandau:
             self._enter()
         else:
             self._moved += self._moves
-            if self._windows > 1 and self._moved >= _APART * self._sweep:
+            if self._windows > 1 and self._moved >= self._sweep:
                 self._moved = 0
                 self._exchange()
             before = self.walkers.energies.clone()
@@ -281,7 +280,6 @@ class WangLandau:
                 at_one, at_other = held[one], held[other]
                 held[one] = torch.where(swap, at_other, at_one)
                 held[other] = torch.where(swap, at_one, at_other)
-            self._crossings.latest[torch.cat([one[swap], other[swap]])] = 0
 
     def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
         """Goes on with the stage, by what was seen."""

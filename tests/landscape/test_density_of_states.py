@@ -139,10 +139,15 @@ def test_standard_errors_are_right(network, count, seeds):
 def test_windows_give_the_same():
     x, y = signs(31, 14)
     truth = np.bincount(errors(perceptron(14), enumerated(perceptron(14)), x, y), minlength=32)
-    found = density_of_states(perceptron(14), x, y, error=0.06, walkers=128, windows=4)
-    there = truth > 0
-    off = found.entropy.values[there] - np.log(truth[there])
-    assert (np.abs(off) < 4 * found.entropy_standard_error.values[there]).all()
+    there, scores = truth > 0, []
+    for seed in range(3):
+        found = density_of_states(
+            perceptron(14), x, y, error=0.08, walkers=128, windows=4, seed=seed
+        )
+        off = found.entropy.values[there] - np.log(truth[there])
+        scores.append(off / found.entropy_standard_error.values[there])
+    assert np.abs(scores).max() < 4.5
+    assert np.std(scores) < 1.4
 
 
 def test_the_error_of_wang_landau_falls_with_the_root_of_time():
@@ -150,7 +155,7 @@ def test_the_error_of_wang_landau_falls_with_the_root_of_time():
     truth = np.bincount(errors(network, enumerated(network), x, y), minlength=10)
     exact = np.log(truth[truth > 0] / truth.sum())
     curves = []
-    for seed in range(3):
+    for seed in range(2):
         sampler = DensityOfStates(network, x, y, error=1e-4, walkers=64, seed=seed)
         while len(sampler.history) < 6:
             sampler.advance()
@@ -183,7 +188,7 @@ def test_numbers_of_states_that_others_published_are_found():
     published = np.array([2, 20, 113, 471, 1396, 2960, 5021, 6401])
     network, weights = perceptron(15), enumerated(perceptron(15))
     counts = []
-    for seed in range(60):
+    for seed in range(24):
         x, y = signs(15, 15, seed)
         counts.append(np.bincount(errors(network, weights, x, y), minlength=16))
     counts = np.array(counts)
@@ -196,7 +201,7 @@ def test_numbers_of_states_that_others_published_are_found():
     off = found.entropy.values[truth > 0] - np.log(truth[truth > 0])
     assert (np.abs(off) < 4 * found.entropy_standard_error.values[truth > 0]).all()
     expected = 2**15 * np.array([math.comb(15, e) for e in range(16)]) / 2**15
-    assert counts.mean(0)[2:14] == pytest.approx(expected[2:14], rel=0.35)
+    assert counts.mean(0)[2:14] == pytest.approx(expected[2:14], rel=0.5)
 
 
 def test_observables_and_temperatures_are_those_of_enumeration():
@@ -344,7 +349,13 @@ def test_what_was_found_in_little_time_is_kept(logged, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"share": 0.2}, {"separation": 4.0}, {"mislabelled": 0.3}, {"dimension": 3.0}],
+    [
+        {"share": 0.2},
+        {"separation": 4.0},
+        {"mislabelled": 0.3},
+        {"dimension": 3.0},
+        {"offset": 1.0},
+    ],
 )
 def test_patterns_are_as_asked_for(options):
     x, y = patterns(4000, 20, binary=False, seed=1, **options)
@@ -352,6 +363,7 @@ def test_patterns_are_as_asked_for(options):
         assert (y > 0).double().mean() == pytest.approx(options.get("share", 0.5), abs=1e-3)
     centres = x[y > 0].mean(0) - x[y < 0].mean(0)
     assert centres.norm() == pytest.approx(options.get("separation", 0.0), abs=0.2)
+    assert x.mean() == pytest.approx(options.get("offset", 0.0), abs=0.1)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T))
     if "separation" not in options:
         ratio = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
