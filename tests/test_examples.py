@@ -189,7 +189,7 @@ def test_variance_flatness_example(tmp_path):
 
 def test_landscape_example(tmp_path):
     printed = example("landscape.py", tmp_path, "--weights", "9", "--seconds", "1", "--out", "out")
-    assert re.search(r"two runs differ by [\d.]+ standard errors", printed)
+    assert re.search(r"entropies of two runs differ by [\d.]+ nats", printed)
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 30_000
 
 

@@ -187,7 +187,8 @@ class DensityOfStates(WangLandau):
         }
         for name, (mean, each) in self.means().items():
             what = f"{name}, averaged over networks with so many errors"
-            quantities[name] = Quantity(mean, ("energy",), what, jackknife(each))
+            apart = jackknife(each) if len(each) else np.full_like(mean, np.nan)
+            quantities[name] = Quantity(mean, ("energy",), what, apart)
             quantities[f"{name}_without"] = Quantity(
                 each, ("group", "energy"), f"{name} without each group of walkers"
             )
@@ -207,21 +208,22 @@ class DensityOfStates(WangLandau):
 
     def _doubts(self, errors: npt.NDArray[np.float64]) -> list[str]:
         found = []
-        if self.stage not in ("multicanonical", "done") or not len(errors[np.isfinite(errors)]):
+        known = errors[np.isfinite(errors)]
+        if not len(known):
             found.append(
-                f"it ended while {self.stage}: S(E) is a first guess and has no errors; give it "
-                "more time"
+                f"it ended while {self.stage}, before walkers had gone around: S(E) is a first "
+                "guess and has no errors; give it more time, or a range of energies"
             )
         elif self.stage != "done":
-            known = errors[np.isfinite(errors)]
             found.append(
                 f"errors of S(E) are up to {known.max():.2g}, more than asked for: give it more "
                 "time"
             )
-        if self.stage != "exploring" and self.unmixed:
+        if self.stage == "multicanonical" and self.unmixed:
+            low, high, times = self.unmixed
             found.append(
-                f"walkers crossed the window of energies {self.unmixed[0]} to {self.unmixed[1]} "
-                f"{self.unmixed[2]:.2g} times on average: errors may be too small there"
+                f"walkers crossed the window of energies {low} to {high} {times:.2g} times on "
+                "average, which is less than once"
             )
         if self.late.any():
             late = self.late.nonzero()[:, 0].tolist()

@@ -175,17 +175,20 @@ class WangLandau:
     def entropies(self) -> tuple[Array, Array]:
         """(B,) ln of the share of all at each energy; (G, B) the same without each group.
 
-        Of none, G = 0, as long as walkers share what they learn.
+        Of none, G = 0, as long as walkers share what they learn, or are yet to forget it.
         """
-        if self.stage in ("multicanonical", "done") and self._production.visits.any():
+        if not self._production.burning and self._production.visits.any():
             return self._production.entropies()
         log_g = np.where(self.seen.numpy(), self.log_g, -np.inf)
         with np.errstate(invalid="ignore"):
             return log_g - np.logaddexp.reduce(log_g), np.empty((0, self._bins))
 
     def means(self) -> dict[str, tuple[Array, Array]]:
-        """For each observable its averages (B,), and (G, B) without each group."""
-        return self._production.means()
+        """For each observable its averages (B,), and (G, B) without each group; G as above."""
+        found = self._production.means()
+        if self._production.burning:
+            return {name: (mean, np.empty((0, self._bins))) for name, (mean, _) in found.items()}
+        return found
 
     @property
     def production_visits(self) -> Array:
