@@ -177,8 +177,9 @@ class WangLandau:
 
         Of none, G = 0, as long as walkers share what they learn, or are yet to forget it.
         """
-        if not self._production.burning and self._production.visits.any():
-            return self._production.entropies()
+        if self._production.visits.any():
+            entropy, without = self._production.entropies()
+            return entropy, without[:0] if self._production.burning else without
         log_g = np.where(self.seen.numpy(), self.log_g, -np.inf)
         with np.errstate(invalid="ignore"):
             return log_g - np.logaddexp.reduce(log_g), np.empty((0, self._bins))
