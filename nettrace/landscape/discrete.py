@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 #: Moves of all copies that are drawn at once; then fields in floating point are computed anew, for
 #: the sake of rounding.
@@ -46,7 +48,7 @@ class DiscreteNetwork:
             raise ValueError(f"expected two or more different levels, got {self.levels}")
         if not self.layers or any(layer.dim() != 2 for layer in self.layers):
             raise ValueError("expected layers to be matrices (outputs, inputs), one at least")
-        for one, following in zip(self.layers, self.layers[1:], strict=False):
+        for one, following in pairwise(self.layers):
             if following.shape[1] != one.shape[0]:
                 raise ValueError(
                     f"a layer of {one.shape[0]} outputs is followed by one of "
@@ -71,7 +73,7 @@ class DiscreteNetwork:
     @property
     def states(self) -> int:
         """How many networks there are."""
-        return len(self.levels) ** self.weights
+        return int(len(self.levels) ** self.weights)
 
     def random(self, copies: int, generator: torch.Generator) -> list[Tensor]:
         """Weights (copies, outputs, inputs) of each layer, all states alike."""
@@ -87,6 +89,8 @@ class DiscreteNetwork:
         moved = inputs.to(weights[0].dtype).T.expand(len(weights[0]), -1, -1)
         for number, weight in enumerate(weights):
             moved = weight @ moved
+            # What is 0 but for rounding.
+            moved = hardshrink(moved, 1e-9 * float(moved.abs().max()))
             if number + 1 < len(weights) or self.output == "product":
                 moved = self.activated(moved)
         return moved.prod(1)
@@ -133,7 +137,7 @@ def multilayer(
     activation: Literal["sign"] | Callable[[Tensor], Tensor] = "sign",
 ) -> DiscreteNetwork:
     """Layers of which all weights are free: `multilayer(5, 3, 1)` has 18."""
-    layers = [_free(after, before) for before, after in zip(widths, widths[1:], strict=False)]
+    layers = [_free(after, before) for before, after in pairwise(widths)]
     return DiscreteNetwork(tuple(layers), tuple(levels), activation)
 
 
@@ -156,7 +160,8 @@ class DiscreteWalkers:
     The energy is the number of patterns that are in the wrong class. All copies propose a change
     of a free weight in the same layer, drawn anew each time, to another of the levels: proposals
     are symmetric. Only what a changed weight can change is computed, in single precision, which is
-    exact where inputs, levels and what units make of them are whole numbers.
+    exact where inputs, levels and what units make of them are whole numbers. Where they are not,
+    fields below a hundred-thousandth of the largest count as 0, which they are but for rounding.
 
     Args:
         network: the network.
@@ -169,6 +174,8 @@ class DiscreteWalkers:
     Attributes:
         energies: (W,)
         weights: (W, outputs, inputs) of each layer.
+        levels: of the same shapes, which of the network's levels each weight has.
+        change: the one that was proposed last.
 
     Raises:
         ValueError: if shapes do not fit, labels are others, or inputs are not finite.
@@ -195,12 +202,18 @@ class DiscreteWalkers:
         self._free = [layer.isnan().nonzero() for layer in network.layers]
         sizes = torch.tensor([len(free) for free in self._free], dtype=torch.float64)
         self._shares = sizes / sizes.sum()
+        self._least = [0.0] * len(network.layers)
         given = network.random(copies, generator) if weights is None else weights
         self.weights = [w.expand(copies, -1, -1).float().clone() for w in given]
-        self._at = [(w[..., None] == self._levels).int().argmax(-1) for w in self.weights]
+        self.levels = [(w[..., None] == self._levels).int().argmax(-1) for w in self.weights]
         self._draws: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._change: _Change
+        self.energies: Tensor
+        self.change: Change
+        self._product: Tensor
         self._refresh()
+        if not self._exact:
+            self._least = [1e-5 * float(fields.abs().max()) for fields in self._fields]
+            self._refresh()
 
     def propose(self, entropy: Tensor) -> tuple[Tensor, None]:
         """(W,) the energies that a change would lead to, symmetrically; `accept` makes it."""
@@ -212,7 +225,7 @@ class DiscreteWalkers:
         _, outputs, inputs = self.weights[layer].shape
         row = self._each * outputs + unit
         cell = row * inputs + source
-        level = self._at[layer].view(-1).index_select(0, cell)
+        level = self.levels[layer].view(-1).index_select(0, cell)
         then = (level + turn) % len(self._levels)
         step = self._levels.index_select(0, then) - self._levels.index_select(0, level)
         if layer == 0:
@@ -220,18 +233,18 @@ class DiscreteWalkers:
         else:
             below = self._rows(self._activities[layer - 1], self._each * inputs + source)
         fields = torch.addcmul(self._rows(self._fields[layer], row), below, step[:, None])
-        change = self._change = _Change(layer, row, cell, then, step, below)
+        change = self.change = Change(layer, row, cell, then, step, below)
         out = self._upwards(change, unit, fields)
         self._proposed = self._count(out)
         return self._proposed, None
 
     def accept(self, which: Tensor) -> None:
         """Makes the proposed changes of some copies (W,)."""
-        change, made = self._change, which.float()
+        change, made = self.change, which.float()
         layer = change.layer
         step = change.step * made
         self.weights[layer].view(-1).index_add_(0, change.cell, step)
-        levels = self._at[layer].view(-1)
+        levels = self.levels[layer].view(-1)
         before = levels.index_select(0, change.cell)
         levels.index_copy_(0, change.cell, torch.where(which, change.level, before))
         _add(self._fields[layer], change.row, change.below, step)
@@ -253,13 +266,13 @@ class DiscreteWalkers:
         """(W, P) of (W, units, P), one row each."""
         return tensor[:, 0] if tensor.shape[1] == 1 else tensor.flatten(0, 1).index_select(0, rows)
 
-    def _upwards(self, change: _Change, unit: Tensor, fields: Tensor) -> Tensor:
+    def _upwards(self, change: Change, unit: Tensor, fields: Tensor) -> Tensor:
         """(W, P) the outputs after a change; what it adds to layers above is noted in it."""
         network, last = self.network, len(self.weights) - 1
         layer = change.layer
         if layer == last and network.output == "sum":
             return fields
-        active = self._activated(fields)
+        active = self._activated(fields, layer)
         before = self._rows(self._activities[layer], change.row)
         change.activity = active - before
         if layer == last:
@@ -274,7 +287,7 @@ class DiscreteWalkers:
             if above == last and network.output == "sum":
                 change.above.append((added, None))
                 return then[:, 0]
-            active = self._activated(then)
+            active = self._activated(then, above)
             turned = active - self._activities[above]
             change.above.append((added, turned))
             if above < last:
@@ -282,7 +295,9 @@ class DiscreteWalkers:
         change.product = active.prod(1)
         return change.product
 
-    def _activated(self, fields: Tensor) -> Tensor:
+    def _activated(self, fields: Tensor, layer: int) -> Tensor:
+        if not self._exact:
+            fields = hardshrink(fields, self._least[layer])
         if self.network.activation == "sign":
             return fields.sign().add_(0.5).sign_()
         return self.network.activated(fields)
@@ -290,7 +305,9 @@ class DiscreteWalkers:
     def _count(self, outputs: Tensor) -> Tensor:
         """(W,) how many outputs (W, P) are of the wrong class."""
         # -1 where the output is negative, else 0; by arithmetic, which takes less than comparing.
-        below = (outputs if self._exact else outputs * 1e30).clamp(-1, 0)
+        if not self._exact:
+            outputs = hardshrink(outputs, self._least[-1]) * 1e30
+        below = outputs.clamp(-1, 0)
         return (self._negative - torch.mv(below, self._labels)).long()
 
     def _draw(self) -> None:
@@ -313,7 +330,7 @@ class DiscreteWalkers:
         for number, weight in enumerate(self.weights):
             self._fields.append(torch.bmm(weight, moved))
             if number + 1 < len(self.weights) or self.network.output == "product":
-                moved = self._activated(self._fields[-1])
+                moved = self._activated(self._fields[-1], number)
                 self._activities.append(moved)
         product = self.network.output == "product"
         self._product = moved.prod(1) if product else self._fields[-1][:, 0]
@@ -321,7 +338,7 @@ class DiscreteWalkers:
 
 
 @dataclass
-class _Change:
+class Change:
     """A proposed change of a weight in each copy, and what follows from it.
 
     Args:

@@ -1,4 +1,4 @@
-"""Histograms of walkers with fixed weights, what they say of the number of states, and its error."""
+"""Histograms of walkers with fixed weights: what they say of numbers of states, and the error."""
 
 from __future__ import annotations
 

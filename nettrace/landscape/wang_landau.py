@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import generator
+from nettrace.landscape.crossings import Crossings
 from nettrace.landscape.multicanonical import Production
+from nettrace.landscape.transitions import stationary, tempered
 
 Array = npt.NDArray[np.float64]
 #: Sweeps between exchanges of windows: as a walker needs time to cross one.
@@ -171,6 +173,37 @@ class WangLandau:
         if self.stage != "multicanonical" and not self._outside and self.visits:
             self._hold()
 
+    def entropies(self) -> tuple[Array, Array]:
+        """(B,) ln of the share of all at each energy; (G, B) the same without each group.
+
+        Of none, G = 0, as long as walkers share what they learn.
+        """
+        if self.stage in ("multicanonical", "done") and self._production.visits.any():
+            return self._production.entropies()
+        log_g = np.where(self.seen.numpy(), self.log_g, -np.inf)
+        with np.errstate(invalid="ignore"):
+            return log_g - np.logaddexp.reduce(log_g), np.empty((0, self._bins))
+
+    def means(self) -> dict[str, tuple[Array, Array]]:
+        """For each observable its averages (B,), and (G, B) without each group."""
+        return self._production.means()
+
+    @property
+    def production_visits(self) -> Array:
+        """(B,) visits since the weights are held."""
+        visits: Array = self._production.visits.sum((0, 1))
+        return visits
+
+    @property
+    def unmixed(self) -> tuple[int, int, float] | None:
+        """The window that was crossed the least, and how often, if less than once by a walker."""
+        times = self._crossings.times
+        window = int(times.argmin())
+        if times[window] >= 1:
+            return None
+        walker = self._slots[window, 0]
+        return int(self._low[walker]), int(self._high[walker]), float(times[window])
+
     def advance(self) -> None:
         """Makes some moves."""
         begun = time.perf_counter()
@@ -274,7 +307,9 @@ class WangLandau:
             self._produce(track)
 
     def _explore(self, found: bool) -> None:
-        if not found and self.visits < 1.2 * self._refreshed:
+        if found:
+            self._estimate()
+        if self.visits < 1.2 * self._refreshed:
             return
         self._refreshed = self.visits
         self._estimate()
@@ -291,7 +326,8 @@ class WangLandau:
         """S(E) from the moves that were proposed between energies that were seen."""
         places = self.seen.nonzero()[:, 0]
         matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
-        self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
+        found = tempered(places.numpy(), stationary(matrix.numpy()))
+        self._weights[places] = torch.from_numpy(found)
 
     def _extend(self, known: Tensor) -> None:
         """The same for energies that are new, where the others are known better."""
@@ -375,72 +411,3 @@ class WangLandau:
                 production.burning = False
         elif production.examine() <= self._error and self._crossings.fewest >= 4:
             self.stage = "done"
-
-
-class Crossings:
-    """How often walkers have gone from one end of their window to the other.
-
-    Attributes:
-        latest: (W,) the end that each was at last: -1, 1, or 0 for none.
-        held: the window of each walker, and its ends; (W,) each.
-    """
-
-    def __init__(self, walkers: int, windows: int) -> None:
-        self.latest = torch.zeros(walkers, dtype=torch.int64)
-        self.held = [torch.zeros(walkers, dtype=torch.int64) for _ in range(3)]
-        self._number = np.zeros(windows)
-        self._walkers = walkers / windows
-
-    @property
-    def fewest(self) -> float:
-        """How many there were for each walker, in the window of the fewest."""
-        return float(self._number.min()) / self._walkers
-
-    def begin(self, walkers: Tensor, window: int, low: Tensor, high: Tensor) -> None:
-        """Some walkers have a window from now on."""
-        for held, value in zip(self.held, (window, low, high), strict=True):
-            held[walkers] = value
-
-    def forget(self) -> None:
-        """Begins anew."""
-        self.latest.zero_()
-        self._number[:] = 0
-
-    def follow(self, track: Tensor) -> None:
-        """Goes along energies (moves, W)."""
-        window, low, high = self.held
-        walkers, moves = ((track <= low) | (track >= high)).T.nonzero(as_tuple=True)
-        if not len(walkers):
-            return
-        ends = torch.where(track[moves, walkers] <= low[walkers], -1, 1)
-        after = walkers[1:] != walkers[:-1]
-        one = torch.ones(1, dtype=torch.bool)
-        before = torch.where(torch.cat([one, after]), self.latest[walkers], ends.roll(1))
-        crossed = walkers[(before != 0) & (before != ends)]
-        self._number += np.bincount(window[crossed].numpy(), minlength=len(self._number))
-        last = torch.cat([after, one])
-        self.latest[walkers[last]] = ends[last]
-
-
-def stationary(counts: Array) -> Array:
-    """The logarithm of the stationary distribution (K,) of a Markov chain, from counts (K, K).
-
-    By elimination of one state after the other without a subtraction, which gives small entries as
-    precisely as large ones (Grassmann, Taksar and Heyman 1985, Operations Research 33, 1107).
-    Neighbours without a count have half of one.
-    """
-    size = len(counts)
-    flow = counts.astype(np.float64)
-    here, there = np.arange(size - 1), np.arange(1, size)
-    flow[here, there] = np.maximum(flow[here, there], 0.5)
-    flow[there, here] = np.maximum(flow[there, here], 0.5)
-    flow /= flow.sum(1, keepdims=True)
-    for last in range(size - 1, 0, -1):
-        flow[:last, last] /= flow[last, :last].sum()
-        flow[:last, :last] += np.outer(flow[:last, last], flow[last, :last])
-    found = np.zeros(size)
-    with np.errstate(divide="ignore"):
-        logarithms = np.log(flow)
-    for state in range(1, size):
-        found[state] = np.logaddexp.reduce(found[:state] + logarithms[:state, state])
-    return found - np.logaddexp.reduce(found)

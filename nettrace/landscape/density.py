@@ -1,0 +1,275 @@
+"""The density of states of networks with discrete weights: how many make so many errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nettrace.estimators import generator
+from nettrace.landscape.discrete import DiscreteNetwork, DiscreteWalkers
+from nettrace.landscape.multicanonical import jackknife
+from nettrace.landscape.result import Quantity, dataset
+from nettrace.landscape.run import run
+from nettrace.landscape.wang_landau import WangLandau
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+#: From walkers to a number (W,) for each; `weights` and `outputs` of the walkers tell it.
+Observable: TypeAlias = Callable[[DiscreteWalkers], Tensor]
+#: Errors from which on energies are seen in windows.
+_MANY = 64
+_SOURCE = "Wang and Landau 2001, Phys. Rev. Lett. 86, 2050; Mele et al. 2024, arXiv:2409.18683"
+
+
+def density_of_states(
+    network: DiscreteNetwork,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    energies: tuple[int, int] | None = None,
+    observables: Mapping[str, Observable] | None = None,
+    error: float = 0.05,
+    walkers: int = 256,
+    windows: int | None = None,
+    seed: int = 0,
+    seconds: float | None = None,
+    progress: bool = False,
+    to: str | Path | None = None,
+) -> xr.Dataset:
+    """S(E) = ln of the number of networks that put E of the patterns in the wrong class.
+
+    By flat-histogram sampling with many walkers at once: see `nettrace.landscape.wang_landau`.
+
+    Args:
+        network: which networks there are.
+        inputs: (P, inputs) the patterns.
+        labels: (P,) their classes, -1 or 1.
+        energies: the least and the most errors that count, both included; None for all. Other
+            networks are then not visited, and only ratios of numbers of states are known.
+        observables: what else to average over all networks of the same energy, by name: functions
+            from the walkers to a number (W,) for each, such as `wrong_share`, `overlap` and
+            `margin` make them.
+        error: the standard error of S(E) to stop at, for all energies that each group of walkers
+            has seen; 0.05 means numbers of states to 5 %.
+        walkers: W, how many networks move at once.
+        windows: into how many windows energies are divided; by default 8 for 64 patterns or more,
+            else 1. It must divide the number of walkers.
+        seed: of all that is drawn.
+        seconds: how long it may take. Half of it may go by until errors can be told.
+        progress: whether to show a progress bar.
+        to: a file to write the result to, as it comes.
+
+    Returns:
+        A Dataset with dimension "energy": "entropy" S(E) in nats, NaN where no network was seen,
+        and "entropy_standard_error", infinite where one group of walkers alone has been; "visits";
+        averages of observables, with errors. "entropy_without" (group, energy) is S(E) without each
+        group of walkers, and so for observables: from these, errors of whatever follows from S are
+        found by the jackknife, as `canonical` does.
+        Attributes say how it came about: among them "moves", "flips_per_second" and "stage".
+
+    Raises:
+        ValueError: if shapes do not fit, labels are not -1 and 1, or the range is empty, not within
+            0 to P, or was never visited.
+
+    Example:
+        >>> import torch
+        >>> from nettrace.landscape import density_of_states, perceptron
+        >>> x = torch.randn(9, 11, generator=torch.Generator().manual_seed(0))
+        >>> found = density_of_states(perceptron(11), x, torch.ones(9), error=0.1)
+        >>> round(float(np.exp(found.entropy).sum())) == 2**11
+        True
+    """
+    sampler = DensityOfStates(
+        network,
+        inputs,
+        labels,
+        energies=energies,
+        observables=observables,
+        error=error,
+        walkers=walkers,
+        windows=windows,
+        seed=seed,
+    )
+    return run(sampler, seconds=seconds, progress=progress, to=to)
+
+
+class DensityOfStates(WangLandau):
+    """The sampler behind `density_of_states`; its arguments are the same."""
+
+    def __init__(
+        self,
+        network: DiscreteNetwork,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        energies: tuple[int, int] | None = None,
+        observables: Mapping[str, Observable] | None = None,
+        error: float = 0.05,
+        walkers: int = 256,
+        windows: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        patterns = len(inputs)
+        allowed, self._range = None, energies
+        if energies is not None:
+            low, high = energies
+            if not 0 <= low < high <= patterns:
+                raise ValueError(
+                    f"expected energies= to be the least and the most of 0 to {patterns} errors, "
+                    f"got {energies}"
+                )
+            allowed = torch.zeros(patterns + 1, dtype=torch.bool)
+            allowed[low : high + 1] = True
+        self.network = network
+        if walkers < 2:
+            raise ValueError(
+                f"expected two walkers or more, got {walkers}: errors are told by how far "
+                "independent walkers differ"
+            )
+        if windows is None:
+            windows = 8 if patterns >= _MANY and walkers % 8 == 0 and walkers >= 16 else 1
+        states = generator(seed, "walkers")
+        super().__init__(
+            DiscreteWalkers(network, inputs, labels, walkers, states),
+            patterns + 1,
+            allowed=allowed,
+            error=error,
+            windows=windows,
+            observables=observables,
+            sweep=network.weights,
+            piece=max(16, min(256, 2**24 // (walkers * patterns))),
+            seed=seed,
+        )
+
+    def result(self) -> xr.Dataset:
+        """What was found so far.
+
+        Raises:
+            ValueError: if the range of energies was never visited.
+        """
+        if not self.visits:
+            raise ValueError(
+                f"energies={self._range} was not visited: the walkers are at "
+                f"{sorted(set(self.walkers.energies.tolist()))[:8]} after their time; there may be "
+                "no such networks, or more time is needed"
+            )
+        total = self.network.weights * math.log(len(self.network.levels))
+        entropy, without = self.entropies()
+        if self._range is None:
+            entropy, without = entropy + total, without + total
+            convention = "ln of the number of networks with so many errors"
+        else:
+            convention = "ln of the share of networks with so many errors, of those in the range"
+        errors = jackknife(without) if len(without) else np.full_like(entropy, np.nan)
+        nothing = np.isneginf(entropy)
+        quantities = {
+            "entropy": Quantity(
+                np.where(nothing, np.nan, entropy),
+                ("energy",),
+                convention + ", in nats",
+                np.where(nothing, np.nan, errors),
+                _SOURCE,
+            ),
+            "entropy_without": Quantity(
+                np.where(np.isneginf(without), np.nan, without),
+                ("group", "energy"),
+                "entropy without each group of walkers",
+            ),
+            "visits": Quantity(self.production_visits, ("energy",), "moves that ended there"),
+        }
+        for name, (mean, each) in self.means().items():
+            what = f"{name}, averaged over networks with so many errors"
+            quantities[name] = Quantity(mean, ("energy",), what, jackknife(each))
+            quantities[f"{name}_without"] = Quantity(
+                each, ("group", "energy"), f"{name} without each group of walkers"
+            )
+        return dataset(
+            quantities,
+            {"energy": np.arange(len(entropy))},
+            doubts=self._doubts(errors),
+            sampler="Wang-Landau and multicanonical, single changes of weights",
+            stage=self.stage,
+            walkers=len(self.walkers.energies),
+            groups=len(without),
+            moves=self.visits,
+            flips_per_second=self.visits / self.seconds,
+            weights=self.network.weights,
+            log_f=self.history[-1][1] if self.history else math.nan,
+        )
+
+    def _doubts(self, errors: npt.NDArray[np.float64]) -> list[str]:
+        found = []
+        if self.stage not in ("multicanonical", "done") or not len(errors[np.isfinite(errors)]):
+            found.append(
+                f"it ended while {self.stage}: S(E) is a first guess and has no errors; give it "
+                "more time"
+            )
+        elif self.stage != "done":
+            known = errors[np.isfinite(errors)]
+            found.append(
+                f"errors of S(E) are up to {known.max():.2g}, more than asked for: give it more "
+                "time"
+            )
+        if self.stage != "exploring" and self.unmixed:
+            found.append(
+                f"walkers crossed the window of energies {self.unmixed[0]} to {self.unmixed[1]} "
+                f"{self.unmixed[2]:.2g} times on average: errors may be too small there"
+            )
+        if self.late.any():
+            late = self.late.nonzero()[:, 0].tolist()
+            found.append(
+                f"networks with {late} errors were found too late to be counted: they are few, but "
+                "there are more than 0"
+            )
+        alone = np.isinf(errors)
+        if alone.any():
+            found.append(
+                f"one group of walkers alone has seen energies {np.flatnonzero(alone).tolist()}"
+            )
+        return found
+
+
+def wrong_share(inputs: Tensor, labels: Tensor) -> Observable:
+    """The share of other patterns (P, inputs) that are in the wrong class: the test error."""
+
+    def look(walkers: DiscreteWalkers) -> Tensor:
+        outputs = walkers.outputs(inputs)
+        return ((outputs < 0) ^ (labels < 0)).double().mean(1)
+
+    return look
+
+
+def margin(inputs: Tensor, labels: Tensor) -> Observable:
+    """The least of label times output over patterns (P, inputs)."""
+
+    def look(walkers: DiscreteWalkers) -> Tensor:
+        return (walkers.outputs(inputs) * labels).amin(1)
+
+    return look
+
+
+def overlap(reference: list[Tensor]) -> Observable:
+    """The cosine of the angle between free weights and those of another network, by layer."""
+
+    def look(walkers: DiscreteWalkers) -> Tensor:
+        products, own, other = [], [], []
+        for weights, fixed, layer in zip(
+            walkers.weights, reference, walkers.network.layers, strict=True
+        ):
+            free = layer.isnan()
+            w, r = weights.double()[:, free], fixed.double()[free]
+            products.append(w @ r)
+            own.append(w.square().sum(1))
+            other.append(r.square().sum())
+        lengths = torch.stack(own).sum(0).sqrt() * torch.stack(other).sum().sqrt()
+        return torch.stack(products).sum(0) / lengths
+
+    return look

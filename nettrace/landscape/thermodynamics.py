@@ -1,0 +1,85 @@
+"""What a density of states says of the network at any temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from nettrace.landscape.multicanonical import jackknife
+from nettrace.landscape.result import Quantity, dataset
+from nettrace.record import ERROR
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Array = npt.NDArray[np.float64]
+
+
+def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
+    """Averages over networks with probability proportional to exp(-E / T), by reweighting.
+
+    Args:
+        found: a density of states, as `density_of_states` gives it.
+        temperatures: in units of the energy; negative ones favour high energies.
+
+    Returns:
+        A Dataset with dimension "temperature": "free_energy" F = -T ln Z, "energy" U,
+        "heat_capacity" (<E^2> - U^2) / T^2, "entropy" (U - F) / T, and the average of each
+        observable of `found`, all with standard errors by the jackknife over groups of walkers.
+        Where S(E) is known up to a constant, so are F and the entropy.
+
+    Raises:
+        ValueError: if a temperature is 0 or not finite, or no density of states was found.
+    """
+    hot = np.asarray(temperatures, dtype=np.float64).reshape(-1)
+    if not len(hot) or not (np.isfinite(hot) & (hot != 0)).all():
+        raise ValueError(f"expected temperatures other than 0, got {list(temperatures)}")
+    (axis,) = found["entropy"].dims
+    if not np.isfinite(found["entropy"].values).any():
+        raise ValueError("no energy was seen: there is no density of states to reweight")
+    energies = found[axis].values.astype(np.float64)
+    names = [
+        str(name)
+        for name in found.data_vars
+        if f"{name}_without" in found and name != "entropy" and not str(name).endswith(ERROR)
+    ]
+
+    def averages(entropy: Array, observables: dict[str, Array]) -> dict[str, Array]:
+        # One row a temperature.
+        exponents = np.where(np.isnan(entropy), -np.inf, entropy) - energies / hot[:, None]
+        log_z = np.logaddexp.reduce(exponents, axis=1)
+        share = np.exp(exponents - log_z[:, None])
+        mean = share @ energies
+        spread = (share * (energies - mean[:, None]) ** 2).sum(1)
+        there = np.exp(exponents.max(0) - exponents.max()) > 0
+        return {
+            "free_energy": -hot * log_z,
+            "energy": mean,
+            "heat_capacity": spread / hot**2,
+            "entropy": log_z + mean / hot,
+            **{n: share[:, there] @ np.nan_to_num(o[there]) for n, o in observables.items()},
+        }
+
+    whole = averages(found["entropy"].values, {n: found[n].values for n in names})
+    without = [
+        averages(
+            found["entropy_without"].values[group],
+            {n: found[f"{n}_without"].values[group] for n in names},
+        )
+        for group in range(found.sizes.get("group", 0))
+    ]
+    told = {
+        "free_energy": "-T ln Z",
+        "energy": "<E>",
+        "heat_capacity": "(<E^2> - <E>^2) / T^2",
+        "entropy": "(U - F) / T, in nats",
+    }
+    quantities = {}
+    for name, value in whole.items():
+        errors = jackknife(np.stack([one[name] for one in without])) if without else value * np.nan
+        convention = told.get(name, f"{name}, averaged at T")
+        quantities[name] = Quantity(value, ("temperature",), convention, errors)
+    return dataset(quantities, {"temperature": hot}, doubts=found.attrs["doubts"].splitlines())
