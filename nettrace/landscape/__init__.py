@@ -10,6 +10,7 @@ from nettrace.landscape.discrete import (
     perceptron,
 )
 from nettrace.landscape.local_entropy import local_entropy
+from nettrace.landscape.loss_density import loss_density
 from nettrace.landscape.matching import Matched, match
 from nettrace.landscape.patterns import patterns
 from nettrace.landscape.run import Sampler, run
@@ -25,6 +26,7 @@ __all__ = [
     "committee",
     "density_of_states",
     "local_entropy",
+    "loss_density",
     "margin",
     "match",
     "multilayer",

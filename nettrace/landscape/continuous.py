@@ -16,7 +16,7 @@ from nettrace.landscape.weight_loss import WeightLoss
 
 Array = npt.NDArray[np.float64]
 #: The share of moves that follow a force, and how many steps they take at most.
-_GUIDED, _STEPS = 0.75, 3
+_GUIDED, _STEPS = 0.75, 2
 #: The share of them to be accepted, and by how much of what is missing steps are adapted.
 _ACCEPTED, _RATE = 0.55, 0.05
 
@@ -76,15 +76,20 @@ class ContinuousWalkers:
         centres = np.concatenate([edges[:1], middle, edges[-1:]])
         at = np.array([level.at for level in levels])[::-1]
         steps = np.interp(centres, at, np.array([level.log_step for level in levels])[::-1])
-        #: (2, B) logarithms of steps, of free and of guided moves.
-        self._log_steps = torch.from_numpy(np.stack([steps, steps]))
+        #: (B,) logarithms of steps of free moves, and what is added for guided ones.
+        self._log_steps, self._stretch = torch.from_numpy(steps), 0.0
         self.x, self.losses = x, losses
         self.energies = self._bins(losses)
         self.stage, self.moves = "exploring", 0
 
     @property
+    def lowest(self) -> float:
+        """The lowest of the losses now."""
+        return float(self.losses.min())
+
+    @property
     def weights(self) -> Tensor:
-        """(W, P)"""
+        """(W, P) of the network."""
         return self._prior.weights(self.x)
 
     def propose(self, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -97,7 +102,9 @@ class ContinuousWalkers:
         self._guided = self.stage != "exploring" and bool(
             torch.rand((), generator=random) < _GUIDED
         )
-        centres = self._log_steps[int(self._guided)]
+        centres = self._log_steps
+        if self._guided:
+            centres = (centres + self._stretch).clamp_max(0.0)
         offset = SPREAD * torch.randn(len(at), generator=random, dtype=torch.float64)
         log_step = centres[at] + offset
         p = self._prior.momentum(self.x, random)
@@ -122,9 +129,9 @@ class ContinuousWalkers:
     def accept(self, which: Tensor) -> None:
         """Makes the proposed moves of some walkers (W,)."""
         if self._guided and self.stage == "Wang-Landau":
-            change = _RATE * (which.double() - _ACCEPTED)
-            self._log_steps[1].index_add_(0, self.energies, change)
-        elif not self._guided:
+            # By the same factor everywhere: steps that vary from bin to bin are hard to go back.
+            self._stretch += _RATE * (float(which.double().mean()) - _ACCEPTED)
+        if not self._guided:
             which = which & self._moving
         x, losses, to = self._proposed
         moved = torch.where(which[:, None].to(x.device), x, self.x)
@@ -136,9 +143,7 @@ class ContinuousWalkers:
     def _bins(self, losses: Tensor) -> Tensor:
         return torch.searchsorted(self._edges, self._spacing.of(losses), right=True)
 
-    def _followed(
-        self, p: Tensor, time: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _followed(self, p: Tensor, time: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, p (W, P) after some steps with kicks half way, and which met finite losses alone."""
         prior, x = self._prior, self.x
         centres, slopes = self._centres, self._slopes(entropy)

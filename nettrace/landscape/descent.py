@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from nettrace.estimators import generator
 from nettrace.landscape.prior import Prior
@@ -54,6 +53,7 @@ class Descent:
         kept: how many of all that there were, evenly over the levels, are kept.
         low: the loss to go below, as `Spacing.of` has it; None for `depth` alone.
         depth: to which logarithm of the prior's mass to go, where `low` is None.
+        piece: how many moves of all copies are made at once.
         seed: of what is drawn.
 
     Attributes:
@@ -76,6 +76,7 @@ class Descent:
         *,
         low: float | None,
         depth: float,
+        piece: int,
         seed: int,
     ) -> None:
         self._loss, self._prior, self._spacing = loss, prior, spacing
@@ -83,6 +84,9 @@ class Descent:
         self._generator = generator(seed, "descent")
         self._copies, self._kept = copies, kept
         self._log_step = float(np.log(np.pi / 2))
+        self._x = torch.empty(0)
+        self._at = self._values = torch.empty(0, dtype=torch.float64)
+        self._level, self._left, self._piece = Level(0.0, 0.0, 0.0), 0, piece
         self.levels: list[Level] = []
         self.done = self.stalled = False
 
@@ -92,26 +96,43 @@ class Descent:
         return float(self.losses.min())
 
     def advance(self) -> None:
-        """Goes to the next level."""
+        """Makes some moves towards the next level."""
         if not self.levels:
             self._begin()
             return
-        x, at, copies = self._x, self._at, self._copies
-        level = float(at.median())
-        below = (at <= level).nonzero()[:, 0]
-        drawn = torch.randint(len(below), (copies - len(below),), generator=self._generator)
+        if not self._left:
+            self._cut()
+        moves = min(self._left, self._piece)
+        for _ in range(moves):
+            self._move()
+        self._left -= moves
+        if not self._left:
+            self._end()
+
+    def _cut(self) -> None:
+        """Goes on with the lower half."""
+        level = float(self._at.median())
+        below = (self._at <= level).nonzero()[:, 0]
+        drawn = torch.randint(len(below), (self._copies - len(below),), generator=self._generator)
         chosen = torch.cat([below, below[drawn]])
-        self._x, self._at, self._values = x[chosen.to(x.device)], at[chosen], self._values[chosen]
-        for _ in range(_MOVES):
-            self._move(level)
-        log_mass = self.levels[-1].log_mass + float(np.log(len(below) / copies))
-        self.levels.append(Level(level, log_mass, self._log_step))
+        self._x, self._at = self._x[chosen.to(self._x.device)], self._at[chosen]
+        self._values = self._values[chosen]
+        self._level = Level(
+            level,
+            self.levels[-1].log_mass + float(np.log(len(below) / self._copies)),
+            self._log_step,
+        )
+        self._left = _MOVES
+
+    def _end(self) -> None:
+        """Notes a level, and whether it was the last."""
+        level = replace(self._level, log_step=self._log_step)
+        self.levels.append(level)
         self._keep()
         lately = self.levels[-_LATELY:]
-        whole = 1.0 if self._spacing.logarithmic else self.levels[0].at - level
-        fall = lately[0].at - level
-        self.stalled = len(lately) == _LATELY and not fall > _FALL * whole
-        reached = log_mass < self._depth if self._low is None else level < self._low
+        whole = 1.0 if self._spacing.logarithmic else self.levels[0].at - level.at
+        self.stalled = len(lately) == _LATELY and not lately[0].at - level.at > _FALL * whole
+        reached = level.log_mass < self._depth if self._low is None else level.at < self._low
         self.done = self.stalled or reached
 
     def _begin(self) -> None:
@@ -142,14 +163,14 @@ class Descent:
         chosen = torch.arange(self._kept) % self._copies
         self.x, self.losses = self._x[chosen.to(self._x.device)], self._values[chosen]
 
-    def _move(self, level: float) -> None:
+    def _move(self) -> None:
         prior, random = self._prior, self._generator
         steps = self._log_step + SPREAD * torch.randn(self._copies, 1, generator=random)
         p = prior.momentum(self._x, random)
         x, _ = prior.drifted(self._x, p, steps.exp().to(self._x))
         losses = self._loss(prior.weights(x)).cpu()
         at = self._spacing.of(losses)
-        fine = losses.isfinite() & (at <= level)
+        fine = losses.isfinite() & (at <= self._level.at)
         self._x = prior.kept(torch.where(fine[:, None].to(x.device), x, self._x))
         self._at = torch.where(fine, at, self._at)
         self._values = torch.where(fine, losses, self._values)

@@ -31,21 +31,22 @@ class Prior:
         self.size = len(scales)
 
     def weights(self, x: Tensor) -> Tensor:
-        """w (K, P) of x (K, P)."""
+        """(K, P) of x (K, P)."""
         return x * self.scales
 
     def draw(self, copies: int, generator: torch.Generator) -> Tensor:
-        """x (K, P), independently."""
+        """(K, P) for x, independent of each other."""
         return self.kept(self._normal(copies, generator))
 
     def kept(self, x: Tensor) -> Tensor:
         """The same x but for rounding: on a sphere, put back on it."""
         if self.kind == "gaussian":
             return x
-        return x * (self.size**0.5 / x.norm(dim=1, keepdim=True))
+        lengths: Tensor = x.norm(dim=1, keepdim=True)
+        return x * (self.size**0.5 / lengths)
 
     def momentum(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """p (K, P) for x (K, P)."""
+        """(K, P) for p at x (K, P)."""
         return self.tangent(x, self._normal(len(x), generator))
 
     def tangent(self, x: Tensor, vector: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class Prior:
         return vector - x * ((x * vector).sum(1, keepdim=True) / self.size)
 
     def drifted(self, x: Tensor, p: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """x and p after times (K, 1) without a force."""
+        """Where x and p are after times (K, 1) without a force."""
         if self.kind == "gaussian":
             rate = torch.ones_like(time)
         else:
