@@ -189,8 +189,8 @@ class Descent:
 def fine_edges(edges: Array, levels: list[Level]) -> Array:
     """Edges of bins, and more where the prior's mass falls by far between them.
 
-    Within a bin all weights count the same, so that of bins of a wide fall the lower end would
-    hardly be seen.
+    Within a bin all weights count the same, so that where the fall is wide its lower end would
+    hardly be seen, and nothing below it. The lowest bin that was reached has nothing below.
 
     Args:
         edges: (n + 1,) as `Spacing.of` has them.
@@ -199,9 +199,10 @@ def fine_edges(edges: Array, levels: list[Level]) -> Array:
     at = np.array([level.at for level in levels])[::-1]
     mass = np.array([level.log_mass for level in levels])[::-1]
     places = np.interp(edges, at, mass)
+    lowest = edges[1:][edges[1:] >= at[0]].min(initial=np.inf)
     more = [
         level.at
         for level in levels[1::2]
-        if level.at > edges[0] and np.abs(level.log_mass - places).min() > 0.7
+        if level.at > lowest and np.abs(level.log_mass - places).min() > 0.7
     ]
     return np.unique(np.concatenate([edges, more]))

@@ -203,6 +203,11 @@ class LossDensity:
         if self._settled:
             self.sampling.settle()
         self.walkers.stage = self.sampling.stage
+        if self.walkers.stage != "exploring" and int(self.sampling.seen.sum()) < 2:
+            raise ValueError(
+                f"all losses that were found lie in one bin of {self._bins} of "
+                f"range={self._limits}: choose a narrower range, or more bins"
+            )
         self.sampling.advance()
 
     def settle(self) -> None:
@@ -217,7 +222,7 @@ class LossDensity:
         if limits is None:
             lowest = float(self._spacing.losses(np.array(descent.levels[-1].at)))
             limits = lowest, descent.highest
-        elif descent.stalled and descent.lowest >= limits[1]:
+        elif limits[0] >= descent.highest or (descent.stalled and descent.lowest >= limits[1]):
             raise self._not_visited()
         self._limits = limits
         edges = fine_edges(self._spacing.edges(*limits, self._bins), descent.levels)
@@ -256,6 +261,8 @@ class LossDensity:
             entropy, without, means = joined(
                 *self.sampling.entropies(), self.sampling.means(), place, count + 2
             )
+            if not len(without):  # averages have no errors either
+                means = {name: (mean, each[:0]) for name, (mean, each) in means.items()}
             if self.sampling.stage == "done" and not np.isfinite(entropy[1:-1]).any():
                 raise self._not_visited()
         errors = jackknife(without) if len(without) else np.full(count + 2, np.nan)
