@@ -15,8 +15,9 @@ from nettrace.landscape.spacing import Spacing
 from nettrace.landscape.weight_loss import WeightLoss
 
 Array = npt.NDArray[np.float64]
-#: The share of moves that follow a force, and how many steps they take at most.
-_GUIDED, _STEPS = 0.75, 2
+#: The share of moves that follow a force, at most, and the number of weights of which it is half
+#: that: their steps in S grow with it, those of free moves do not. They take 1, 2 or 4 steps.
+_GUIDED, _HALF, _STEPS = 0.75, 8, 2
 #: The share of them to be accepted, and by how much of what is missing steps are adapted.
 _ACCEPTED, _RATE = 0.55, 0.05
 
@@ -71,11 +72,12 @@ class ContinuousWalkers:
         self._loss, self._prior, self._spacing = loss, prior, spacing
         self._generator = generator
         self._edges = torch.from_numpy(edges)
-        middle = (edges[1:] + edges[:-1]) / 2
-        self._centres = torch.from_numpy(middle)
-        centres = np.concatenate([edges[:1], middle, edges[-1:]])
+        self._centres = torch.from_numpy((edges[1:] + edges[:-1]) / 2)
         at = np.array([level.at for level in levels])[::-1]
-        steps = np.interp(centres, at, np.array([level.log_step for level in levels])[::-1])
+        # Most of a bin's weights are near its upper end.
+        steps = np.interp(
+            np.append(edges, edges[-1]), at, np.array([level.log_step for level in levels])[::-1]
+        )
         #: (B,) logarithms of steps of free moves, and what is added for guided ones.
         self._log_steps, self._stretch = torch.from_numpy(steps), 0.0
         self.x, self.losses = x, losses
@@ -98,30 +100,29 @@ class ContinuousWalkers:
         Args:
             entropy: (B + 1,) what is known of S; the last is not looked at.
         """
-        random, at = self._generator, self.energies
-        self._guided = self.stage != "exploring" and bool(
-            torch.rand((), generator=random) < _GUIDED
-        )
+        prior, random, at = self._prior, self._generator, self.energies
+        share = _GUIDED * prior.size / (prior.size + _HALF)
+        self._guided = self.stage != "exploring" and bool(torch.rand((), generator=random) < share)
         centres = self._log_steps
         if self._guided:
             centres = (centres + self._stretch).clamp_max(0.0)
         offset = SPREAD * torch.randn(len(at), generator=random, dtype=torch.float64)
         log_step = centres[at] + offset
-        p = self._prior.momentum(self.x, random)
+        p = prior.momentum(self.x, random)
         time = log_step.exp().to(self.x)[:, None]
         if self._guided:
             x, q, fine = self._followed(p, time, entropy[:-1])
         else:
-            x, q = self._prior.drifted(self.x, p, time)
+            x, q = prior.drifted(self.x, p, time)
             fine = torch.ones(len(at), dtype=torch.bool)
-        losses = self._loss(self._prior.weights(x)).cpu()
+        losses = self._loss(prior.weights(x)).cpu()
         fine &= losses.isfinite()
         losses = torch.where(fine, losses, self.losses)
         to = self._bins(losses)
         odds = (offset.square() - (log_step - centres[to]).square()) / (2 * SPREAD**2)
         self._proposed = x, losses, to
         if self._guided:
-            odds += (self._prior.energy(self.x, p) - self._prior.energy(x, q)).cpu()
+            odds += (prior.energy(self.x, p) - prior.energy(x, q)).cpu()
             return torch.where(fine, to, -1), odds
         self._moving = fine & (torch.rand(len(at), generator=random).log() <= odds)
         return torch.where(self._moving, to, at), None

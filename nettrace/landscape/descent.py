@@ -22,6 +22,8 @@ _MOVES, _ACCEPTED = 12, 0.3
 _DRAWS = 64
 #: Levels over which a fall of the loss by less than this share is none.
 _LATELY, _FALL = 16, 1e-5
+#: Bins between the median loss of the prior and the highest, at least.
+_RISES = 6
 
 
 @dataclass(frozen=True)
@@ -205,4 +207,9 @@ def fine_edges(edges: Array, levels: list[Level]) -> Array:
         for level in levels[1::2]
         if level.at > lowest and np.abs(level.log_mass - places).min() > 0.7
     ]
+    # Above the median nothing is known but how far the prior goes.
+    step = (at[-1] - at[-2]) / _RISES
+    for low, high in zip(edges, edges[1:], strict=False):
+        if high > at[-2] and high - low > step > 0:
+            more += np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)[1:-1].tolist()
     return np.unique(np.concatenate([edges, more]))

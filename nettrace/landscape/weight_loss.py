@@ -227,7 +227,7 @@ class WeightLoss(Flattening):
             loss = self._mean(leaf, None)
         if not bool(loss.isfinite()):
             raise ValueError(
-                f"the mean loss at the network's own weights is {float(loss)}: a landscape is "
+                f"the mean loss at the network's own weights is {float(loss.detach())}: a landscape is "
                 "probed around finite ones"
             )
         return sum(kept.values()) + 4 * self.point.numel() * self.point.element_size()

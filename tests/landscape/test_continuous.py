@@ -60,7 +60,7 @@ def halved_chi_square(degrees: int) -> Any:
 def three() -> xr.Dataset:
     torch.manual_seed(0)
     return loss_density(
-        Bowl(3), EMPTY, scale=1.0, range=(1e-3, 8.0), bins=12, error=0.08, walkers=256
+        Bowl(3), EMPTY, scale=1.0, range=(3e-3, 6.0), bins=12, error=0.08, walkers=128
     )
 
 
@@ -71,7 +71,7 @@ def test_quadratic_loss_has_the_law_of_chi_square(three):
     # The power law: dS / d ln E = d / 2.
     slope = np.polyfit(np.log(three["loss"][:5]), three["entropy"][:5], 1)[0]
     assert slope == pytest.approx(1.5, abs=0.08)
-    for name, low, high in [("below", 0, 1e-3), ("above", 8, np.inf)]:
+    for name, low, high in [("below", 0, 3e-3), ("above", 6, np.inf)]:
         truth = np.log(halved_chi_square(3).sf(low) - halved_chi_square(3).sf(high))
         share = three[f"log_share_{name}"]
         assert abs(share - truth) < 4 * three[f"log_share_{name}_standard_error"]
@@ -109,23 +109,19 @@ def test_canonical_averages_by_reweighting(three):
 
 def test_deep_tail_in_many_dimensions():
     """Down to e^-40 of the prior, with a range that is found."""
-    found = loss_density(Bowl(40), EMPTY, scale=1.0, bins=20, error=0.3, walkers=128)
+    found = loss_density(Bowl(20), EMPTY, scale=1.0, bins=20, error=0.5, walkers=64)
     assert float(found["log_share_below"]) < -39
-    assert np.abs(off(found, exact(found, halved_chi_square(40)))).max() < 4
-    assert found["entropy_standard_error"].max() < 0.3
+    assert np.abs(off(found, exact(found, halved_chi_square(20)))).max() < 4
+    assert found["entropy_standard_error"].max() < 0.5
 
 
 def test_sphere_has_the_law_of_beta():
     """The first 4 of 12 coordinates on a sphere."""
     model = Bowl(12, first=4)
-    found = loss_density(
-        model, EMPTY, prior="sphere", range=(1e-3, 1e2), bins=12, error=0.12, walkers=256
-    )
     radius = float(model.w.detach().norm())
-    # Some bins are beyond all losses.
-    seen = found["loss_low"].values < radius**2 / 2
-    assert 5 < seen.sum() < 12
-    found = found.isel(loss=seen)
+    found = loss_density(
+        model, EMPTY, prior="sphere", range=(0.1, 0.4 * radius**2), bins=10, error=0.15, walkers=64
+    )
     expected = exact(found, stats.beta(2, 4, scale=radius**2 / 2))
     assert np.abs(off(found, expected)).max() < 4
     np.testing.assert_allclose(found["norm"], radius, rtol=1e-9)
@@ -152,10 +148,10 @@ def test_small_regression_is_as_by_quadrature():
         model,
         nt.Probe(x, y),
         scale={"a": 2.0, "b": 1.0},
-        range=(0.005, 5.0),
-        bins=12,
+        range=(0.02, 2.0),
+        bins=6,
         error=0.1,
-        walkers=256,
+        walkers=64,
         observables={"test": other, "b": lambda w: w["b"].abs()},
     )
     # Quantiles of the prior, on a grid.
@@ -170,7 +166,7 @@ def test_small_regression_is_as_by_quadrature():
     counts, _ = np.histogram(train, edges)
     seen = counts > 200
     expected = np.log(np.maximum(counts, 1) / train.size) - np.log(found.attrs["bin_width"])
-    assert seen.sum() > 8
+    assert seen.all()
     assert np.abs(off(found, expected)[seen]).max() < 4
     for name, weights in [("test_loss", test), ("b", np.tile(q.abs().numpy(), 3000))]:
         means = np.histogram(train, edges, weights=weights)[0] / np.maximum(counts, 1)
@@ -179,10 +175,10 @@ def test_small_regression_is_as_by_quadrature():
 
 
 def test_losses_may_be_negative_where_bins_are_linear():
-    options: dict[str, Any] = {"scale": 1.0, "range": (-1.0, 4.0), "bins": 10, "walkers": 128}
+    options: dict[str, Any] = {"scale": 1.0, "range": (-1.0, 3.0), "bins": 8, "walkers": 64}
     found = loss_density(Bowl(3, floor=-1.0), EMPTY, spacing="linear", error=0.15, **options)
     assert np.abs(off(found, exact(found, stats.gamma(1.5, loc=-1)))).max() < 4
-    assert found["loss"].values.tolist() == pytest.approx((np.arange(10) / 2 - 0.75).tolist())
+    assert found["loss"].values.tolist() == pytest.approx((np.arange(8) / 2 - 0.75).tolist())
 
 
 class Half(Bowl):
@@ -195,7 +191,7 @@ class Half(Bowl):
 def test_weights_without_a_finite_loss_do_not_count(logged):
     model = Half(3)
     nn.init.ones_(model.w)
-    options: dict[str, Any] = {"scale": 1.0, "range": (0.01, 10.0), "bins": 8, "walkers": 128}
+    options: dict[str, Any] = {"scale": 1.0, "range": (0.05, 4.0), "bins": 6, "walkers": 64}
     with pytest.warns(nt.DoubtfulMeasureWarning, match=r"not finite at 0\.\d+ of the weights"):
         found = loss_density(model, EMPTY, error=0.15, **options)
     assert np.abs(off(found, exact(found, halved_chi_square(3)))).max() < 4
@@ -204,6 +200,7 @@ def test_weights_without_a_finite_loss_do_not_count(logged):
 def walkers_of(model: Bowl, kind: str, copies: int) -> tuple[ContinuousWalkers, Tensor]:
     """Walkers that are distributed as exp(-S) times the prior, and S, which is no smooth one."""
     loss = WeightLoss(model, EMPTY)
+    loss.gradients(loss(loss.point[None])[:, None] * loss.point)  # of few, compared with one by one
     prior = prior_of(model, loss, kind, None)
     edges = np.log([0.1, 0.2, 0.5, 0.9, 1.5, 2.5])
     s = torch.tensor([-1.0, -2.0, -0.5, 0.7, 0.0, 1.0, 0.3, torch.inf], dtype=torch.float64)
@@ -224,6 +221,7 @@ def walkers_of(model: Bowl, kind: str, copies: int) -> tuple[ContinuousWalkers, 
 def test_moves_leave_the_distribution_as_it_is(kind, guided, monkeypatch):
     """What they say of S is exact whatever the steps, the force and the bins."""
     monkeypatch.setattr(continuous, "_GUIDED", guided)
+    monkeypatch.setattr(continuous, "_HALF", 0)
     copies, model, draws = 20_000, Bowl(3, first=2), generator(1, "acceptance")
     with frozen(model):
         walkers, s = walkers_of(model, kind, copies)
@@ -315,8 +313,8 @@ def test_same_seed_gives_the_same():
     for seed in (0, 0, 1):
         torch.rand(3)
         model = Bowl(2)
-        options: dict[str, Any] = {"scale": 1.0, "range": (0.1, 5.0), "bins": 3, "error": 0.5}
-        found.append(loss_density(model, EMPTY, walkers=16, seed=seed, **options)["entropy"])
+        options: dict[str, Any] = {"scale": 1.0, "range": (0.3, 2.0), "bins": 3, "error": 0.8}
+        found.append(loss_density(model, EMPTY, walkers=8, seed=seed, **options)["entropy"])
     np.testing.assert_array_equal(found[0], found[1])
     assert not np.allclose(found[0], found[2])
 
@@ -418,7 +416,7 @@ def test_losses_that_are_none_are_refused():
         """Finite at the network's own weights alone."""
 
         def forward(self, x: Tensor) -> Tensor:
-            own = (self.w - 1).abs().sum() < 1e-9
+            own = (self.w.detach() - 1).abs().sum() < 1e-9
             return super().forward(x) + torch.where(own, 0.0, torch.nan)
 
     model = Pole(3)
