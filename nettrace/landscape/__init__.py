@@ -13,6 +13,7 @@ from nettrace.landscape.folder import open
 from nettrace.landscape.in_silico import patterns
 from nettrace.landscape.langevin_chains import langevin
 from nettrace.landscape.llc import learning_coefficient
+from nettrace.landscape.loss_density import loss_density
 from nettrace.landscape.matching import Matched, match
 from nettrace.landscape.nearby import local_entropy
 from nettrace.landscape.offline import probe_checkpoints
@@ -33,6 +34,7 @@ __all__ = [
     "langevin",
     "learning_coefficient",
     "local_entropy",
+    "loss_density",
     "margin",
     "match",
     "multilayer",

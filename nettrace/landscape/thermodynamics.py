@@ -41,6 +41,8 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
     if not np.isfinite(found["entropy"].values).any():
         raise ValueError("no energy was seen: there is no density of states to reweight")
     energies = found[axis].values.astype(np.float64)
+    # Of a density there is so much in each bin.
+    log_width = np.log(found.attrs.get("bin_width", 1.0))
     names = [
         str(name)
         for name in found.data_vars
@@ -49,7 +51,9 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
 
     def averages(entropy: Array, observables: dict[str, Array]) -> dict[str, Array]:
         # One row a temperature.
-        exponents = np.where(np.isnan(entropy), -np.inf, entropy) - energies / hot[:, None]
+        exponents = (
+            np.where(np.isnan(entropy), -np.inf, entropy + log_width) - energies / hot[:, None]
+        )
         log_z = np.logaddexp.reduce(exponents, axis=1)
         share = np.exp(exponents - log_z[:, None])
         mean = share @ energies
