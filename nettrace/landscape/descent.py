@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -209,7 +210,7 @@ def fine_edges(edges: Array, levels: list[Level]) -> Array:
     ]
     # Above the median nothing is known but how far the prior goes.
     step = (at[-1] - at[-2]) / _RISES
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         if high > at[-2] and high - low > step > 0:
             more += np.linspace(low, high, int(np.ceil((high - low) / step)) + 1)[1:-1].tolist()
     return np.unique(np.concatenate([edges, more]))

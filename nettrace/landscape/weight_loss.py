@@ -227,8 +227,8 @@ class WeightLoss(Flattening):
             loss = self._mean(leaf, None)
         if not bool(loss.isfinite()):
             raise ValueError(
-                f"the mean loss at the network's own weights is {float(loss.detach())}: a landscape is "
-                "probed around finite ones"
+                f"the mean loss at the network's own weights is {float(loss.detach())}: a "
+                "landscape is probed around finite ones"
             )
         return sum(kept.values()) + 4 * self.point.numel() * self.point.element_size()
 
