@@ -31,7 +31,9 @@ bench: .venv/peers/done .venv/jax/done
 	.venv/peers/bin/python benchmarks/budget.py
 	.venv/peers/bin/python benchmarks/steps.py
 	.venv/peers/bin/python benchmarks/curvature.py
+	.venv/peers/bin/python benchmarks/flips.py
 	.venv/peers/bin/python benchmarks/fluctuations.py
+	.venv/peers/bin/python benchmarks/learning_coefficient.py
 
 clean:
 	rm -rf .venv build *.egg-info
@@ -50,7 +52,7 @@ clean:
 .venv/peers/done: pyproject.toml constraints.txt benchmarks/peers.txt
 	$(PYTHON) -m venv .venv/peers
 	.venv/peers/bin/python $(INSTALL) --constraint constraints.txt \
-		--editable '.[export,lightning,scale]' --requirement benchmarks/peers.txt
+		--editable '.[export,landscape,lightning,scale]' --requirement benchmarks/peers.txt
 	touch $@
 
 .venv/jax/done: benchmarks/jax.txt

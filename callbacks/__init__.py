@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from nettrace.callbacks.curvature import Curvature, StabilityMonitor
     from nettrace.callbacks.fluctuations import WeightFluctuations
     from nettrace.callbacks.hugging_face import TransformersTrace
+    from nettrace.callbacks.landscape import LandscapeProbe
     from nettrace.callbacks.trace import (
         CollectiveVariables,
         FisherTrace,
@@ -20,6 +21,7 @@ __all__ = [
     "Curvature",
     "FisherTrace",
     "GradientStatistics",
+    "LandscapeProbe",
     "NTKTrace",
     "StabilityMonitor",
     "Trace",
@@ -29,6 +31,7 @@ __all__ = [
 #: Where those are that are not in `trace`.
 _ELSEWHERE = {
     "Curvature": "curvature",
+    "LandscapeProbe": "landscape",
     "StabilityMonitor": "curvature",
     "TransformersTrace": "hugging_face",
     "WeightFluctuations": "fluctuations",

@@ -200,7 +200,7 @@ class TransformersTrace(Request, TrainerCallback):
             return
         if records:  # and nothing waits for a window of weights
             self._measured = step
-        if self.log and records:
+        if self.logs and records:
             try:
                 self._log(records, args, state, control)
             except Exception as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from nettrace.schedule import Schedule, bound
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -30,6 +33,16 @@ def loggers_step(trainer: Any) -> int:
     return int(trainer.global_step if steps is None else steps)
 
 
+def bound_to(trainer: Any, schedule: Schedule) -> Schedule:
+    """A schedule, told how long a trainer's training and its epochs are."""
+    total = math.inf
+    with suppress(Exception):  # where accumulation changes, the trainer does not know it
+        total = trainer.estimated_stepping_batches
+    each = trainer.num_training_batches / trainer.accumulate_grad_batches
+    each = math.inf if math.isinf(each) else math.ceil(each)
+    return bound(schedule, math.inf if total < 0 else total, each)
+
+
 @contextmanager
 def silenced(module: Any) -> Iterator[None]:
     """Keeps a forward that logs from logging what it makes of the probe."""
@@ -43,4 +56,4 @@ def silenced(module: Any) -> Iterator[None]:
             del vars(m)["log"], vars(m)["log_dict"]
 
 
-__all__ = ["Callback", "loggers_step", "silenced"]
+__all__ = ["Callback", "bound_to", "loggers_step", "silenced"]

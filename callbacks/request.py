@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -81,7 +81,7 @@ class Request:
         self.due = schedule(every)
         self.probe = probe
         self.to = to
-        self.log = log
+        self.logs = log  # Lightning gives callbacks a method `log`
         self.prefix = prefix
         self.samples = samples
         self.on_error = on_error
@@ -108,8 +108,14 @@ class Request:
         return Tracer(self.probe, names, **options).explain(model)
 
 
+class Reporting(Protocol):
+    """What is told how to complain."""
+
+    on_error: OnError
+
+
 def report(
-    callback: Request, what: str, error: Exception, said: set[str], remedy: str = ""
+    callback: Reporting, what: str, error: Exception, said: set[str], remedy: str = ""
 ) -> None:
     """Raises if the callback is to, else warns unless the same has been said."""
     if callback.on_error == "raise":
@@ -120,7 +126,7 @@ def report(
         warn_missing("; ".join([text, *([remedy] if remedy else [])]), stacklevel=3)
 
 
-def warn_idle(callback: Request, steps: int, reason: str = "") -> None:
+def warn_idle(callback: object, steps: int, reason: str = "") -> None:
     """Says that a callback never measured in so many steps."""
     schedule = (
         f"its schedule did not fire in the {steps} steps of this training; choose a smaller every="

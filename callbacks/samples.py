@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import IterableDataset
 
 from nettrace.freeze import frozen, private_copy, random_states
-from nettrace.probe import evenly_spaced
+from nettrace.probe import Probe, evenly_spaced
+from nettrace.ranks import ALONE, Ranks
 from nettrace.unwrapped import is_spread
 
 _FEW = 1000  # longer lists are data
@@ -54,6 +55,46 @@ def batch_of(loaders: Sequence[Any], samples: int, model: nn.Module) -> Iterator
         memo: dict[int, Any] = {}  # generators of the data's own, also those of what joins them
         dataset, collate = (_twin(part, memo) for part in (loader.dataset, loader.collate_fn))
         yield evenly_spaced(dataset, samples, collate)
+
+
+def probe_of(
+    trainer: Any,
+    module: Any,
+    given: Probe | Mapping[str, Probe] | None,
+    samples: int,
+    ranks: Ranks = ALONE,
+) -> Probe | dict[str, Probe]:
+    """The probes that are given, or one of a Lightning trainer's data, as the module needs it.
+
+    Args:
+        trainer: the trainer.
+        module: the network that it trains.
+        given: the probes, if there are any.
+        samples: how many samples of the data to take, at most.
+        ranks: the processes that need it.
+
+    Raises:
+        TypeError: if samples cannot be taken from the data.
+    """
+    convert = trainer.precision_plugin.convert_input
+    if isinstance(given, Probe):
+        return given.to(module.device).map(convert)
+    if given is not None:
+        return {name: probe.to(module.device).map(convert) for name, probe in given.items()}
+    candidates = _flat(trainer.val_dataloaders) + _flat(trainer.train_dataloader)
+    with batch_of(candidates, samples, module) as batch:
+        batch = trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
+    probe = Probe.from_batch(batch)  # in all processes the first's, whose data may differ
+    return Probe(*ranks.pass_on(lambda: (probe.inputs, probe.targets), 0))
+
+
+def _flat(loaders: Any) -> list[Any]:
+    """The loaders in one, a list or a mapping of loaders."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return [one for several in loaders for one in _flat(several)]
+    return [] if loaders is None else [loaders]
 
 
 def _has_samples(dataset: Any) -> bool:

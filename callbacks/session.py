@@ -6,7 +6,7 @@ import json
 import math
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,15 @@ from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.budget import Budget, left_out, synchronise
 from nettrace.callbacks.first_batch import FirstBatch
-from nettrace.callbacks.lightning import loggers_step, silenced
+from nettrace.callbacks.lightning import bound_to, loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.callbacks.progress import announced
 from nettrace.callbacks.request import report, warn_idle
-from nettrace.callbacks.samples import batch_of
+from nettrace.callbacks.samples import probe_of
 from nettrace.callbacks.steps import Steps, asked
 from nettrace.callbacks.windows import Windows
 from nettrace.ranks import purpose, ranks
-from nettrace.schedule import Schedule, bound, has_last_after
+from nettrace.schedule import has_last_after
 from nettrace.store.journal import UNWRITTEN, Journal
 from nettrace.store.provenance import of_model
 from nettrace.waiting import reads_window
@@ -72,7 +72,7 @@ class Session:
         #: Earlier attempts were right about the weights that this one begins with.
         self._start = trainer.global_step + begun
         self._step: int | None = None
-        self._due = {callback: self._bound(callback) for callback in callbacks}
+        self._due = {callback: bound_to(trainer, callback.due) for callback in callbacks}
         self._probing = [callback for callback in callbacks if not callback.of_steps]
         #: At which step each callback measured last.
         self._measured: dict[Trace, int] = {}
@@ -100,7 +100,9 @@ class Session:
                 if key not in self._groups:
                     names = [measure.name for measure in callback.measures]
                     with self._budget.measuring(), self._ranks.together():
-                        probe = self._probe(callback)
+                        probe = probe_of(
+                            trainer, module, callback.probe, callback.samples, self._ranks
+                        )
                     tracer = Tracer(
                         probe,
                         names,
@@ -327,15 +329,6 @@ class Session:
             self._report(callback, "has a schedule that fails", error)
             return False
 
-    def _bound(self, callback: Trace) -> Schedule:
-        """The callback's schedule, told how long this training and its epochs are."""
-        trainer, total = self._trainer, math.inf
-        with suppress(Exception):  # where accumulation changes, the trainer does not know it
-            total = trainer.estimated_stepping_batches
-        each = trainer.num_training_batches / trainer.accumulate_grad_batches
-        each = math.inf if math.isinf(each) else math.ceil(each)
-        return bound(callback.due, math.inf if total < 0 else total, each)
-
     def close(self) -> None:
         """Says which callbacks never measured."""
         for callback in self._unfired:
@@ -400,7 +393,7 @@ class Session:
     def _log(self, callbacks: Sequence[Trace], records: Sequence[Record], step: int) -> None:
         prefixes: dict[str, list[Trace]] = {}
         for callback in callbacks:
-            if callback.log:
+            if callback.logs:
                 prefixes.setdefault(callback.prefix, []).append(callback)
         for prefix, sharing in prefixes.items():
             found = [r for r in self._of(sharing, records) if r.missing is None]
@@ -426,20 +419,6 @@ class Session:
     def _report(self, callback: Trace, what: str, error: Exception, remedy: str = "") -> None:
         report(callback, what, error, self._warned, remedy)
 
-    def _probe(self, callback: Trace) -> Probe | dict[str, Probe]:
-        """The callback's probes, or one of the trainer's data, where and as the module needs it."""
-        convert = self._trainer.precision_plugin.convert_input
-        given, device = callback.probe, self._module.device
-        if isinstance(given, Probe):
-            return given.to(device).map(convert)
-        if given is not None:
-            return {name: probe.to(device).map(convert) for name, probe in given.items()}
-        candidates = _flat(self._trainer.val_dataloaders) + _flat(self._trainer.train_dataloader)
-        with batch_of(candidates, callback.samples, self._module) as batch:
-            batch = self._trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
-        probe = Probe.from_batch(batch)  # in all processes the first's, whose data may differ
-        return Probe(*self._ranks.pass_on(lambda: (probe.inputs, probe.targets), 0))
-
 
 def _key(callback: Trace) -> object:
     """What callbacks have in common that share a tracer."""
@@ -464,12 +443,3 @@ def _compare_apart(one: Trace, other: Trace) -> bool:
 
     together = one.due == other.due and (one.budget is None) == (other.budget is None)
     return not together and bool(before(one) & before(other))
-
-
-def _flat(loaders: Any) -> list[Any]:
-    """The loaders in one, a list or a mapping of loaders."""
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    if isinstance(loaders, (list, tuple)):
-        return [one for several in loaders for one in _flat(several)]
-    return [] if loaders is None else [loaders]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -35,6 +36,16 @@ def tensors(tree: Any) -> Iterator[Tensor]:
         return
     for value in _entries(tree).values():
         yield from tensors(value)
+
+
+def digest_of(several: Iterable[Tensor]) -> hashlib._Hash:
+    """A SHA-256 of tensors' values, types and shapes."""
+    digest = hashlib.sha256()
+    for tensor in several:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest
 
 
 def mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

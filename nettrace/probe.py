@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from nettrace.batch import Select, joined, mapped, named, selected, split, tensors
+from nettrace.batch import Select, digest_of, joined, mapped, named, selected, split, tensors
 from nettrace.inference import LikelihoodName, check_likelihood, infer
 from nettrace.likelihood import Likelihood
 
@@ -177,11 +177,7 @@ class Probe:
 
     def fingerprint(self) -> str:
         """A digest of the samples' values, types and shapes."""
-        digest = hashlib.sha256()
-        for tensor in [*tensors(self.inputs), *tensors(self.targets)]:
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest = digest_of([*tensors(self.inputs), *tensors(self.targets)])
         if self.select is not None:
             digest.update(str(getattr(self.select, "__qualname__", self.select)).encode())
         return digest.hexdigest()[:16]

@@ -292,6 +292,55 @@ def ranks(purpose: str, model: nn.Module, probe: Callable[[], str] = str) -> Ran
     return known if weights.count(weights[0]) == len(weights) else ALONE
 
 
+def by_first(key: str, work: Callable[[], T]) -> T | None:
+    """What the first process makes by some work, while the others wait for it, which get copies.
+
+    They wait by the process group's store, so that nothing is pending that could time out, for as
+    long as the first works. If it does not begin within `PATIENCE` seconds, they go on.
+
+    Args:
+        key: the same in all processes, and another each time.
+        work: done in the first process alone.
+
+    Returns:
+        In the others None if the first did not come, or failed.
+    """
+    place = f"nettrace/{key}"
+    if is_main_process():
+        made = None
+        _tell(f"{place}/begun", b"")
+        try:
+            made = work()
+        finally:
+            _tell(f"{place}/done", pickle.dumps(made))
+        return made
+    with suppress(RuntimeError):  # of a store that is gone with the process that held it
+        return _awaited(place, key)  # type: ignore[return-value]
+    return None
+
+
+def _tell(key: str, value: bytes) -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        with suppress(RuntimeError):
+            store = distributed.distributed_c10d._get_default_store()
+            store.set(key, value)  # type: ignore[arg-type]  # which takes bytes, too
+
+
+def _awaited(place: str, key: str) -> object:
+    store, begun = distributed.distributed_c10d._get_default_store(), time.monotonic()
+    while not store.check([f"{place}/begun"]):
+        if time.monotonic() - begun > PATIENCE:
+            warn_missing(
+                f"the first of several processes did not come to work for the others in "
+                f"{PATIENCE:.0f} s ({key}): call this in each, at the same steps"
+            )
+            return None
+        time.sleep(0.002)
+    while not store.check([f"{place}/done"]):
+        time.sleep(0.02)
+    return pickle.loads(store.get(f"{place}/done"))
+
+
 def leads(purpose: str, folder: str) -> bool:
     """Whether this process writes to a folder: the first does, and those with one of their own."""
     if purpose not in _folders:

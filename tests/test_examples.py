@@ -69,6 +69,7 @@ def test_readme(tmp_path, monkeypatch, logged):
     assert len(blocks) >= 5
     x, y = torch.randn(24, 4), torch.arange(24) % 3
     names = {"x": x, "y": y, "torch": torch, "F": F, "model": Model()}
+    names |= {"images": x, "labels": y, "other": Model()}  # of a landscape
     names["loader"] = DataLoader(TensorDataset(x, y), batch_size=8)
     names |= {"optimizer": torch.optim.SGD(names["model"].parameters(), 0.1), **hugging_face()}
     for block in blocks:
@@ -184,6 +185,12 @@ def test_variance_flatness_example(tmp_path):
         assert float(low) < float(psi) < float(high)
     assert "the window is not equilibrated" in printed
     assert (tmp_path / "out" / "variance_flatness.png").stat().st_size > 30_000
+
+
+def test_landscape_example(tmp_path):
+    printed = example("landscape.py", tmp_path, "--weights", "9", "--seconds", "1", "--out", "out")
+    assert re.search(r"entropies of two runs differ by [\d.]+ nats", printed)
+    assert (tmp_path / "out" / "landscape.png").stat().st_size > 30_000
 
 
 @pytest.mark.slow

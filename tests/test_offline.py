@@ -20,6 +20,7 @@ from torch import nn
 
 import nettrace as nt
 from nettrace import measures
+from nettrace.checkpoints import networks
 from nettrace.offline import pools, witness, worker
 from nettrace.store import parts
 from nettrace.waiting import reads_window
@@ -376,8 +377,8 @@ def loads(monkeypatch):
         found.append(checkpoint.step)
         return original(checkpoint, allow_pickle)
 
-    original = worker.load
-    monkeypatch.setattr(worker, "load", load)
+    original = networks.load
+    monkeypatch.setattr(networks, "load", load)
     return found
 
 

@@ -84,7 +84,7 @@ def test_the_repository_root_may_be_on_the_path(name):
 
 
 def test_import_is_light():
-    heavy = "pytorch_lightning lightning wandb triton xarray pandas scipy.stats plotly dask"
+    heavy = "arviz pytorch_lightning lightning wandb triton xarray pandas scipy.stats plotly dask"
     code = f"import sys, nettrace; print([m for m in {heavy.split()} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
@@ -116,6 +116,6 @@ def test_measures_are_all_in_the_readme():
 
 def test_source_files_are_few_and_short():
     files = [p for part in ("nettrace", "callbacks", "kernels") for p in sources(part)]
-    assert len(files) < 200
+    assert len(files) < 220
     long = {p.name: n for p in files if (n := len(p.read_text().splitlines())) > 500}
     assert not long

@@ -9,10 +9,15 @@ from nettrace.landscape.discrete import (
     parity,
     perceptron,
 )
-from nettrace.landscape.local_entropy import local_entropy
+from nettrace.landscape.folder import open
+from nettrace.landscape.in_silico import patterns
+from nettrace.landscape.langevin_chains import langevin
+from nettrace.landscape.llc import learning_coefficient
 from nettrace.landscape.loss_density import loss_density
 from nettrace.landscape.matching import Matched, match
-from nettrace.landscape.patterns import patterns
+from nettrace.landscape.nearby import local_entropy
+from nettrace.landscape.offline import probe_checkpoints
+from nettrace.landscape.prober import Prober
 from nettrace.landscape.run import Sampler, run
 from nettrace.landscape.slices import slice_1d, slice_2d
 from nettrace.landscape.thermodynamics import canonical
@@ -20,20 +25,25 @@ from nettrace.landscape.thermodynamics import canonical
 __all__ = [
     "DiscreteNetwork",
     "Matched",
+    "Prober",
     "Sampler",
     "barrier",
     "canonical",
     "committee",
     "density_of_states",
+    "langevin",
+    "learning_coefficient",
     "local_entropy",
     "loss_density",
     "margin",
     "match",
     "multilayer",
+    "open",
     "overlap",
     "parity",
     "patterns",
     "perceptron",
+    "probe_checkpoints",
     "run",
     "slice_1d",
     "slice_2d",

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 #: From walkers to a number (W,) for each; `weights` and `outputs` of the walkers tell it.
 Observable: TypeAlias = Callable[[DiscreteWalkers], Tensor]
-#: Errors from which on energies are seen in windows.
-_MANY = 64
 _SOURCE = "Wang and Landau 2001, Phys. Rev. Lett. 86, 2050; Mele et al. 2024, arXiv:2409.18683"
 
 
@@ -38,7 +36,7 @@ def density_of_states(
     observables: Mapping[str, Observable] | None = None,
     error: float = 0.05,
     walkers: int = 256,
-    windows: int | None = None,
+    windows: int = 1,
     seed: int = 0,
     seconds: float | None = None,
     progress: bool = False,
@@ -60,8 +58,9 @@ def density_of_states(
         error: the standard error of S(E) to stop at, for all energies that each group of walkers
             has seen; 0.05 means numbers of states to 5 %.
         walkers: W, how many networks move at once.
-        windows: into how many windows energies are divided; by default 8 for 64 patterns or more,
-            else 1. It must divide the number of walkers.
+        windows: into how many windows energies are divided, between which walkers are exchanged:
+            for wide ranges. Where networks of an energy are connected by those of higher ones
+            alone, walkers wait at the edges of windows. It must divide the number of walkers.
         seed: of all that is drawn.
         seconds: how long it may take. Half of it may go by until errors can be told.
         progress: whether to show a progress bar.
@@ -114,7 +113,7 @@ class DensityOfStates(WangLandau):
         observables: Mapping[str, Observable] | None = None,
         error: float = 0.05,
         walkers: int = 256,
-        windows: int | None = None,
+        windows: int = 1,
         seed: int = 0,
     ) -> None:
         patterns = len(inputs)
@@ -134,8 +133,6 @@ class DensityOfStates(WangLandau):
                 f"expected two walkers or more, got {walkers}: errors are told by how far "
                 "independent walkers differ"
             )
-        if windows is None:
-            windows = 8 if patterns >= _MANY and walkers % 8 == 0 and walkers >= 16 else 1
         states = generator(seed, "walkers")
         super().__init__(
             DiscreteWalkers(network, inputs, labels, walkers, states),
@@ -187,7 +184,8 @@ class DensityOfStates(WangLandau):
         }
         for name, (mean, each) in self.means().items():
             what = f"{name}, averaged over networks with so many errors"
-            quantities[name] = Quantity(mean, ("energy",), what, jackknife(each))
+            apart = jackknife(each) if len(each) else np.full_like(mean, np.nan)
+            quantities[name] = Quantity(mean, ("energy",), what, apart)
             quantities[f"{name}_without"] = Quantity(
                 each, ("group", "energy"), f"{name} without each group of walkers"
             )
@@ -207,21 +205,22 @@ class DensityOfStates(WangLandau):
 
     def _doubts(self, errors: npt.NDArray[np.float64]) -> list[str]:
         found = []
-        if self.stage not in ("multicanonical", "done") or not len(errors[np.isfinite(errors)]):
+        known = errors[np.isfinite(errors)]
+        if not len(known):
             found.append(
-                f"it ended while {self.stage}: S(E) is a first guess and has no errors; give it "
-                "more time"
+                f"it ended while {self.stage}, before walkers had gone around: S(E) is a first "
+                "guess and has no errors; give it more time, or a range of energies"
             )
         elif self.stage != "done":
-            known = errors[np.isfinite(errors)]
             found.append(
                 f"errors of S(E) are up to {known.max():.2g}, more than asked for: give it more "
                 "time"
             )
-        if self.stage != "exploring" and self.unmixed:
+        if self.stage == "multicanonical" and self.unmixed:
+            low, high, times = self.unmixed
             found.append(
-                f"walkers crossed the window of energies {self.unmixed[0]} to {self.unmixed[1]} "
-                f"{self.unmixed[2]:.2g} times on average: errors may be too small there"
+                f"walkers crossed the window of energies {low} to {high} {times:.2g} times on "
+                "average, which is less than once"
             )
         if self.late.any():
             late = self.late.nonzero()[:, 0].tolist()

@@ -43,7 +43,8 @@ class Prior:
         if self.kind == "gaussian":
             return x
         lengths: Tensor = x.norm(dim=1, keepdim=True)
-        return x * (float(self.size) ** 0.5 / lengths)
+        found: Tensor = x / lengths * self.size**0.5
+        return found
 
     def momentum(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(K, P) for p at x (K, P)."""

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from nettrace.missing import DoubtfulMeasureWarning, warn_missing
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 _BETWEEN = 5.0
 #: The share of the time that writing it may take.
 _WRITING = 0.05
+#: The largest integer of a file.
+_LARGEST = 2**31 - 1
 
 
 class Sampler(Protocol):
@@ -109,10 +112,25 @@ def write(found: xr.Dataset, to: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        found.to_netcdf(unfinished, engine="scipy")
+        _narrowed(found).to_netcdf(unfinished, engine="scipy")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _narrowed(found: xr.Dataset) -> xr.Dataset:
+    """The same with integers of more than 32 bits, which netCDF 3 has not, as floating numbers."""
+    wide = {
+        name: one.astype(np.float64)
+        for name, one in found.variables.items()
+        if one.dtype.kind in "iu" and one.size and np.abs(one.values).max() > _LARGEST
+    }
+    numbers = {
+        name: float(value)
+        for name, value in found.attrs.items()
+        if isinstance(value, (int, np.integer)) and abs(int(value)) > _LARGEST
+    }
+    return found.assign(wide).assign_attrs(numbers)
 
 
 def _marked(found: xr.Dataset, stopped: str, seconds: float) -> xr.Dataset:

@@ -18,6 +18,8 @@ def stationary(counts: Array) -> Array:
     Neighbours without a count have half of one.
     """
     size = len(counts)
+    if size == 1:
+        return np.zeros(1)
     flow = counts.astype(np.float64)
     here, there = np.arange(size - 1), np.arange(1, size)
     flow[here, there] = np.maximum(flow[here, there], 0.5)

@@ -37,8 +37,6 @@ from nettrace.landscape.multicanonical import Production
 from nettrace.landscape.transitions import stationary, tempered
 
 Array = npt.NDArray[np.float64]
-#: Sweeps between exchanges of windows: as a walker needs time to cross one.
-_APART = 20
 #: Sweeps that it takes walkers to forget where they were, about.
 _FORGETTING = 100
 #: The share of proposals that still counts when visits have grown by a fifth.
@@ -78,7 +76,8 @@ class WangLandau:
         windows: how many windows walkers are confined to, once the energies are known.
         observables: by name, what gives a number (W,) for each walker.
         sweep: after how many moves all has had a chance to move: then observables are looked at.
-        piece: how many moves are made at once.
+        piece: how many moves are made at once; windows are exchanged between pieces, where a sweep
+            or more has passed.
         seed: of what is drawn.
         title: for the progress bar.
 
@@ -88,7 +87,7 @@ class WangLandau:
         seen: (B,) which energies were seen.
         visits: by all walkers, since the beginning.
         seconds: that were spent on them.
-        history: (visits, ln f, ln g) whenever visits had doubled in the second stage.
+        history: (visits, ln f, ln g) whenever ln f had halved in the second stage.
         late: (B,) which energies were found too late to count.
 
     Raises:
@@ -176,17 +175,21 @@ class WangLandau:
     def entropies(self) -> tuple[Array, Array]:
         """(B,) ln of the share of all at each energy; (G, B) the same without each group.
 
-        Of none, G = 0, as long as walkers share what they learn.
+        Of none, G = 0, as long as walkers share what they learn, or are yet to forget it.
         """
-        if self.stage in ("multicanonical", "done") and self._production.visits.any():
-            return self._production.entropies()
+        if self._production.visits.any():
+            entropy, without = self._production.entropies()
+            return entropy, without[:0] if self._production.burning else without
         log_g = np.where(self.seen.numpy(), self.log_g, -np.inf)
         with np.errstate(invalid="ignore"):
             return log_g - np.logaddexp.reduce(log_g), np.empty((0, self._bins))
 
     def means(self) -> dict[str, tuple[Array, Array]]:
-        """For each observable its averages (B,), and (G, B) without each group."""
-        return self._production.means()
+        """For each observable its averages (B,), and (G, B) without each group; G as above."""
+        found = self._production.means()
+        if self._production.burning:
+            return {name: (mean, np.empty((0, self._bins))) for name, (mean, _) in found.items()}
+        return found
 
     @property
     def production_visits(self) -> Array:
@@ -211,7 +214,7 @@ class WangLandau:
             self._enter()
         else:
             self._moved += self._moves
-            if self._windows > 1 and self._moved >= _APART * self._sweep:
+            if self._windows > 1 and self._moved >= self._sweep:
                 self._moved = 0
                 self._exchange()
             before = self.walkers.energies.clone()
@@ -281,7 +284,6 @@ class WangLandau:
                 at_one, at_other = held[one], held[other]
                 held[one] = torch.where(swap, at_other, at_one)
                 held[other] = torch.where(swap, at_one, at_other)
-            self._crossings.latest[torch.cat([one[swap], other[swap]])] = 0
 
     def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
         """Goes on with the stage, by what was seen."""
@@ -307,27 +309,30 @@ class WangLandau:
             self._produce(track)
 
     def _explore(self, found: bool) -> None:
-        if found:
-            self._estimate()
-        if self.visits < 1.2 * self._refreshed:
+        due = self.visits >= 1.2 * self._refreshed
+        if not found and not due:
             return
-        self._refreshed = self.visits
         self._estimate()
-        self._transitions *= _KEPT  # of states that were hurried through
-        known = int(self.seen.sum())
-        self._growth.append((self.visits, known))
-        before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
-        if before and known <= 1.02 * before[-1]:
-            self.stage = "Wang-Landau"
-            self._split()
-            self._crossings.forget()
+        if due:
+            self._refreshed = self.visits
+            self._transitions *= _KEPT  # of states that were hurried through
+            known = int(self.seen.sum())
+            self._growth.append((self.visits, known))
+            before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
+            if before and known <= 1.02 * before[-1]:
+                self.stage = "Wang-Landau"
+                self._split()
+                self._crossings.forget()
+                return
+        places = self.seen.nonzero()[:, 0]
+        guess = tempered(places.numpy(), self._weights[places].numpy())
+        self._weights[places] = torch.from_numpy(guess)
 
     def _estimate(self) -> None:
         """S(E) from the moves that were proposed between energies that were seen."""
         places = self.seen.nonzero()[:, 0]
         matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
-        found = tempered(places.numpy(), stationary(matrix.numpy()))
-        self._weights[places] = torch.from_numpy(found)
+        self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
 
     def _extend(self, known: Tensor) -> None:
         """The same for energies that are new, where the others are known better."""
@@ -380,7 +385,7 @@ class WangLandau:
     def _learn(self) -> None:
         log_f = int(self.seen.sum()) / (self.visits - self._origin)
         last = log_f < self._error**2 / 4 and self._crossings.fewest >= 1
-        if last or not self.history or self.visits >= 2 * self.history[-1][0]:
+        if last or not self.history or log_f <= self.history[-1][1] / 2:
             self.history.append((self.visits, log_f, self.log_g))
         if last:
             self._hold()

@@ -41,8 +41,8 @@ class WeightLoss(Flattening):
     Attributes:
         point: (P,) the network's own weights.
         samples: N, of the probe.
-        apart: for "losses", "gradients" and "samples", why copies are evaluated one after the
-            other, or None where together; found when they are first asked for.
+        apart: for "losses", "gradients", both "of rows", and "samples", why copies are evaluated
+            one after the other, or None where together; found when they are first asked for.
 
     Raises:
         ValueError: if the loss is not known or not finite at the network's own weights, or there is
@@ -67,6 +67,9 @@ class WeightLoss(Flattening):
         self.apart: dict[str, str | None] = {}
         self._same_draws = random_streams({t.device for t in self._state.values()})
         self._at_once = max(1, memory // self._bytes_of_one())
+        # What the loss is does not depend on which rows are looked at.
+        outputs = self._outputs(self._probe, _leaf(self.point)).detach()
+        self._probe.likelihood = self._probe.distribution(outputs)
 
     def __call__(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mean losses (K,) in float64 with weights (K, P).
@@ -118,9 +121,11 @@ class WeightLoss(Flattening):
             )
 
         def together() -> Tensor:
-            return vmap(self._mean, _axes(rows), randomness="same")(weights, rows).detach()
+            if rows is not None:
+                return self._means_of(weights.detach(), rows).detach()
+            return vmap(self._mean, (0, None), randomness="same")(weights, rows).detach()
 
-        return self._found("losses", together, apart)
+        return self._found("losses" if rows is None else "losses of rows", together, apart)
 
     def _gradients(self, weights: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         each = _each(rows, len(weights))
@@ -129,11 +134,17 @@ class WeightLoss(Flattening):
             return torch.stack([self._gradient(w, r) for w, r in zip(weights, each, strict=True)])
 
         def together() -> Tensor:
+            if rows is not None:
+                leaf = _leaf(weights)
+                losses = self._means_of(leaf, rows)
+                gradients = _derivative(losses.sum(), leaf)
+                return torch.cat([losses.detach()[:, None], gradients.double()], 1)
             each = grad_and_value(self._mean)
-            gradients, losses = vmap(each, _axes(rows), randomness="same")(weights, rows)
+            gradients, losses = vmap(each, (0, None), randomness="same")(weights, rows)
             return torch.cat([losses[:, None], gradients.double()], 1)
 
-        found = self._found("gradients", together, apart)
+        what = "gradients" if rows is None else "gradients of rows"
+        found = self._found(what, together, apart)
         return found[:, 0], found[:, 1:].to(weights)
 
     def _found(
@@ -168,20 +179,32 @@ class WeightLoss(Flattening):
         """(1 + P,) the loss and its gradient, with float64 for the loss."""
         leaf = _leaf(weights)
         loss = self._mean(leaf, rows)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return torch.cat([loss.detach()[None], gradient.double()])
+        return torch.cat([loss.detach()[None], _derivative(loss, leaf).double()])
 
     def _mean(self, weights: Tensor, rows: Tensor | None) -> Tensor:
-        probe = self._probe
-        if rows is not None:
-            taken = probe.take(rows)
-            if taken is None:
-                raise ValueError(
-                    "the probe cannot be taken in parts, as not all tensors of its inputs have one "
-                    "row a sample: leave out batch_size="
-                )
-            probe = taken
+        probe = self._probe if rows is None else self._taken(rows)
         return self._losses_of(probe, self._outputs(probe, weights)).mean()
+
+    def _means_of(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """The mean losses (K,) of each copy on rows (K, B); only networks see copies one by one.
+
+        Losses may look at the values of targets, which `vmap` does not let them do.
+        """
+
+        def each(weights: Tensor, rows: Tensor) -> Tensor:
+            return self._outputs(self._taken(rows), weights)
+
+        outputs = vmap(each, randomness="same")(weights, rows).flatten(0, 1)
+        return self._losses_of(self._taken(rows.flatten()), outputs).view(len(rows), -1).mean(1)
+
+    def _taken(self, rows: Tensor) -> Probe:
+        taken = self._probe.take(rows)
+        if taken is None:
+            raise ValueError(
+                "the probe cannot be taken in parts, as not all tensors of its inputs have one row "
+                "a sample: leave out batch_size="
+            )
+        return taken
 
     def _rows(self, weights: Tensor) -> Tensor:
         """(R, N) what `samples_of` says, of one copy."""
@@ -242,8 +265,11 @@ def _each(rows: Tensor | None, copies: int) -> Sequence[Tensor | None]:
     return [None] * copies if rows is None else list(rows)
 
 
-def _axes(rows: Tensor | None) -> tuple[int | None, ...]:
-    return 0, None if rows is None else 0
+def _derivative(loss: Tensor, leaf: Tensor) -> Tensor:
+    """Zero where the loss does not depend on the weights."""
+    if not loss.requires_grad:
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(loss, leaf, materialize_grads=True)[0]
 
 
 @contextmanager

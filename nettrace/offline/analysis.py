@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import operator
 import os
 import re
@@ -14,8 +12,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from torch import nn
 
 from nettrace import checkpoints as saved
 from nettrace import locate
@@ -30,6 +26,7 @@ from nettrace.offline.worker import Outcome, Plan
 from nettrace.probe import Probe, check_probes, fingerprint
 from nettrace.store import TraceWriter
 from nettrace.store import open as open_trace
+from nettrace.store.provenance import name_of, of_probe
 from nettrace.tracer import chosen
 
 if TYPE_CHECKING:
@@ -185,8 +182,8 @@ def analyze(
     digest = fingerprint(samples)
     provenance = {
         "probe": digest,
-        "samples": _described(samples),
-        "model": _named(model),
+        "samples": of_probe(samples),
+        "model": "as the checkpoint says" if model is None else name_of(model),
         "seed": seed,
     }
     if threads is None and jobs > 1:
@@ -369,38 +366,6 @@ def _beside(checkpoint: Path) -> Path:
         return folder.relative_to(Path.cwd())
     except ValueError:
         return folder
-
-
-def _described(probe: Probe | Mapping[str, Probe]) -> str:
-    """What beside the samples decides on what is measured on them."""
-    several = {"": probe} if isinstance(probe, Probe) else probe
-    texts = []
-    for name, one in several.items():
-        options = {
-            "forward": one.forward,
-            "losses": one.losses,
-            "likelihood": one.likelihood,
-            "class_axis": one.class_axis,
-        }
-        given = [f"{k}={_named(v)}" for k, v in options.items() if v is not None]
-        texts.append(" ".join([*([name] if name else []), f"{len(one)} samples", *given]))
-    return "; ".join(texts)
-
-
-def _named(value: Any) -> str:
-    """A text that is the same in another process for what is meant to be the same."""
-    if value is None:
-        return "as the checkpoint says"
-    if isinstance(value, (str, int)):
-        return str(value)
-    if isinstance(value, nn.Module):
-        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:8]
-        return f"{_named(type(value))} {digest}"
-    if isinstance(value, functools.partial):
-        return f"{_named(value.func)} {value.args} {value.keywords}"
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}:{value.__qualname__}"
-    return f"{_named(type(value))} {getattr(value, '__dict__', '')}"
 
 
 def _cores() -> int:

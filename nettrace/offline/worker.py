@@ -6,7 +6,6 @@ never on which of them this process has seen: what it lacks, it loads.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,9 +18,10 @@ from torch.optim import Optimizer
 
 from nettrace import locate
 from nettrace.certificate import Certificate, certify
-from nettrace.checkpoints import Checkpoint, CheckpointError, Contents, build, load, restore
-from nettrace.checkpoints.building import Model, is_fixed
-from nettrace.freeze import frozen, random_states
+from nettrace.checkpoints import Checkpoint, CheckpointError, Contents
+from nettrace.checkpoints.building import Model
+from nettrace.checkpoints.networks import Networks
+from nettrace.freeze import frozen
 from nettrace.measures import Measure, resolve
 from nettrace.missing import told
 from nettrace.offline.witness import Witness, seen, together
@@ -113,7 +113,7 @@ class Worker:
             )
         self._several = [self.probe] if isinstance(self.probe, Probe) else [*self.probe.values()]
         self._positions = {c.step: place for place, c in enumerate(plan.checkpoints)}
-        self._model = self._new(plan.checkpoints[0]) if is_fixed(plan.model) else None
+        self._networks = Networks(plan.checkpoints[0], plan.model, plan.seed, plan.allow_pickle)
         self._names: tuple[str, ...] = ()
         self._measures: list[Measure] = []
         self._tracer: _NumberedTracer
@@ -214,9 +214,7 @@ class Worker:
         """
         self._check_shunned(position)
         checkpoint = self._plan.checkpoints[position]
-        model = self._new(checkpoint)
-        restore(model, load(checkpoint, self._plan.allow_pickle).state)
-        return model, checkpoint.step
+        return self._networks.apart(checkpoint)[0], checkpoint.step
 
     def _check_shunned(self, position: int) -> None:
         if position in self._shunned:
@@ -224,19 +222,7 @@ class Worker:
 
     def _load(self, position: int) -> tuple[nn.Module, Contents]:
         """The network with the weights of a checkpoint, and what else is in that."""
-        checkpoint = self._plan.checkpoints[position]
-        contents = load(checkpoint, self._plan.allow_pickle)
-        model = self._new(checkpoint) if self._model is None else self._model
-        restore(model, contents.state)
-        return model, contents
-
-    def _new(self, checkpoint: Checkpoint) -> nn.Module:
-        """A network with any weights; what is random and in no checkpoint is the same each time."""
-        given = self._plan.model
-        with random_states(set()):
-            torch.manual_seed(self._plan.seed)
-            found = build(checkpoint, self._plan.allow_pickle, given)
-        return found if given is None else copy.deepcopy(found)  # which may be somebody's own
+        return self._networks.load(self._plan.checkpoints[position])
 
     def _records(self, model: nn.Module, contents: Contents, step: int) -> list[Record]:
         optimizers: list[Optimizer] = []

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from nettrace.probe import Probe
 
 #: A repository too large to answer within these seconds is left out.
 _PATIENCE = 2.0
@@ -58,6 +63,36 @@ def of_model(model: nn.Module) -> dict[str, Any]:
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         "device": ", ".join(sorted(names | {d.type for d in devices if d.type != "cuda"})),
     }
+
+
+def of_probe(probe: Probe | Mapping[str, Probe]) -> str:
+    """What beside the samples decides on what is measured on them."""
+    several = {"": probe} if isinstance(probe, Probe) else probe
+    texts = []
+    for name, one in several.items():
+        options = {
+            "forward": one.forward,
+            "losses": one.losses,
+            "likelihood": one.likelihood,
+            "class_axis": one.class_axis,
+        }
+        given = [f"{k}={name_of(v)}" for k, v in options.items() if v is not None]
+        texts.append(" ".join([*([name] if name else []), f"{len(one)} samples", *given]))
+    return "; ".join(texts)
+
+
+def name_of(value: Any) -> str:
+    """A text that is the same in another process for what is meant to be the same."""
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, nn.Module):
+        digest = hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+        return f"{name_of(type(value))} {digest}"
+    if isinstance(value, functools.partial):
+        return f"{name_of(value.func)} {value.args} {value.keywords}"
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return f"{name_of(type(value))} {getattr(value, '__dict__', '')}"
 
 
 def _version() -> str:

@@ -362,3 +362,12 @@ def test_other_loggers_do_without_wandb_in_a_dry_run(
         default_root_dir=tmp_path,
     )  # fmt: skip
     assert "ntk/trace" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("namespace", training.NAMESPACES)
+def test_nothing_is_logged_where_that_is_not_asked_for(namespace: str, tmp_path: Path) -> None:
+    """Lightning gives each callback a method `log`, in place of an attribute of that name."""
+    callback = NTKTrace("ntk/trace", every=1, to=tmp_path, log=False)
+    trainer = training.fit([callback], namespace=namespace)
+    assert nt.open(tmp_path).step.size == 5
+    assert not [name for name in trainer.callback_metrics if "/" in name]

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import nettrace as nt
+from nettrace import landscape
 from nettrace.callbacks import (
     CollectiveVariables,
     Curvature,
     FisherTrace,
     GradientStatistics,
+    LandscapeProbe,
     NTKTrace,
     StabilityMonitor,
     Trace,
@@ -539,6 +541,36 @@ def test_a_training_with_a_feature_is_bitwise_the_same_with_a_callback(
         assert re.search(missing, reasons[quantity])
     else:
         assert reasons == {}
+
+
+def probed() -> Iterator[Any]:
+    """Each feature in one namespace, in turn."""
+    for row, feature in enumerate(FEATURES):
+        namespace = training.NAMESPACES[row % 2]
+        marks = [pytest.mark.slow] if row % 4 or "torch.compile" in feature else []
+        marks += [training.recent] if feature == "weight averaging" else []
+        yield pytest.param(feature, namespace, marks=marks, id=f"{feature}-{namespace}")
+
+
+@pytest.mark.parametrize(("feature", "namespace"), list(probed()))
+def test_a_training_with_a_feature_is_bitwise_the_same_with_probes_of_the_landscape(
+    feature: str, namespace: str, bare: Any, tmp_path: Path
+) -> None:
+    case = FEATURES[feature]
+    function = partial(landscape.slice_1d, points=3)
+    options: dict[str, Any] = {"every": 2, "to": tmp_path / "found"}
+    probing = LandscapeProbe(function, probe=case.probe and case.probe(), **options)
+    expected = bare(feature, namespace)
+    says = pytest.warns(nt.MissingMeasureWarning, match=case.missing)
+    with says if case.missing else nullcontext():
+        found = outcome(feature, namespace, [probing], tmp_path)
+    assert training.differences(expected, found) == []
+    result = landscape.open(tmp_path / "found")["slice_1d"]
+    assert result.step.values.tolist() == list(case.steps)
+    if case.missing:
+        assert all(re.search(case.missing, reason) for reason in result.missing.values.tolist())
+    else:
+        assert np.isfinite(result.loss.values).all()
 
 
 PLANTED = dict(zip(training.CARELESS, FEATURES, strict=False))

@@ -25,7 +25,6 @@ from nettrace.landscape import (
 from nettrace.landscape.density import DensityOfStates
 from nettrace.landscape.transitions import stationary
 from nettrace.landscape.wang_landau import WangLandau
-from nettrace.missing import DoubtfulMeasureWarning
 
 
 def signs(count, inputs, seed=0):
@@ -55,7 +54,7 @@ def errors(network, weights, x, y):
         h = torch.where(h.abs() < 1e-9, 0.0, h)
         if number + 1 < len(weights) or network.output == "product":
             h = (
-                torch.where(h >= 0, 1.0, -1.0)
+                torch.where(h >= 0, 1.0, -1.0).double()
                 if network.activation == "sign"
                 else network.activation(h)
             )
@@ -124,7 +123,7 @@ def calibration(seeds, network, count):
 @pytest.mark.parametrize(
     ("network", "count", "seeds"),
     [
-        (perceptron(13), 13, range(4)),
+        (perceptron(13), 13, range(2)),
         pytest.param(perceptron(15), 15, range(20), marks=pytest.mark.slow),
         pytest.param(committee(15, 3, tree=True), 15, range(20), marks=pytest.mark.slow),
         pytest.param(perceptron(20), 20, range(2), marks=pytest.mark.slow),
@@ -140,10 +139,15 @@ def test_standard_errors_are_right(network, count, seeds):
 def test_windows_give_the_same():
     x, y = signs(31, 14)
     truth = np.bincount(errors(perceptron(14), enumerated(perceptron(14)), x, y), minlength=32)
-    found = density_of_states(perceptron(14), x, y, error=0.06, walkers=128, windows=4)
-    there = truth > 0
-    off = found.entropy.values[there] - np.log(truth[there])
-    assert (np.abs(off) < 4 * found.entropy_standard_error.values[there]).all()
+    there, scores = truth > 0, []
+    for seed in range(3):
+        found = density_of_states(
+            perceptron(14), x, y, error=0.08, walkers=128, windows=4, seed=seed
+        )
+        off = found.entropy.values[there] - np.log(truth[there])
+        scores.append(off / found.entropy_standard_error.values[there])
+    assert np.abs(scores).max() < 4.5
+    assert np.std(scores) < 1.4
 
 
 def test_the_error_of_wang_landau_falls_with_the_root_of_time():
@@ -151,18 +155,18 @@ def test_the_error_of_wang_landau_falls_with_the_root_of_time():
     truth = np.bincount(errors(network, enumerated(network), x, y), minlength=10)
     exact = np.log(truth[truth > 0] / truth.sum())
     curves = []
-    for seed in range(6):
-        sampler = DensityOfStates(network, x, y, error=1e-4, walkers=32, seed=seed)
-        while len(sampler.history) < 9:
+    for seed in range(2):
+        sampler = DensityOfStates(network, x, y, error=1e-4, walkers=64, seed=seed)
+        while len(sampler.history) < 6:
             sampler.advance()
         rms, times = [], []
-        for visits, log_f, log_g in sampler.history:
+        for _, log_f, log_g in sampler.history:
             log_g = log_g[truth > 0] - np.logaddexp.reduce(log_g[truth > 0])
             rms.append(np.sqrt(((log_g - exact) ** 2).mean()))
             times.append(1 / log_f)
         curves.append(rms)
-    fall = np.polyfit(np.log(times[2:]), np.log(np.mean(curves, 0)[2:]), 1)[0]
-    assert -0.75 < fall < -0.3
+    fall = np.polyfit(np.log(times), np.log(np.mean(curves, 0)), 1)[0]
+    assert -0.85 < fall < -0.3
 
 
 def test_mirrored_networks_make_the_other_errors():
@@ -184,7 +188,7 @@ def test_numbers_of_states_that_others_published_are_found():
     published = np.array([2, 20, 113, 471, 1396, 2960, 5021, 6401])
     network, weights = perceptron(15), enumerated(perceptron(15))
     counts = []
-    for seed in range(60):
+    for seed in range(24):
         x, y = signs(15, 15, seed)
         counts.append(np.bincount(errors(network, weights, x, y), minlength=16))
     counts = np.array(counts)
@@ -197,7 +201,7 @@ def test_numbers_of_states_that_others_published_are_found():
     off = found.entropy.values[truth > 0] - np.log(truth[truth > 0])
     assert (np.abs(off) < 4 * found.entropy_standard_error.values[truth > 0]).all()
     expected = 2**15 * np.array([math.comb(15, e) for e in range(16)]) / 2**15
-    assert counts.mean(0)[2:14] == pytest.approx(expected[2:14], rel=0.35)
+    assert counts.mean(0)[2:14] == pytest.approx(expected[2:14], rel=0.5)
 
 
 def test_observables_and_temperatures_are_those_of_enumeration():
@@ -318,7 +322,7 @@ def test_wrong_data_are_told():
         density_of_states(perceptron(9), x * math.nan, y)
     with pytest.raises(ValueError, match="no weight is free"):
         DiscreteNetwork((torch.ones(1, 3),))
-    with pytest.raises(ValueError, match="makes 9 errors|makes"):
+    with pytest.raises(ValueError, match="errors, and errors=0 are allowed"):
         local_entropy(perceptron(9), x, y, [-torch.ones(1, 9)], errors=0)
     with pytest.raises(ValueError, match="among the levels"):
         local_entropy(perceptron(9), x, y, [torch.full((1, 9), 0.5)])
@@ -345,7 +349,13 @@ def test_what_was_found_in_little_time_is_kept(logged, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"share": 0.2}, {"separation": 4.0}, {"mislabelled": 0.3}, {"dimension": 3.0}],
+    [
+        {"share": 0.2},
+        {"separation": 4.0},
+        {"mislabelled": 0.3},
+        {"dimension": 3.0},
+        {"offset": 1.0},
+    ],
 )
 def test_patterns_are_as_asked_for(options):
     x, y = patterns(4000, 20, binary=False, seed=1, **options)
@@ -353,6 +363,7 @@ def test_patterns_are_as_asked_for(options):
         assert (y > 0).double().mean() == pytest.approx(options.get("share", 0.5), abs=1e-3)
     centres = x[y > 0].mean(0) - x[y < 0].mean(0)
     assert centres.norm() == pytest.approx(options.get("separation", 0.0), abs=0.2)
+    assert x.mean() == pytest.approx(options.get("offset", 0.0), abs=0.1)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T))
     if "separation" not in options:
         ratio = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
@@ -363,6 +374,8 @@ def test_labels_follow_inputs_as_asked_for():
     x, clean = patterns(4000, 20, correlation=1.0, seed=2)
     _, noisy = patterns(4000, 20, correlation=1.0, mislabelled=0.25, seed=2)
     assert (clean != noisy).double().mean() == pytest.approx(0.25, abs=1e-3)
+    x, y = patterns(9, 12, share=0.3, correlation=1.0, seed=4)
+    assert errors(perceptron(12), enumerated(perceptron(12)), x, y).min() == 0
     x, y = patterns(400, 21, correlation=1.0, binary=False, seed=3)
     fit = torch.linalg.lstsq(x, y[:, None]).solution
     assert ((x @ fit)[:, 0].sign() == y).double().mean() > 0.9
@@ -378,11 +391,10 @@ def test_a_stationary_distribution_of_any_range_is_found():
     flow = np.minimum(np.exp(entropy)[:, None], np.exp(entropy)[None]) * (proposals + proposals.T)
     counts = flow / np.exp(entropy)[:, None]
     counts[np.abs(np.subtract.outer(range(30), range(30))) > 4] = 0
-    np.fill_diagonal(counts, 20.0)
-    counts /= 1e-3  # so many that half of one does not count
-    found = stationary(np.where(counts > 0, counts + 1e6 * (counts > 0) * 0, 0))
-    far = np.abs(np.diff(entropy)) < 5
-    assert np.diff(found)[far] == pytest.approx(np.diff(entropy)[far], rel=0.02, abs=0.02)
+    np.fill_diagonal(counts, 0.0)
+    np.fill_diagonal(counts, 20.0 - counts.sum(1))  # proposals that lead nowhere
+    found = stationary(counts * 1e9)  # so many that half of one does not count
+    assert np.diff(found) == pytest.approx(np.diff(entropy), rel=1e-6, abs=1e-6)
 
 
 def test_wang_landau_takes_any_walkers():
@@ -412,7 +424,11 @@ def test_wang_landau_takes_any_walkers():
     assert (np.abs(entropy - exact) < 4 * error).all()
 
 
-def test_doubts_are_warned_of(monkeypatch):
+def test_doubts_are_told(logged):
     x, y = signs(40, 41)
-    with pytest.warns(DoubtfulMeasureWarning, match="more time"):
-        density_of_states(perceptron(41), x, y, error=1e-3, seconds=0.4)
+    found = density_of_states(perceptron(41), x, y, error=1e-3, seconds=0.4)
+    assert any("more time" in text for text in logged)
+    assert found.doubts.splitlines() == [
+        text.removeprefix("density of states: ") for text in logged
+    ]
+    logged.clear()

@@ -18,28 +18,33 @@ def patterns(
     separation: float = 0.0,
     correlation: float = 0.0,
     mislabelled: float = 0.0,
+    offset: float = 0.0,
     dimension: float | None = None,
     binary: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Patterns (P, N) and labels (P,), -1 or 1, drawn in these steps.
 
-    1. Inputs are normal, of mean square 1 on average, along directions drawn at random.
-    2. Labels are those of r t . x / |t| + (1 - r^2)^1/2 z, with t of random signs and z normal,
-       above the threshold that leaves the wanted share in class 1.
-    3. The centres of the classes are moved apart, along another random direction.
+    1. Labels: the wanted share of them is 1.
+    2. Inputs are normal, of mean square 1 on average, along directions drawn at random, or the
+       signs of such; those are taken for which r t . x / |t| + (1 - r^2)^1/2 z has the sign of
+       the label, with t of random signs and z normal.
+    3. The centres of the classes are moved apart, along another random direction, and all inputs by
+       an offset, before signs are taken.
     4. Some labels are turned.
-    5. Of the inputs, the signs are taken.
 
     Args:
         count: P.
         inputs: N.
-        share: of patterns in class 1, before labels are turned: 0.5 is balanced.
+        share: of patterns in class 1, before labels are turned: 0.5 is balanced. It makes no
+            difference to networks without a threshold unless there is an offset, since a pattern
+            and its opposite in the other class ask the same of them.
         separation: the distance between the centres of the classes, in units of the deviation of
             inputs along any direction, as they are at full dimension.
         correlation: r, of labels with inputs: at 0 labels are random, at 1 those of a perceptron
             whose weights are signs.
         mislabelled: the share of labels that are turned.
+        offset: the mean of each input, in units of the same.
         dimension: of the inputs, as the participation ratio of the eigenvalues of their covariance,
             (sum of l)^2 / (sum of l^2), with l falling exponentially; None for N.
         binary: whether inputs are signs.
@@ -57,6 +62,8 @@ def patterns(
         raise ValueError(f"expected a pattern and an input at least, got {count} and {inputs}")
     if separation < 0 or not math.isfinite(separation):
         raise ValueError(f"expected separation= to be 0 or more, got {separation}")
+    if not math.isfinite(offset):
+        raise ValueError(f"expected offset= to be finite, got {offset}")
     if dimension is not None and not 1 <= dimension <= inputs:
         raise ValueError(f"expected dimension= to be from 1 to {inputs}, got {dimension}")
     random = generator(seed, "patterns")
@@ -64,21 +71,26 @@ def patterns(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=random)
 
+    labels = -torch.ones(count, dtype=torch.float64)
+    labels[torch.randperm(count, generator=random)[: round(share * count)]] = 1
     x = normal(count, inputs)
     directions = torch.linalg.qr(normal(inputs, inputs)).Q
     if dimension is not None:
-        spectrum = _spectrum(inputs, dimension)
-        x = x * spectrum.sqrt() @ directions.T
+        x = x * _spectrum(inputs, dimension).sqrt() @ directions.T
     teacher = torch.randint(2, (inputs,), generator=random).double() * 2 - 1
-    field = x @ teacher / inputs**0.5
+    field = (_signs(x) if binary else x) @ teacher / inputs**0.5
     field = correlation * field + (1 - correlation**2) ** 0.5 * normal(count)
-    labels = -torch.ones(count, dtype=torch.float64)
-    labels[field.argsort(descending=True)[: round(share * count)]] = 1
+    # A pattern and its opposite are as likely, and of opposite classes.
+    x = x * (labels * _signs(field))[:, None]
     apart = normal(inputs)
-    x = x + labels[:, None] * separation / 2 * apart / apart.norm()
+    x = x + labels[:, None] * separation / 2 * apart / apart.norm() + offset
     turned = torch.randperm(count, generator=random)[: round(mislabelled * count)]
     labels[turned] *= -1
-    return (torch.where(x >= 0, 1.0, -1.0).double() if binary else x), labels
+    return (_signs(x) if binary else x), labels
+
+
+def _signs(values: Tensor) -> Tensor:
+    return torch.where(values >= 0, 1.0, -1.0).double()
 
 
 def _spectrum(inputs: int, dimension: float) -> Tensor:
