@@ -60,18 +60,19 @@ def halved_chi_square(degrees: int) -> Any:
 def three() -> xr.Dataset:
     torch.manual_seed(0)
     return loss_density(
-        Bowl(3), EMPTY, scale=1.0, range=(3e-3, 6.0), bins=12, error=0.08, walkers=128
+        Bowl(3), EMPTY, scale=1.0, range=(1e-2, 6.0), bins=10, error=0.1, walkers=64
     )
 
 
 def test_quadratic_loss_has_the_law_of_chi_square(three):
     expected = exact(three, halved_chi_square(3))
     assert np.abs(off(three, expected)).max() < 4
-    assert three["entropy_standard_error"].max() < 0.081
-    # The power law: dS / d ln E = d / 2.
-    slope = np.polyfit(np.log(three["loss"][:5]), three["entropy"][:5], 1)[0]
-    assert slope == pytest.approx(1.5, abs=0.08)
-    for name, low, high in [("below", 0, 3e-3), ("above", 6, np.inf)]:
+    assert three["entropy_standard_error"].max() < 0.101
+    # The power law, dS / d ln E = d / 2 but for the prior's exp(-E).
+    small = three.isel(loss=slice(5))
+    slope = np.polyfit(np.log(small["loss"]), small["entropy"] + small["loss"], 1)[0]
+    assert slope == pytest.approx(1.5, abs=0.1)
+    for name, low, high in [("below", 0, 1e-2), ("above", 6, np.inf)]:
         truth = np.log(halved_chi_square(3).sf(low) - halved_chi_square(3).sf(high))
         share = three[f"log_share_{name}"]
         assert abs(share - truth) < 4 * three[f"log_share_{name}_standard_error"]
@@ -107,13 +108,34 @@ def test_canonical_averages_by_reweighting(three):
         assert float(here["energy"]) == pytest.approx(1.5 * t / (1 + t), rel=0.1)
 
 
-@pytest.mark.slow
 def test_deep_tail_in_many_dimensions():
-    """Down to e^-40 of the prior, with a range that is found."""
-    found = loss_density(Bowl(20), EMPTY, scale=1.0, bins=20, error=0.5, walkers=64)
-    assert float(found["log_share_below"]) < -39
-    assert np.abs(off(found, exact(found, halved_chi_square(20)))).max() < 4
-    assert found["entropy_standard_error"].max() < 0.5
+    """Down to e^-40 of the prior, in a range that is found, though there is little time."""
+    model = Bowl(20)
+    with frozen(model):
+        sampler = LossDensity(
+            *(model, EMPTY, "gaussian", 1.0, None, 10, "log", "*", None),
+            **{"walkers": 64, "windows": 1, "error": 0.05, "seed": 0},
+        )
+        while sampler.sampling is None:
+            sampler.advance()
+        for piece in range(24):
+            sampler.advance()
+            if piece == 8:
+                sampler.settle()
+        found = sampler.result()
+    expected = exact(found, halved_chi_square(20))
+    assert float(found["log_share_below"]) < -38
+    assert np.abs(found["entropy"] - expected).max() < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [20, 50])
+def test_deep_tail_as_well_as_asked_for(size):
+    found = loss_density(Bowl(size), EMPTY, scale=1.0, bins=20, error=0.2, walkers=64)
+    expected = exact(found, halved_chi_square(size))
+    assert float(found["log_share_below"]) < -38
+    assert np.abs(off(found, expected)).max() < 4
+    assert np.abs(found["entropy"] - expected).max() < 0.6
 
 
 def test_sphere_has_the_law_of_beta():
