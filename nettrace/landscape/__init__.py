@@ -1,6 +1,7 @@
 """Probes of the loss landscape: the loss is taken as an energy, and sampled."""
 
 from nettrace.landscape.barriers import barrier
+from nettrace.landscape.continuous_density import loss_density
 from nettrace.landscape.density import density_of_states, margin, overlap, wrong_share
 from nettrace.landscape.discrete import (
     DiscreteNetwork,
@@ -13,7 +14,6 @@ from nettrace.landscape.folder import open
 from nettrace.landscape.in_silico import patterns
 from nettrace.landscape.langevin_chains import langevin
 from nettrace.landscape.llc import learning_coefficient
-from nettrace.landscape.loss_density import loss_density
 from nettrace.landscape.matching import Matched, match
 from nettrace.landscape.nearby import local_entropy
 from nettrace.landscape.offline import probe_checkpoints

@@ -15,8 +15,8 @@ from nettrace.estimators import generator
 from nettrace.freeze import frozen
 from nettrace.landscape import canonical, continuous, loss_density
 from nettrace.landscape.continuous import ContinuousWalkers
+from nettrace.landscape.continuous_density import LossDensity
 from nettrace.landscape.descent import Level
-from nettrace.landscape.loss_density import LossDensity
 from nettrace.landscape.prior import prior_of
 from nettrace.landscape.spacing import Spacing
 from nettrace.landscape.weight_loss import WeightLoss
