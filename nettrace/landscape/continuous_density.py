@@ -111,7 +111,8 @@ def loss_density(
         >>> import torch, nettrace as nt
         >>> from nettrace.landscape import loss_density
         >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> probe = nt.Probe(torch.ones(1, 1), torch.zeros(1, 1))  # the loss is w^2 / 2
+        >>> x, y = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> probe = nt.Probe(x, y, likelihood="gaussian")  # the loss is w^2 / 2
         >>> found = loss_density(model, probe, scale=1.0, range=(1e-3, 1e-1), bins=4)
         >>> slope = float(found["entropy"][-1] - found["entropy"][0]) / np.log(10**1.5)
         >>> abs(slope - 0.5) < 0.1  # d / 2
