@@ -114,7 +114,8 @@ def loss_density(
         >>> x, y = torch.ones(1, 1), torch.zeros(1, 1)
         >>> probe = nt.Probe(x, y, likelihood="gaussian")  # the loss is w^2 / 2
         >>> found = loss_density(model, probe, scale=1.0, range=(1e-3, 1e-1), bins=4)
-        >>> slope = float(found["entropy"][-1] - found["entropy"][0]) / np.log(10**1.5)
+        >>> bins = np.log(found["loss"].values)
+        >>> slope = float(np.polyfit(bins, found["entropy"], 1)[0])
         >>> abs(slope - 0.5) < 0.1  # d / 2
         True
     """
