@@ -45,10 +45,16 @@ def logged() -> Iterator[list[str]]:
     assert texts == [], "nettrace warned, and no test expected it"
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measures that tell what a window of weights holds: "seen/weights" and so on."""
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what a test registers: others take all the measures that there are."""
     monkeypatch.setattr(registry, "_MEASURES", dict(registry._MEASURES))
+    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
+
+
+@pytest.fixture
+def seen(registered: None) -> None:
+    """Measures that tell what a window of weights holds: "seen/weights" and so on."""
     options: Any = {"needs": ["window"], "grouped": False}
 
     @nt.measure("seen/weights", dims=["snapshot", "weight"], **options)

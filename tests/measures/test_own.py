@@ -16,18 +16,11 @@ import training
 from torch import nn
 
 import nettrace as nt
-from nettrace.measures import available, registry, resolve, statistics
+from nettrace.measures import available, resolve, statistics
 from nettrace.statistics import Inapplicable, Statistics, Unavailable
 from nettrace.store import TraceWriter
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
-
-
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch):
-    """Takes back what a test registers."""
-    monkeypatch.setattr(registry, "_MEASURES", dict(registry._MEASURES))
-    monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
 
 
 def taken(function, step=0, probe=None, **options):
