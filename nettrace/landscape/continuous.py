@@ -12,6 +12,7 @@ from torch import Tensor
 from nettrace.landscape.descent import SPREAD, Level
 from nettrace.landscape.prior import Prior
 from nettrace.landscape.spacing import Spacing
+from nettrace.landscape.walkers import Walkers
 from nettrace.landscape.weight_loss import WeightLoss
 
 Array = npt.NDArray[np.float64]
@@ -22,7 +23,7 @@ _GUIDED, _HALF, _STEPS = 0.75, 8, 2
 _ACCEPTED, _RATE = 0.55, 0.05
 
 
-class ContinuousWalkers:
+class ContinuousWalkers(Walkers):
     """Copies of a network, each with weights of its own, by bins of the loss.
 
     Two moves keep the prior and are reversible:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import generator
-from nettrace.landscape.discrete import DiscreteNetwork, DiscreteWalkers
+from nettrace.landscape.discrete import DiscreteNetwork
+from nettrace.landscape.discrete_walkers import DiscreteWalkers
 from nettrace.landscape.multicanonical import jackknife
 from nettrace.landscape.result import Quantity, dataset
 from nettrace.landscape.run import run

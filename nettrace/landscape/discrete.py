@@ -1,19 +1,15 @@
-"""Networks with discrete weights, and many copies of one that change a weight at a time."""
+"""Networks with discrete weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
-
-#: Moves of all copies that are drawn at once; then fields in floating point are computed anew, for
-#: the sake of rounding.
-_ANEW = 2**18
 
 
 @dataclass(frozen=True)
@@ -154,224 +150,6 @@ def _receptive(inputs: int, units: int, tree: bool) -> Tensor:
     return torch.where(seen > 0, torch.nan, 0.0).double()
 
 
-class DiscreteWalkers:
-    """Copies of a network, of each of which one weight may change at a time.
-
-    The energy is the number of patterns that are in the wrong class. All copies propose a change
-    of a free weight in the same layer, drawn anew each time, to another of the levels: proposals
-    are symmetric. Only what a changed weight can change is computed, in single precision, which is
-    exact where inputs, levels and what units make of them are whole numbers. Where they are not,
-    fields below a hundred-thousandth of the largest count as 0, which they are but for rounding.
-
-    Args:
-        network: the network.
-        inputs: (P, inputs).
-        labels: (P,) of -1 and 1.
-        copies: W.
-        generator: of states and proposals.
-        weights: (outputs, inputs) of each layer to begin with; by default random ones.
-
-    Attributes:
-        energies: (W,)
-        weights: (W, outputs, inputs) of each layer.
-        levels: of the same shapes, which of the network's levels each weight has.
-        change: the one that was proposed last.
-
-    Raises:
-        ValueError: if shapes do not fit, labels are others, or inputs are not finite.
-    """
-
-    def __init__(
-        self,
-        network: DiscreteNetwork,
-        inputs: Tensor,
-        labels: Tensor,
-        copies: int,
-        generator: torch.Generator,
-        weights: Sequence[Tensor] | None = None,
-    ) -> None:
-        check_patterns(network, inputs, labels)
-        self.network = network
-        self._generator = generator
-        self._each = torch.arange(copies)
-        self._exact = _is_exact(network, inputs)
-        self._inputs = inputs.T.float().contiguous()
-        self._labels = labels.float()
-        self._negative = float((labels < 0).sum())
-        self._levels = torch.tensor(network.levels)
-        self._free = [layer.isnan().nonzero() for layer in network.layers]
-        sizes = torch.tensor([len(free) for free in self._free], dtype=torch.float64)
-        self._shares = sizes / sizes.sum()
-        self._least = [0.0] * len(network.layers)
-        given = network.random(copies, generator) if weights is None else weights
-        self.weights = [w.expand(copies, -1, -1).float().clone() for w in given]
-        self.levels = [(w[..., None] == self._levels).int().argmax(-1) for w in self.weights]
-        self._draws: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self.energies: Tensor
-        self.change: Change
-        self._product: Tensor
-        self._refresh()
-        if not self._exact:
-            self._least = [1e-5 * float(fields.abs().max()) for fields in self._fields]
-            self._refresh()
-
-    def propose(self, entropy: Tensor) -> tuple[Tensor, None]:
-        """(W,) the energies that a change would lead to, symmetrically; `accept` makes it."""
-        if not self._draws:
-            if not self._exact:
-                self._refresh()
-            self._draw()
-        layer, unit, source, turn = self._draws.pop()
-        _, outputs, inputs = self.weights[layer].shape
-        row = self._each * outputs + unit
-        cell = row * inputs + source
-        level = self.levels[layer].view(-1).index_select(0, cell)
-        then = (level + turn) % len(self._levels)
-        step = self._levels.index_select(0, then) - self._levels.index_select(0, level)
-        if layer == 0:
-            below = self._inputs.index_select(0, source)
-        else:
-            below = self._rows(self._activities[layer - 1], self._each * inputs + source)
-        fields = torch.addcmul(self._rows(self._fields[layer], row), below, step[:, None])
-        change = self.change = Change(layer, row, cell, then, step, below)
-        out = self._upwards(change, unit, fields)
-        self._proposed = self._count(out)
-        return self._proposed, None
-
-    def accept(self, which: Tensor) -> None:
-        """Makes the proposed changes of some copies (W,)."""
-        change, made = self.change, which.float()
-        layer = change.layer
-        step = change.step * made
-        self.weights[layer].view(-1).index_add_(0, change.cell, step)
-        levels = self.levels[layer].view(-1)
-        before = levels.index_select(0, change.cell)
-        levels.index_copy_(0, change.cell, torch.where(which, change.level, before))
-        _add(self._fields[layer], change.row, change.below, step)
-        if change.activity is not None:
-            _add(self._activities[layer], change.row, change.activity, made)
-        for above, (fields, activities) in enumerate(change.above, layer + 1):
-            self._fields[above] += fields * made[:, None, None]
-            if activities is not None:
-                self._activities[above] += activities * made[:, None, None]
-        if change.product is not None:
-            self._product = torch.where(which[:, None], change.product, self._product)
-        self.energies = torch.where(which, self._proposed, self.energies)
-
-    def outputs(self, inputs: Tensor) -> Tensor:
-        """(W, P) what the networks give for other inputs (P, inputs)."""
-        return self.network.fields([w.double() for w in self.weights], inputs)
-
-    def _rows(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """(W, P) of (W, units, P), one row each."""
-        return tensor[:, 0] if tensor.shape[1] == 1 else tensor.flatten(0, 1).index_select(0, rows)
-
-    def _upwards(self, change: Change, unit: Tensor, fields: Tensor) -> Tensor:
-        """(W, P) the outputs after a change; what it adds to layers above is noted in it."""
-        network, last = self.network, len(self.weights) - 1
-        layer = change.layer
-        if layer == last and network.output == "sum":
-            return fields
-        active = self._activated(fields, layer)
-        before = self._rows(self._activities[layer], change.row)
-        change.activity = active - before
-        if layer == last:
-            change.product = self._product * active * before
-            return change.product
-        # One unit has changed: what that adds to all above it.
-        weights = self.weights[layer + 1]
-        column = weights.gather(2, unit[:, None, None].expand(-1, weights.shape[1], 1))
-        added = column * change.activity[:, None]
-        for above in range(layer + 1, last + 1):
-            then = self._fields[above] + added
-            if above == last and network.output == "sum":
-                change.above.append((added, None))
-                return then[:, 0]
-            active = self._activated(then, above)
-            turned = active - self._activities[above]
-            change.above.append((added, turned))
-            if above < last:
-                added = torch.bmm(self.weights[above + 1], turned)
-        change.product = active.prod(1)
-        return change.product
-
-    def _activated(self, fields: Tensor, layer: int) -> Tensor:
-        if not self._exact:
-            fields = hardshrink(fields, self._least[layer])
-        if self.network.activation == "sign":
-            return fields.sign().add_(0.5).sign_()
-        return self.network.activated(fields)
-
-    def _count(self, outputs: Tensor) -> Tensor:
-        """(W,) how many outputs (W, P) are of the wrong class."""
-        # -1 where the output is negative, else 0; by arithmetic, which takes less than comparing.
-        if not self._exact:
-            outputs = hardshrink(outputs, self._least[-1]) * 1e30
-        below = outputs.clamp(-1, 0)
-        return (self._negative - torch.mv(below, self._labels)).long()
-
-    def _draw(self) -> None:
-        """Which weights the next changes are of, and to which level."""
-        copies, other, random = len(self._each), len(self._levels), self._generator
-        moves = max(16, _ANEW // copies)
-        layers = torch.multinomial(self._shares, moves, True, generator=random).tolist()
-        uniform = torch.rand(moves, copies, generator=random)
-        turns = torch.randint(1, other, (moves, copies), generator=random)
-        for number, layer in enumerate(layers):
-            free = self._free[layer]
-            place = free[(uniform[number] * len(free)).long().clamp_(max=len(free) - 1)]
-            self._draws.append((layer, place[:, 0], place[:, 1], turns[number]))
-
-    def _refresh(self) -> None:
-        """All fields and energies, from the weights."""
-        moved = self._inputs.expand(len(self._each), -1, -1)
-        self._fields: list[Tensor] = []
-        self._activities: list[Tensor] = []
-        for number, weight in enumerate(self.weights):
-            self._fields.append(torch.bmm(weight, moved))
-            if number + 1 < len(self.weights) or self.network.output == "product":
-                moved = self._activated(self._fields[-1], number)
-                self._activities.append(moved)
-        product = self.network.output == "product"
-        self._product = moved.prod(1) if product else self._fields[-1][:, 0]
-        self.energies = self._count(self._product)
-
-
-@dataclass
-class Change:
-    """A proposed change of a weight in each copy, and what follows from it.
-
-    Args:
-        layer: of the weight.
-        row: (W,) the copy and the unit that it leads to.
-        cell: (W,) the copy and the weight.
-        level: (W,) which level it would have.
-        step: (W,) what is added to it.
-        below: (W, P) what it is multiplied with.
-    """
-
-    layer: int
-    row: Tensor
-    cell: Tensor
-    level: Tensor
-    step: Tensor
-    below: Tensor
-    #: (W, P) what is added to the activity of the unit.
-    activity: Tensor | None = None
-    #: For each layer above, what is added to fields and activities (W, units, P).
-    above: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
-    #: (W, P) of all units of the last layer.
-    product: Tensor | None = None
-
-
-def _add(to: Tensor, rows: Tensor, what: Tensor, times: Tensor) -> None:
-    """Adds (W, P), times (W,), to one row each of (W, units, P)."""
-    if to.shape[1] == 1:
-        to[:, 0].addcmul_(what, times[:, None])
-    else:
-        to.view(-1, to.shape[2]).index_add_(0, rows, what * times[:, None])
-
-
 def check_patterns(network: DiscreteNetwork, inputs: Tensor, labels: Tensor) -> None:
     """Refuses patterns that do not fit a network.
 
@@ -390,11 +168,3 @@ def check_patterns(network: DiscreteNetwork, inputs: Tensor, labels: Tensor) -> 
         )
     if not bool(inputs.isfinite().all()):
         raise ValueError("some inputs are not finite")
-
-
-def _is_exact(network: DiscreteNetwork, inputs: Tensor) -> bool:
-    """Whether all fields are whole numbers: sums of whole inputs, or signs, by whole weights."""
-    values = [inputs.double(), torch.tensor(network.levels).double()]
-    values += [layer[~layer.isnan()].double() for layer in network.layers]
-    whole = all(bool((v == v.round()).all()) for v in values)
-    return whole and (network.activation == "sign" or len(network.layers) == 1)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import generator
-from nettrace.landscape.discrete import DiscreteNetwork, DiscreteWalkers
+from nettrace.landscape.discrete import DiscreteNetwork
+from nettrace.landscape.discrete_walkers import DiscreteWalkers
 from nettrace.landscape.multicanonical import jackknife
 from nettrace.landscape.result import Quantity, dataset
 from nettrace.landscape.run import run
+from nettrace.landscape.walkers import Walkers
 from nettrace.landscape.wang_landau import WangLandau
 
 if TYPE_CHECKING:
@@ -158,7 +160,7 @@ class LocalEntropy(WangLandau):
         )
 
 
-class _Nearby:
+class _Nearby(Walkers):
     """Walkers whose energy is the distance to where they begin, and who make few errors."""
 
     def __init__(self, walkers: DiscreteWalkers, errors: int) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from nettrace.estimators import generator
 from nettrace.landscape.crossings import Crossings
 from nettrace.landscape.multicanonical import Production
 from nettrace.landscape.transitions import stationary, tempered
+from nettrace.landscape.walkers import Walkers
 
 Array = npt.NDArray[np.float64]
 #: Sweeps that it takes walkers to forget where they were, about.
@@ -43,26 +44,6 @@ _FORGETTING = 100
 _KEPT = 0.7
 #: Groups of walkers, at most, of which the jackknife leaves out one after the other.
 _GROUPS = 64
-
-
-class Walkers(Protocol):
-    """Copies of something, each with an energy that is one of the numbers 0 to B - 1."""
-
-    energies: Tensor
-
-    def propose(self, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Proposes a move of each walker.
-
-        Args:
-            entropy: (B,) what is known of S(E), for moves that follow its slope.
-
-        Returns:
-            (W,) the energies that it would have, -1 where it has none; and the logarithm of the
-            ratio of proposing back to proposing, and of any prior, None for 0.
-        """
-
-    def accept(self, which: Tensor) -> None:
-        """Makes the moves of some walkers (W,)."""
 
 
 class WangLandau:
@@ -132,7 +113,7 @@ class WangLandau:
         self._weights = torch.full((energies + 1,), torch.inf, dtype=torch.float64)
         self._weights[:-1][self._allowed] = -torch.inf
         self.seen = torch.zeros(energies, dtype=torch.bool)
-        self._transitions = torch.zeros(energies * energies, dtype=torch.float64)
+        self._transitions = torch.zeros(energies, energies, dtype=torch.float64)
         self.visits, self.seconds = 0, 0.0
         self.late = torch.zeros(energies, dtype=torch.bool)
         self._refreshed = 0  # visits when g was last made from transitions
@@ -224,34 +205,26 @@ class WangLandau:
 
     def _walk(self) -> tuple[Tensor, Tensor]:
         """Moves all walkers; the energies after, and those proposed, (moves, W)."""
-        walkers, weights, generator = self.walkers, self._weights, self._generator
-        limits = torch.empty(self._moves, self._copies, dtype=torch.float64)
-        limits.exponential_(generator=generator).neg_()
-        track = torch.empty(self._moves, self._copies, dtype=torch.int64)
+        weights, learning = self._weights, self.stage == "Wang-Landau"
+        shape, random = (self._moves, self._copies), self._generator
+        chances = torch.rand(shape, generator=random, dtype=torch.float64)
+        track = torch.empty(shape, dtype=torch.int64)
         proposals = torch.empty_like(track)
-        gain = torch.empty(self._copies, dtype=torch.float64)
         known = int(self.seen.sum())
         looking = bool(self._observables) and self.stage == "multicanonical"
-        for move in range(self._moves):
-            at = walkers.energies
-            to, odds = walkers.propose(weights)
-            proposals[move] = to
-            gained = weights[at] - weights[to]
-            if odds is not None:
-                gained += odds
-            which = limits[move] <= gained
-            if self._windows > 1:
-                out = (at < self._low) | (at > self._high)
-                which &= out | (to >= self._low) & (to <= self._high)
-            walkers.accept(which)
-            at = track[move] = walkers.energies
-            if self.stage == "Wang-Landau":
-                gain.fill_(known / (self.visits - self._origin + (move + 1) * self._copies))
-                weights.index_add_(0, at, gain)
-            if looking and move % self._sweep == 0:
-                values = [look(walkers) for look in self._observables.values()]
-                self._production.observe(self._place, at, values)
-        self.visits += track.numel()
+        # What is learned within a sweep is put to use after it: a hundredth at most (_FORGETTING).
+        for begun in range(0, self._moves, self._sweep if learning or looking else self._moves):
+            now = slice(begun, begun + self._sweep if learning or looking else None)
+            track[now], proposals[now] = self.walkers.walk(
+                chances[now], weights, self._low, self._high
+            )
+            self.visits += track[now].numel()
+            if learning:
+                seen = torch.bincount(track[now].flatten(), minlength=len(weights))
+                weights += known / (self.visits - self._origin) * seen
+            if looking:
+                values = [look(self.walkers).cpu() for look in self._observables.values()]
+                self._production.observe(self._place, self.walkers.energies, values)
         return track, proposals
 
     def _enter(self) -> None:
@@ -297,8 +270,9 @@ class WangLandau:
                 self._extend(known)
                 self.history.clear()
         if self.stage != "multicanonical":
-            pairs = (torch.cat([before[None], track[:-1]]) * self._bins + proposals)[proposals >= 0]
-            self._transitions += torch.bincount(pairs, minlength=self._bins**2)
+            pairs = torch.cat([before[None], track[:-1]]) * (self._bins + 1) + proposals + 1
+            counts = torch.bincount(pairs.flatten(), minlength=self._bins * (self._bins + 1))
+            self._transitions += counts.view(self._bins, -1)[:, 1:]  # the first is of no energy
         if self.stage == "exploring":
             self._explore(bool((self.seen & ~known).any()))
             return
@@ -331,7 +305,7 @@ class WangLandau:
     def _estimate(self) -> None:
         """S(E) from the moves that were proposed between energies that were seen."""
         places = self.seen.nonzero()[:, 0]
-        matrix = self._transitions.view(self._bins, self._bins)[places][:, places]
+        matrix = self._transitions[places][:, places]
         self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
 
     def _extend(self, known: Tensor) -> None:
@@ -356,7 +330,7 @@ class WangLandau:
                 f"windows={self._windows} of the {known} energies that there are would be of fewer "
                 "than three each: choose fewer"
             )
-        flow = self._transitions.view(self._bins, self._bins)[places][:, places]
+        flow = self._transitions[places][:, places]
         flow = flow / flow.sum(1, keepdim=True).clamp_min(1)
         weights = self._weights[places]
         accepted = flow * (weights[:, None] - weights).exp().clamp_max(1)

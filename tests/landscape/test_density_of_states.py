@@ -24,6 +24,7 @@ from nettrace.landscape import (
 )
 from nettrace.landscape.density import DensityOfStates
 from nettrace.landscape.transitions import stationary
+from nettrace.landscape.walkers import Walkers
 from nettrace.landscape.wang_landau import WangLandau
 
 
@@ -400,7 +401,7 @@ def test_a_stationary_distribution_of_any_range_is_found():
 def test_wang_landau_takes_any_walkers():
     """Coins of which one is turned at a time: S(heads) is that of the binomial."""
 
-    class Coins:
+    class Coins(Walkers):
         def __init__(self):
             self.heads = torch.zeros(64, 12, dtype=torch.int64)
             self.random = torch.Generator().manual_seed(0)
