@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def _flips(
+@triton.jit  # type: ignore[untyped-decorator]
+def _flips(  # type: ignore[no-untyped-def]
     layers,
     uniform,
     chances,

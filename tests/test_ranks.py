@@ -42,7 +42,7 @@ def run(folder: Path, processes: int, *arguments: str) -> list[Any]:
     ("network", "how", "processes"),
     [
         ("classifier", "ddp", 2),
-        ("classifier", "fsdp", 3),
+        pytest.param("classifier", "fsdp", 3, marks=pytest.mark.slow),
         pytest.param("classifier", "ddp", 3, marks=pytest.mark.slow),
         pytest.param("classifier", "fsdp", 2, marks=pytest.mark.slow),
         pytest.param("images", "ddp", 3, marks=pytest.mark.slow),
@@ -145,6 +145,7 @@ def test_the_training_s_own_steps_are_those_of_all_processes(
             np.testing.assert_allclose(value, true, 1e-10, atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_where_samples_are_coupled_the_processes_batches_tell_the_noise(tmp_path: Path) -> None:
     run(tmp_path, 3, "lightning", "coupled")
     trace = nt.open(tmp_path / "steps")

@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Products of a weight and a pattern that are worth a thread.
 _WORTH = 2**21
+#: Moves of one walker before the next has its turn: draws of many lie side by side in memory.
+_BLOCK = 32
 
 
 def flips_(
@@ -56,7 +58,7 @@ def flips_(
         list(pool.map(move, parts))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _move(  # type: ignore[no-untyped-def]
     first,
     last,
@@ -88,58 +90,59 @@ def _move(  # type: ignore[no-untyped-def]
 ):
     patterns, others = len(positive), len(levels) - 1
     one = np.float32(1)
-    for w in range(first, last):
-        at = energies[w]
-        outside = at < low[w] or at > high[w]
-        for m in range(len(layers)):
-            above = layers[m] == 1
-            places = free_above if above else free
-            place = int(uniform[m, w] * (len(places) * others))
-            turn = 1
-            if others > 1:  # a division takes as long as all else with a few patterns
-                place, turn = place // others, place % others + 1
-            unit, source = places[place]
-            # What is changed, in which layer; what reads it; and what it is multiplied with.
-            picked = chosen_above[w, unit] if above else chosen[w, unit]
-            values = weights_above[w, unit] if above else weights[w, unit]
-            field = out[w] if above else fields[w, unit]
-            below = activities[w, source] if above else inputs[source]
-            then = picked[source] + turn
-            then -= len(levels) if then > others else 0
-            step = levels[then] - levels[picked[source]]
-            top = out[w]
-            to = np.int32(0)
-            if not deep or above:
-                edge = -least_above if above else -least
-                for p in range(patterns):
-                    to += np.int32((field[p] + step * below[p] >= edge) != positive[p])
-            elif product:
-                active = activities[w, unit]
-                for p in range(patterns):
-                    turned = one if field[p] + step * below[p] >= -least else -one
-                    to += np.int32((top[p] * active[p] * turned >= 0) != positive[p])
-            else:
-                active, weight = activities[w, unit], weights_above[w, 0, unit]
-                for p in range(patterns):
-                    turned = one if field[p] + step * below[p] >= -least else -one
-                    moved = top[p] + weight * (turned - active[p])
-                    to += np.int32((moved >= -least_above) != positive[p])
-            proposals[m, w] = to
-            inside = to >= low[w] and to <= high[w]
-            if chances[m, w] < math.exp(entropy[at] - entropy[to]) and (outside or inside):
-                picked[source], values[source] = then, levels[then]
-                for p in range(patterns):
-                    field[p] += step * below[p]
-                if deep and not above:
-                    active = activities[w, unit]
-                    weight = np.float32(0) if product else weights_above[w, 0, unit]
+    for begun in range(0, len(layers), _BLOCK):
+        for w in range(first, last):
+            at = energies[w]
+            outside = at < low[w] or at > high[w]
+            for m in range(begun, min(begun + _BLOCK, len(layers))):
+                above = layers[m] == 1
+                places = free_above if above else free
+                place = int(uniform[m, w] * (len(places) * others))
+                turn = 1
+                if others > 1:  # a division takes as long as all else with a few patterns
+                    place, turn = place // others, place % others + 1
+                unit, source = places[place]
+                # What is changed, in which layer; what reads it; and what it is multiplied with.
+                picked = chosen_above[w, unit] if above else chosen[w, unit]
+                values = weights_above[w, unit] if above else weights[w, unit]
+                field = out[w] if above else fields[w, unit]
+                below = activities[w, source] if above else inputs[source]
+                then = picked[source] + turn
+                then -= len(levels) if then > others else 0
+                step = levels[then] - levels[picked[source]]
+                top = out[w]
+                to = np.int32(0)
+                if not deep or above:
+                    edge = -least_above if above else -least
                     for p in range(patterns):
-                        turned = one if field[p] >= -least else -one
-                        if product:
-                            top[p] *= active[p] * turned
-                        else:
-                            top[p] += weight * (turned - active[p])
-                        active[p] = turned
-                at, outside = to, not inside
-            track[m, w] = at
-        energies[w] = at
+                        to += np.int32((field[p] + step * below[p] >= edge) != positive[p])
+                elif product:
+                    active = activities[w, unit]
+                    for p in range(patterns):
+                        turned = one if field[p] + step * below[p] >= -least else -one
+                        to += np.int32((top[p] * active[p] * turned >= 0) != positive[p])
+                else:
+                    active, weight = activities[w, unit], weights_above[w, 0, unit]
+                    for p in range(patterns):
+                        turned = one if field[p] + step * below[p] >= -least else -one
+                        moved = top[p] + weight * (turned - active[p])
+                        to += np.int32((moved >= -least_above) != positive[p])
+                proposals[m, w] = to
+                inside = to >= low[w] and to <= high[w]
+                if chances[m, w] < math.exp(entropy[at] - entropy[to]) and (outside or inside):
+                    picked[source], values[source] = then, levels[then]
+                    for p in range(patterns):
+                        field[p] += step * below[p]
+                    if deep and not above:
+                        active = activities[w, unit]
+                        weight = np.float32(0) if product else weights_above[w, 0, unit]
+                        for p in range(patterns):
+                            turned = one if field[p] >= -least else -one
+                            if product:
+                                top[p] *= active[p] * turned
+                            else:
+                                top[p] += weight * (turned - active[p])
+                            active[p] = turned
+                    at, outside = to, not inside
+                track[m, w] = at
+            energies[w] = at

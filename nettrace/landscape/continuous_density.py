@@ -350,8 +350,11 @@ class LossDensity:
                     f"walkers crossed the range {sampling.unmixed[2]:.2g} times each on average: "
                     "errors may be too small"
                 )
-            if sampling.late.any():
-                found.append("some losses were found too late to be counted")
+            if sampling.left_out.any():
+                found.append(
+                    "some losses that were met are not counted: they are rare, or walkers hardly "
+                    "come back from there"
+                )
         if descent.levels and descent.not_finite:
             found.append(
                 f"the loss is not finite at {descent.not_finite:.2g} of the weights drawn from the "

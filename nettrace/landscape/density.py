@@ -143,7 +143,7 @@ class DensityOfStates(WangLandau):
             windows=windows,
             observables=observables,
             sweep=network.weights,
-            piece=max(16, min(256, 2**24 // (walkers * patterns))),
+            piece=max(16, min(2**17 // walkers, 2**26 // (walkers * patterns))),
             seed=seed,
         )
 
@@ -223,11 +223,11 @@ class DensityOfStates(WangLandau):
                 f"walkers crossed the window of energies {low} to {high} {times:.2g} times on "
                 "average, which is less than once"
             )
-        if self.late.any():
-            late = self.late.nonzero()[:, 0].tolist()
+        left = self.left_out.nonzero()[:, 0].tolist()
+        if left:
             found.append(
-                f"networks with {late} errors were found too late to be counted: they are few, but "
-                "there are more than 0"
+                f"networks with {left} errors exist, but are not counted: they are few, or walkers "
+                "hardly come back from there; more time may help"
             )
         alone = np.isinf(errors)
         if alone.any():

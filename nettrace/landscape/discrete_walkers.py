@@ -271,19 +271,21 @@ def _add(to: Tensor, rows: Tensor, what: Tensor, times: Tensor) -> None:
         to.view(-1, to.shape[2]).index_add_(0, rows, what * times[:, None])
 
 
-def _kernel(network: DiscreteNetwork, device: torch.device) -> tuple[Callable[..., None] | None, str]:
+def _kernel(
+    network: DiscreteNetwork, device: torch.device
+) -> tuple[Callable[..., None] | None, str]:
     """What moves copies of a network fast, if there is anything, and its name."""
     two = len(network.layers) == 2 and network.output == "sum"
     if network.activation != "sign" or not (len(network.layers) == 1 or two):
         return None, "torch"
     try:
         if device.type == "cuda":
-            from nettrace.kernels.flips import flips_
+            from nettrace.kernels import flips
 
-            return flips_, "Triton"
-        from nettrace.landscape.compiled import flips_
+            return flips.flips_, "Triton"
+        from nettrace.landscape import compiled
 
-        return flips_, "Numba"
+        return compiled.flips_, "Numba"
     except ImportError:
         return None, "torch"
 

@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-#: The slope of S(E) may grow from one energy to the next by this factor and this constant.
-_STEEPER = 1.2, 0.5
 
 
 def stationary(counts: Array) -> Array:
@@ -35,22 +33,3 @@ def stationary(counts: Array) -> Array:
         found[state] = np.logaddexp.reduce(found[:state] + logarithms[:state, state])
     normalised: Array = found - np.logaddexp.reduce(found)
     return normalised
-
-
-def tempered(energies: npt.NDArray[np.int64], entropy: Array) -> Array:
-    """An entropy (K,) that falls on either side of its maximum no faster than it may.
-
-    Walkers that are caught at the last energies, as g is too low there, stay in few states that
-    lead no further, and so tell that there is less beyond than there is, which lowers g again.
-    Therefore the slope may grow from one energy to the next by a factor and a constant only.
-    """
-    found, top = entropy.copy(), int(entropy.argmax())
-    for side in (range(top + 1, len(found)), range(top - 1, -1, -1)):
-        steepest, before = 0.0, top
-        for place in side:
-            apart = abs(int(energies[place] - energies[before]))
-            slope = (entropy[before] - entropy[place]) / apart
-            slope = min(slope, _STEEPER[0] * steepest + _STEEPER[1])
-            found[place] = found[before] - slope * apart
-            steepest, before = max(steepest, slope), place
-    return found

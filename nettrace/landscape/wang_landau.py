@@ -6,8 +6,10 @@ share g, in three stages.
 
 1. *Exploring.* Moves that are proposed, accepted or not, tell how many states of E' are next to
    those of E, and so g(E') / g(E): the transition matrix (Wang, Tay and Swendsen 1999, Phys. Rev.
-   Lett. 82, 476). From this g is made anew now and then, until a third of all visits has found
-   next to no new energy.
+   Lett. 82, 476), from which g is made anew now and then. Energies are taken up one after the
+   other, while walkers come back from the last of them to where most states are: in isolated
+   states, as of a glass, walkers would be caught, and learn a g that catches others. This ends
+   when a third of all visits has found next to no new energy.
 2. *Wang-Landau* with the 1 / t schedule (Wang and Landau 2001, Phys. Rev. Lett. 86, 2050;
    Belardinelli and Pereyra 2007, Phys. Rev. E 75, 046701): at each visit ln g(E) grows by ln f =
    1 / t, with t the visits so far over the number of energies. Its error falls as t^-1/2.
@@ -34,14 +36,18 @@ from torch import Tensor
 from nettrace.estimators import generator
 from nettrace.landscape.crossings import Crossings
 from nettrace.landscape.multicanonical import Production
-from nettrace.landscape.transitions import stationary, tempered
+from nettrace.landscape.transitions import stationary
 from nettrace.landscape.walkers import Walkers
 
 Array = npt.NDArray[np.float64]
 #: Sweeps that it takes walkers to forget where they were, about.
 _FORGETTING = 100
+#: Sweeps of each walker in the first stage, at least.
+_EXPLORING = 300
 #: The share of proposals that still counts when visits have grown by a fifth.
 _KEPT = 0.7
+#: How often walkers come back from the last energies, each on average, before more are taken up.
+_BACK = 0.25
 #: Groups of walkers, at most, of which the jackknife leaves out one after the other.
 _GROUPS = 64
 
@@ -69,7 +75,7 @@ class WangLandau:
         visits: by all walkers, since the beginning.
         seconds: that were spent on them.
         history: (visits, ln f, ln g) whenever ln f had halved in the second stage.
-        late: (B,) which energies were found too late to count.
+        proposed: (B,) which energies are known to exist.
 
     Raises:
         ValueError: if there are too few walkers, or an argument is out of its range.
@@ -111,11 +117,10 @@ class WangLandau:
         self._outside = not bool(self._allowed[walkers.energies].all())
         # One more, at -1: where a move that cannot be made leads.
         self._weights = torch.full((energies + 1,), torch.inf, dtype=torch.float64)
-        self._weights[:-1][self._allowed] = -torch.inf
         self.seen = torch.zeros(energies, dtype=torch.bool)
         self._transitions = torch.zeros(energies, energies, dtype=torch.float64)
         self.visits, self.seconds = 0, 0.0
-        self.late = torch.zeros(energies, dtype=torch.bool)
+        self.proposed = torch.zeros(energies, dtype=torch.bool)
         self._refreshed = 0  # visits when g was last made from transitions
         self._growth: list[tuple[int, int]] = []  # visits, energies seen
         self._origin = 0  # visits when 1 / t begins
@@ -130,7 +135,7 @@ class WangLandau:
         self._high = torch.full((copies,), energies - 1)
         self._chain_groups = torch.arange(chains) % self._groups
         self._place = (self._chain_groups * windows).repeat(windows)
-        self._crossings = Crossings(copies, windows)
+        self._crossings = Crossings(copies, windows, energies)
         self._production = Production(self._groups, windows, energies, list(self._observables))
 
     @property
@@ -146,6 +151,11 @@ class WangLandau:
         if self.stage != "multicanonical" or not self._production.worst:
             return 0.0
         return min(0.99, (self._error / self._production.worst) ** 2)
+
+    @property
+    def left_out(self) -> Tensor:
+        """(B,) which energies exist, but are not counted."""
+        return self.proposed & self._allowed & ~self.seen
 
     def settle(self) -> None:
         """Holds the weights, however good they are; no energies are taken up from now on."""
@@ -206,14 +216,17 @@ class WangLandau:
     def _walk(self) -> tuple[Tensor, Tensor]:
         """Moves all walkers; the energies after, and those proposed, (moves, W)."""
         weights, learning = self._weights, self.stage == "Wang-Landau"
-        shape, random = (self._moves, self._copies), self._generator
+        moves = self._moves
+        if self.stage == "exploring":  # for what is found to be made use of soon
+            moves = min(moves, max(64, 4 * self._sweep))
+        shape, random = (moves, self._copies), self._generator
         chances = torch.rand(shape, generator=random, dtype=torch.float64)
         track = torch.empty(shape, dtype=torch.int64)
         proposals = torch.empty_like(track)
         known = int(self.seen.sum())
         looking = bool(self._observables) and self.stage == "multicanonical"
         # What is learned within a sweep is put to use after it: a hundredth at most (_FORGETTING).
-        for begun in range(0, self._moves, self._sweep if learning or looking else self._moves):
+        for begun in range(0, moves, self._sweep if learning or looking else moves):
             now = slice(begun, begun + self._sweep if learning or looking else None)
             track[now], proposals[now] = self.walkers.walk(
                 chances[now], weights, self._low, self._high
@@ -260,21 +273,17 @@ class WangLandau:
 
     def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
         """Goes on with the stage, by what was seen."""
-        new, known = torch.bincount(track.flatten(), minlength=self._bins) > 0, self.seen.clone()
-        if self.stage == "multicanonical":  # where nothing new is let in
-            new = torch.bincount(proposals[proposals >= 0], minlength=self._bins) > 0
-            self.late |= new & self._allowed & ~self.seen
-        elif bool((new & ~self.seen).any()):
-            self.seen |= new
-            if self.stage == "Wang-Landau":
-                self._extend(known)
-                self.history.clear()
-        if self.stage != "multicanonical":
-            pairs = torch.cat([before[None], track[:-1]]) * (self._bins + 1) + proposals + 1
-            counts = torch.bincount(pairs.flatten(), minlength=self._bins * (self._bins + 1))
-            self._transitions += counts.view(self._bins, -1)[:, 1:]  # the first is of no energy
+        pairs = torch.cat([before[None], track[:-1]]) * (self._bins + 1) + proposals + 1
+        counts = torch.bincount(pairs.flatten(), minlength=self._bins * (self._bins + 1))
+        counts = counts.view(self._bins, -1)[:, 1:]  # the first is of no energy
+        self.proposed |= counts.any(0)
         if self.stage == "exploring":
-            self._explore(bool((self.seen & ~known).any()))
+            new = torch.bincount(track.flatten(), minlength=self._bins) > 0
+            found = bool((new & ~self.seen).any())
+            self.seen |= new
+            self._transitions += counts
+            self._crossings.follow(track)
+            self._explore(found)
             return
         self._crossings.follow(track)
         if self.stage == "Wang-Landau":
@@ -284,45 +293,49 @@ class WangLandau:
 
     def _explore(self, found: bool) -> None:
         due = self.visits >= 1.2 * self._refreshed
-        if not found and not due:
-            return
-        self._estimate()
+        if found or due:
+            self._estimate()
         if due:
             self._refreshed = self.visits
             self._transitions *= _KEPT  # of states that were hurried through
             known = int(self.seen.sum())
             self._growth.append((self.visits, known))
             before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
-            if before and known <= 1.02 * before[-1]:
+            tried = self.visits >= _EXPLORING * self._sweep * self._copies
+            if tried and before and known <= 1.02 * before[-1]:
                 self.stage = "Wang-Landau"
                 self._split()
                 self._crossings.forget()
                 return
-        places = self.seen.nonzero()[:, 0]
-        guess = tempered(places.numpy(), self._weights[places].numpy())
-        self._weights[places] = torch.from_numpy(guess)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Lets walkers go further, where they come back from."""
+        known, returns = self.seen.nonzero()[:, 0], self._crossings.returns
+        first, last = int(known[0]), int(known[-1])
+        step, enough = max(1, len(known) // 20), _BACK * self._copies
+        more = self.proposed & self._allowed & self._weights[:-1].isposinf()
+        taken = [more[first:last].nonzero()[:, 0] + first]
+        if returns[first] >= enough:
+            taken.append(more[:first].nonzero()[-step:, 0])
+        if returns[last] >= enough:
+            taken.append(more[last:].nonzero()[:step, 0] + last)
+        # Whoever meets them goes there, and tells by the ways back how many states there are.
+        self._weights[torch.cat(taken)] = -torch.inf
 
     def _estimate(self) -> None:
         """S(E) from the moves that were proposed between energies that were seen."""
         places = self.seen.nonzero()[:, 0]
         matrix = self._transitions[places][:, places]
         self._weights[places] = torch.from_numpy(stationary(matrix.numpy()))
-
-    def _extend(self, known: Tensor) -> None:
-        """The same for energies that are new, where the others are known better."""
-        before = self._weights.clone()
-        self._estimate()
-        places = known.nonzero()[:, 0]
-        for new in (self.seen & ~known).nonzero()[:, 0]:
-            nearest = places[(places - new).abs().argmin()]
-            before[new] = before[nearest] + self._weights[new] - self._weights[nearest]
-        self._weights = before
+        self._crossings.home = int(places[self._weights[places].argmax()])
 
     def _split(self) -> None:
         """Windows that take as long to cross each, of which neighbours share half.
 
         Where energies diffuse by D a move, crossing takes (sum of D^-1/2 over energies)^2 / 2.
         """
+        self._weights[:-1][~self.seen] = torch.inf
         places = self.seen.nonzero()[:, 0]
         known = len(places)
         if self._windows > max(1, known // 3):
@@ -369,7 +382,6 @@ class WangLandau:
         if self.stage == "exploring":
             self._estimate()
             self._split()
-        self._weights[:-1][~self.seen] = torch.inf
         self.stage = "multicanonical"
         self._produce_with(self._weights[:-1].numpy())
 

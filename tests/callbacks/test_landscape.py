@@ -251,7 +251,8 @@ def test_an_interruption_keeps_the_result_and_ends_the_training(
 
     logger = import_module(f"{namespace}.loggers").CSVLogger(tmp_path, version=0)
     callback = LandscapeProbe(interrupted, every=[2], probe=PROBE, to=tmp_path / "found")
-    handler = signal.getsignal(signal.SIGINT)
+    # A process that was started in the background ignores it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     trainer = training.trainer([callback], namespace=namespace, logger=logger)
     try:
         with pytest.raises(SystemExit):

@@ -124,10 +124,10 @@ def calibration(seeds, network, count):
 @pytest.mark.parametrize(
     ("network", "count", "seeds"),
     [
-        (perceptron(13), 13, range(2)),
+        (perceptron(13), 13, range(12)),
         pytest.param(perceptron(15), 15, range(20), marks=pytest.mark.slow),
         pytest.param(committee(15, 3, tree=True), 15, range(20), marks=pytest.mark.slow),
-        pytest.param(perceptron(20), 20, range(2), marks=pytest.mark.slow),
+        pytest.param(perceptron(20), 20, range(5), marks=pytest.mark.slow),
     ],
 )
 def test_standard_errors_are_right(network, count, seeds):

@@ -28,6 +28,8 @@ WHERE = [
 ]
 
 
+# The interpreter computes by NumPy, which warns where nobody has been before and after.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -63,7 +65,7 @@ def test_loops_are_as_tensors(name, halves, where, monkeypatch):
         true = Walkers.walk(slow, chances, entropy.double(), *windows)
         for one, other in zip(found, true, strict=True):
             assert one.equal(other)
-    assert (true[0][1:] != true[0][:-1]).any()
+        assert true[1].unique().numel() > 3
     for one, other in zip(
         [*fast.weights, *fast.levels, fast.energies],
         [*slow.weights, *slow.levels, slow.energies],
