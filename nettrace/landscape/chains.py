@@ -106,7 +106,8 @@ def require_arviz() -> Any:
 def _told(what: str, draws: npt.NDArray[np.float64], method: str) -> float:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return float(getattr(require_arviz(), what)(draws, method=method))
+        # With Numba, arviz gives arrays of one number.
+        return float(np.asarray(getattr(require_arviz(), what)(draws, method=method)).item())
 
 
 def _mean(draws: npt.NDArray[np.float64]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -279,13 +280,8 @@ def _kernel(
     if network.activation != "sign" or not (len(network.layers) == 1 or two):
         return None, "torch"
     try:
-        if device.type == "cuda":
-            from nettrace.kernels import flips
-
-            return flips.flips_, "Triton"
-        from nettrace.landscape import compiled
-
-        return compiled.flips_, "Numba"
+        name = "nettrace.kernels.flips" if device.type == "cuda" else "nettrace.landscape.compiled"
+        return import_module(name).flips_, "Triton" if device.type == "cuda" else "Numba"
     except ImportError:
         return None, "torch"
 
