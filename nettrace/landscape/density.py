@@ -70,10 +70,13 @@ def density_of_states(
     Returns:
         A Dataset with dimension "energy": "entropy" S(E) in nats, NaN where no network was seen,
         and "entropy_standard_error", infinite where one group of walkers alone has been; "visits";
+        "left_out", 1 where there are networks that are hardly met, or from which walkers do not
+        come back, and which are not counted;
         averages of observables, with errors. "entropy_without" (group, energy) is S(E) without each
         group of walkers, and so for observables: from these, errors of whatever follows from S are
         found by the jackknife, as `canonical` does.
-        Attributes say how it came about: among them "moves", "flips_per_second" and "stage".
+        Attributes say how it came about: among them "moves", "flips_per_second", "stage" and
+        "moved_by" (Numba, Triton or, for networks of other than signs, torch).
 
     Raises:
         ValueError: if shapes do not fit, labels are not -1 and 1, or the range is empty, not within
@@ -134,9 +137,10 @@ class DensityOfStates(WangLandau):
                 f"expected two walkers or more, got {walkers}: errors are told by how far "
                 "independent walkers differ"
             )
-        states = generator(seed, "walkers")
+        copies = DiscreteWalkers(network, inputs, labels, walkers, generator(seed, "walkers"))
+        self._moved_by = copies.moved_by
         super().__init__(
-            DiscreteWalkers(network, inputs, labels, walkers, states),
+            copies,
             patterns + 1,
             allowed=allowed,
             error=error,
@@ -182,6 +186,11 @@ class DensityOfStates(WangLandau):
                 "entropy without each group of walkers",
             ),
             "visits": Quantity(self.production_visits, ("energy",), "moves that ended there"),
+            "left_out": Quantity(
+                self.left_out.numpy().astype(np.int32),
+                ("energy",),
+                "1 where there are networks that are not counted",
+            ),
         }
         for name, (mean, each) in self.means().items():
             what = f"{name}, averaged over networks with so many errors"
@@ -197,6 +206,7 @@ class DensityOfStates(WangLandau):
             sampler="Wang-Landau and multicanonical, single changes of weights",
             stage=self.stage,
             walkers=len(self.walkers.energies),
+            moved_by=self._moved_by,
             groups=len(without),
             moves=self.visits,
             flips_per_second=self.visits / self.seconds,

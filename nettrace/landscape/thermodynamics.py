@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 from nettrace.landscape.multicanonical import jackknife
 from nettrace.landscape.result import Quantity, dataset
+from nettrace.missing import DoubtfulMeasureWarning, warn_missing
 from nettrace.record import ERROR
 
 if TYPE_CHECKING:
     import xarray as xr
 
 Array = npt.NDArray[np.float64]
+#: The share of networks at the last energies that were counted from which on others are missed.
+_EDGE = 0.01
 
 
 def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
@@ -29,7 +32,8 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
         A Dataset with dimension "temperature": "free_energy" F = -T ln Z, "energy" U,
         "heat_capacity" (<E^2> - U^2) / T^2, "entropy" (U - F) / T, and the average of each
         observable of `found`, all with standard errors by the jackknife over groups of walkers.
-        Where S(E) is known up to a constant, so are F and the entropy.
+        Where S(E) is known up to a constant, so are F and the entropy. Temperatures at which
+        energies count that were left out are named in `.doubts`.
 
     Raises:
         ValueError: if a temperature is 0 or not finite, or no density of states was found.
@@ -49,13 +53,16 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
         if f"{name}_without" in found and name != "entropy" and not str(name).endswith(ERROR)
     ]
 
-    def averages(entropy: Array, observables: dict[str, Array]) -> dict[str, Array]:
+    def shares(entropy: Array) -> tuple[Array, Array, Array]:
         # One row a temperature.
         exponents = (
             np.where(np.isnan(entropy), -np.inf, entropy + log_width) - energies / hot[:, None]
         )
         log_z = np.logaddexp.reduce(exponents, axis=1)
-        share = np.exp(exponents - log_z[:, None])
+        return exponents, log_z, np.exp(exponents - log_z[:, None])
+
+    def averages(entropy: Array, observables: dict[str, Array]) -> dict[str, Array]:
+        exponents, log_z, share = shares(entropy)
         mean = share @ energies
         spread = (share * (energies - mean[:, None]) ** 2).sum(1)
         there = np.exp(exponents.max(0) - exponents.max()) > 0
@@ -86,4 +93,19 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
         errors = jackknife(np.stack([one[name] for one in without])) if without else value * np.nan
         convention = told.get(name, f"{name}, averaged at T")
         quantities[name] = Quantity(value, ("temperature",), convention, errors)
-    return dataset(quantities, {"temperature": hot}, doubts=found.attrs["doubts"].splitlines())
+    doubts = found.attrs["doubts"].splitlines()
+    if "left_out" in found:
+        counted = np.isfinite(found["entropy"].values)
+        left, ends = energies[found["left_out"].values > 0], energies[counted][[0, -1]]
+        _, _, share = shares(found["entropy"].values)
+        cut = np.zeros(len(hot), dtype=bool)
+        for end, beyond in zip(ends, ((left < ends[0]).any(), (left > ends[1]).any()), strict=True):
+            cut |= beyond & (share[:, energies == end].sum(1) > _EDGE)
+        if cut.any():
+            doubts.append(
+                f"at temperatures {hot[cut].min():g} to {hot[cut].max():g}, more than {_EDGE:.0%} "
+                f"of the networks are at the end of the energies that were counted, {ends[0]:g} to "
+                f"{ends[1]:g}: those beyond, which exist, are missing"
+            )
+            warn_missing(f"canonical: {doubts[-1]}", 2, DoubtfulMeasureWarning)
+    return dataset(quantities, {"temperature": hot}, doubts=doubts)

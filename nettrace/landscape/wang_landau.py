@@ -9,7 +9,7 @@ share g, in three stages.
    Lett. 82, 476), from which g is made anew now and then. Energies are taken up one after the
    other, while walkers come back from the last of them to where most states are: in isolated
    states, as of a glass, walkers would be caught, and learn a g that catches others. This ends
-   when a third of all visits has found next to no new energy.
+   when two thirds of all visits have found next to no new energy.
 2. *Wang-Landau* with the 1 / t schedule (Wang and Landau 2001, Phys. Rev. Lett. 86, 2050;
    Belardinelli and Pereyra 2007, Phys. Rev. E 75, 046701): at each visit ln g(E) grows by ln f =
    1 / t, with t the visits so far over the number of energies. Its error falls as t^-1/2.
@@ -300,7 +300,7 @@ class WangLandau:
             self._transitions *= _KEPT  # of states that were hurried through
             known = int(self.seen.sum())
             self._growth.append((self.visits, known))
-            before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
+            before = [then for visits, then in self._growth if visits < self.visits / 3]
             tried = self.visits >= _EXPLORING * self._sweep * self._copies
             if tried and before and known <= 1.02 * before[-1]:
                 self.stage = "Wang-Landau"

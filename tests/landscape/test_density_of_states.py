@@ -26,6 +26,7 @@ from nettrace.landscape.density import DensityOfStates
 from nettrace.landscape.transitions import stationary
 from nettrace.landscape.walkers import Walkers
 from nettrace.landscape.wang_landau import WangLandau
+from nettrace.missing import DoubtfulMeasureWarning
 
 
 def signs(count, inputs, seed=0):
@@ -247,6 +248,18 @@ def test_observables_and_temperatures_are_those_of_enumeration():
         for name, value in expected.items():
             error = float(warm[f"{name}_standard_error"][place])
             assert abs(float(warm[name][place]) - value) < 5 * error, (name, t)
+
+
+def test_energies_that_are_left_out_are_missed_at_low_temperatures_alone():
+    found = density_of_states(perceptron(11), *signs(11, 11), error=0.1, walkers=64)
+    assert canonical(found, [0.1, 5.0]).doubts == ""
+    least = int(found.entropy.notnull().values.argmax())
+    found.entropy[least] = np.nan
+    found.left_out[least] = 1
+    with pytest.warns(DoubtfulMeasureWarning, match=f"at temperatures 0.1 to 0.1, .*{least + 1}"):
+        warm = canonical(found, [0.1, 5.0])
+    assert "are missing" in warm.doubts
+    assert canonical(found, [5.0]).doubts == ""
 
 
 def test_a_range_of_energies_has_the_right_ratios():
