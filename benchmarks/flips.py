@@ -5,8 +5,8 @@
 A perceptron whose N weights are signs, with N random patterns. NumPy and Numba move one network, as
 programs of physicists do, by flat-histogram moves with fixed weights 1 / g, at P additions a move;
 `nettrace.landscape.density_of_states` does all that it does once energies are explored; the same is
-timed without its compiled loop, by operations on tensors. Each is timed in turn, again and again, in
-one process on one core; the median is taken. The table goes to
+timed without its compiled loop, by operations on tensors. Each is timed in turn, again and again,
+in one process on one core; the median is taken. The table goes to
 `benchmarks/results/flips.md`.
 """
 
@@ -141,7 +141,8 @@ def main(seconds: float = 20.0) -> None:
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         f"{packages}.\n\n"
         "A perceptron of N signs with N random patterns. NumPy and Numba: one network, weights of "
-        "the flat histogram held. nettrace: all of `density_of_states`, once energies are explored.\n\n"
+        "the flat histogram held. nettrace: all of `density_of_states`, once energies are "
+        "explored.\n\n"
         f"| | {' | '.join(f'N = P = {size}' for size in SIZES)} |\n"
         f"|---|{'---|' * len(SIZES)}\n" + "\n".join(rows) + "\n"
     )
