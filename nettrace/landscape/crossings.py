@@ -23,7 +23,7 @@ class Crossings:
         self._highest = torch.zeros(walkers, dtype=torch.int64)
         self._below, self._above = torch.zeros(2, energies, dtype=torch.int64)
         self.latest = torch.zeros(walkers, dtype=torch.int64)
-        self.held = [torch.zeros(walkers, dtype=torch.int64) for _ in range(3)]
+        self.held = [torch.full((walkers,), at) for at in (0, -1, energies)]
         self._number: npt.NDArray[np.float64] = np.zeros(windows)
         self._walkers = walkers / windows
 

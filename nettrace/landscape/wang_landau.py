@@ -9,7 +9,7 @@ share g, in three stages.
    Lett. 82, 476), from which g is made anew now and then. Energies are taken up one after the
    other, while walkers come back from the last of them to where most states are: in isolated
    states, as of a glass, walkers would be caught, and learn a g that catches others. This ends
-   when two thirds of all visits have found next to no new energy.
+   when a third of all visits has found next to no new energy.
 2. *Wang-Landau* with the 1 / t schedule (Wang and Landau 2001, Phys. Rev. Lett. 86, 2050;
    Belardinelli and Pereyra 2007, Phys. Rev. E 75, 046701): at each visit ln g(E) grows by ln f =
    1 / t, with t the visits so far over the number of energies. Its error falls as t^-1/2.
@@ -25,7 +25,8 @@ walkers have crossed their windows as often as there are walkers, in each.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -209,36 +210,34 @@ class WangLandau:
                 self._moved = 0
                 self._exchange()
             before = self.walkers.energies.clone()
-            track, proposals = self._walk()
-            self._account(before, track, proposals)
+            parts = self._walk()
+            with _one_thread():
+                track, proposals = (torch.cat(part) for part in zip(*parts, strict=True))
+                self._account(before, track, proposals)
         self.seconds += time.perf_counter() - begun
 
-    def _walk(self) -> tuple[Tensor, Tensor]:
-        """Moves all walkers; the energies after, and those proposed, (moves, W)."""
+    def _walk(self) -> list[tuple[Tensor, Tensor]]:
+        """Moves all walkers; the energies after, and those proposed, (moves, W), in parts."""
         weights, learning = self._weights, self.stage == "Wang-Landau"
         moves = self._moves
         if self.stage == "exploring":  # for what is found to be made use of soon
             moves = min(moves, max(64, 4 * self._sweep))
         shape, random = (moves, self._copies), self._generator
         chances = torch.rand(shape, generator=random, dtype=torch.float64)
-        track = torch.empty(shape, dtype=torch.int64)
-        proposals = torch.empty_like(track)
-        known = int(self.seen.sum())
+        known, parts = int(self.seen.sum()), []
         looking = bool(self._observables) and self.stage == "multicanonical"
         # What is learned within a sweep is put to use after it: a hundredth at most (_FORGETTING).
-        for begun in range(0, moves, self._sweep if learning or looking else moves):
-            now = slice(begun, begun + self._sweep if learning or looking else None)
-            track[now], proposals[now] = self.walkers.walk(
-                chances[now], weights, self._low, self._high
-            )
-            self.visits += track[now].numel()
+        for part in chances.split(self._sweep if learning or looking else moves):
+            track, proposals = self.walkers.walk(part, weights, self._low, self._high)
+            parts.append((track, proposals))
+            self.visits += track.numel()
             if learning:
-                seen = torch.bincount(track[now].flatten(), minlength=len(weights))
+                seen = torch.bincount(track.flatten(), minlength=len(weights))
                 weights += known / (self.visits - self._origin) * seen
             if looking:
                 values = [look(self.walkers).cpu() for look in self._observables.values()]
                 self._production.observe(self._place, self.walkers.energies, values)
-        return track, proposals
+        return parts
 
     def _enter(self) -> None:
         """Brings walkers to the energies that are allowed; the odd move away keeps them going."""
@@ -300,7 +299,7 @@ class WangLandau:
             self._transitions *= _KEPT  # of states that were hurried through
             known = int(self.seen.sum())
             self._growth.append((self.visits, known))
-            before = [then for visits, then in self._growth if visits < self.visits / 3]
+            before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
             tried = self.visits >= _EXPLORING * self._sweep * self._copies
             if tried and before and known <= 1.02 * before[-1]:
                 self.stage = "Wang-Landau"
@@ -402,3 +401,14 @@ class WangLandau:
                 production.burning = False
         elif production.examine() <= self._error and self._crossings.fewest >= 4:
             self.stage = "done"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations of microseconds each are not worth the wait for threads on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
