@@ -101,7 +101,7 @@ def _move(  # type: ignore[no-untyped-def]
                 turn = 1
                 if others > 1:  # a division takes as long as all else with a few patterns
                     place, turn = place // others, place % others + 1
-                unit, source = places[place]
+                unit, source = places[place, 0], places[place, 1]
                 # What is changed, in which layer; what reads it; and what it is multiplied with.
                 picked = chosen_above[w, unit] if above else chosen[w, unit]
                 values = weights_above[w, unit] if above else weights[w, unit]
