@@ -221,7 +221,7 @@ class Barrier(Points):
         return dataset(
             {**parts, **self._defect(rows[0])},
             {"t": self._t},
-            doubts=self.not_finite(values[0]),
+            doubts=self.doubts(values[0]),
             **self._about,
         )
 

@@ -330,7 +330,8 @@ class LossDensity:
         )
 
     def _doubts(self, entropy: Array, errors: Array) -> list[str]:
-        found, sampling, descent = [], self.sampling, self.descent
+        sampling, descent = self.sampling, self.descent
+        found = [] if sampling is None else sampling.own_doubts()
         known = errors[np.isfinite(errors)]
         if sampling is None or sampling.stage not in ("multicanonical", "done") or not len(known):
             found.append(

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import generator
-from nettrace.landscape.discrete import DiscreteNetwork
+from nettrace.landscape.discrete import DiscreteNetwork, check_labels
 from nettrace.landscape.discrete_walkers import DiscreteWalkers
 from nettrace.landscape.multicanonical import jackknife
-from nettrace.landscape.result import Quantity, dataset
+from nettrace.landscape.result import Quantity, check_names, dataset, spans
 from nettrace.landscape.run import run
 from nettrace.landscape.wang_landau import WangLandau
 
@@ -132,6 +132,7 @@ class DensityOfStates(WangLandau):
             allowed = torch.zeros(patterns + 1, dtype=torch.bool)
             allowed[low : high + 1] = True
         self.network = network
+        check_names(observables or {}, ("entropy", "visits", "left_out", "energy", "group"))
         if walkers < 2:
             raise ValueError(
                 f"expected two walkers or more, got {walkers}: errors are told by how far "
@@ -215,7 +216,7 @@ class DensityOfStates(WangLandau):
         )
 
     def _doubts(self, errors: npt.NDArray[np.float64]) -> list[str]:
-        found = []
+        found = self.own_doubts()
         known = errors[np.isfinite(errors)]
         if not len(known):
             found.append(
@@ -233,7 +234,7 @@ class DensityOfStates(WangLandau):
                 f"walkers crossed the window of energies {low} to {high} {times:.2g} times on "
                 "average, which is less than once"
             )
-        left = self.left_out.nonzero()[:, 0].tolist()
+        left = spans(self.left_out.nonzero()[:, 0].tolist())
         if left:
             found.append(
                 f"networks with {left} errors exist, but are not counted: they are few, or walkers "
@@ -242,13 +243,19 @@ class DensityOfStates(WangLandau):
         alone = np.isinf(errors)
         if alone.any():
             found.append(
-                f"one group of walkers alone has seen energies {np.flatnonzero(alone).tolist()}"
+                "one group of walkers alone has seen energies "
+                + spans(np.flatnonzero(alone).tolist())
             )
         return found
 
 
 def wrong_share(inputs: Tensor, labels: Tensor) -> Observable:
-    """The share of other patterns (P, inputs) that are in the wrong class: the test error."""
+    """The share of other patterns (P, inputs) that are in the wrong class: the test error.
+
+    Raises:
+        ValueError: if labels are other than -1 and 1.
+    """
+    check_labels(inputs, labels)
 
     def look(walkers: DiscreteWalkers) -> Tensor:
         outputs = walkers.outputs(inputs)
@@ -258,7 +265,12 @@ def wrong_share(inputs: Tensor, labels: Tensor) -> Observable:
 
 
 def margin(inputs: Tensor, labels: Tensor) -> Observable:
-    """The least of label times output over patterns (P, inputs)."""
+    """The least of label times output over patterns (P, inputs).
+
+    Raises:
+        ValueError: if labels are other than -1 and 1.
+    """
+    check_labels(inputs, labels)
 
     def look(walkers: DiscreteWalkers) -> Tensor:
         return (walkers.outputs(inputs) * labels).amin(1)
@@ -267,7 +279,16 @@ def margin(inputs: Tensor, labels: Tensor) -> Observable:
 
 
 def overlap(reference: list[Tensor]) -> Observable:
-    """The cosine of the angle between free weights and those of another network, by layer."""
+    """The cosine of the angle between free weights and those of another network, 0 without any.
+
+    Args:
+        reference: (outputs, inputs) the other's weights, a tensor a layer.
+
+    Raises:
+        TypeError: if it is one tensor.
+    """
+    if isinstance(reference, Tensor):
+        raise TypeError("expected reference= to be a list, a tensor for each layer: [weights]")
 
     def look(walkers: DiscreteWalkers) -> Tensor:
         products, own, other = [], [], []
@@ -280,6 +301,6 @@ def overlap(reference: list[Tensor]) -> Observable:
             own.append(w.square().sum(1))
             other.append(r.square().sum())
         lengths = torch.stack(own).sum(0).sqrt() * torch.stack(other).sum().sqrt()
-        return torch.stack(products).sum(0) / lengths
+        return torch.stack(products).sum(0) / lengths.where(lengths > 0, 1.0)
 
     return look

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class DiscreteNetwork:
     output: Literal["sum", "product"] = "sum"
 
     def __post_init__(self) -> None:
+        if not all(math.isfinite(level) for level in self.levels):
+            raise ValueError(f"expected levels to be finite, got {self.levels}")
+        if self.activation != "sign" and not callable(self.activation):
+            raise ValueError(
+                f"expected activation= to be 'sign' or a function, got {self.activation!r}"
+            )
         if len(set(self.levels)) < 2 or len(set(self.levels)) < len(self.levels):
             raise ValueError(f"expected two or more different levels, got {self.levels}")
         if not self.layers or any(layer.dim() != 2 for layer in self.layers):
@@ -154,17 +161,45 @@ def check_patterns(network: DiscreteNetwork, inputs: Tensor, labels: Tensor) -> 
     """Refuses patterns that do not fit a network.
 
     Raises:
-        ValueError: if so.
+        TypeError: if the network is none of discrete weights, or inputs or labels no tensors.
+        ValueError: if they do not fit.
     """
+    if not isinstance(network, DiscreteNetwork):
+        raise TypeError(
+            f"expected a network of discrete weights, such as perceptron(15), got "
+            f"{type(network).__name__}: for continuous weights, see loss_density"
+        )
+    if not isinstance(inputs, Tensor) or inputs.is_complex() or inputs.requires_grad:
+        raise TypeError(
+            f"expected inputs= to be a tensor of real numbers, detached, got {_told(inputs)}"
+        )
     if inputs.dim() != 2 or len(inputs) == 0 or inputs.shape[1] != network.layers[0].shape[1]:
         raise ValueError(
             f"expected inputs of shape (patterns, {network.layers[0].shape[1]}), got "
             f"{tuple(inputs.shape)}"
         )
-    if labels.shape != (len(inputs),) or not bool((labels.abs() == 1).all()):
+    check_labels(inputs, labels)
+    if not bool(inputs.isfinite().all()):
+        raise ValueError("some inputs are not finite")
+
+
+def check_labels(inputs: Tensor, labels: Tensor) -> None:
+    """Refuses labels other than -1 and 1, or not one for each pattern.
+
+    Raises:
+        TypeError: if they are no tensor.
+        ValueError: if so.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"expected labels= to be a tensor, got {_told(labels)}")
+    if labels.shape != (len(inputs),) or not bool((labels.double().abs() == 1).all()):
         raise ValueError(
             f"expected {len(inputs)} labels, each -1 or 1, got shape {tuple(labels.shape)} with "
             f"values {labels.unique().tolist()[:4]}"
         )
-    if not bool(inputs.isfinite().all()):
-        raise ValueError("some inputs are not finite")
+
+
+def _told(given: Any) -> str:
+    if not isinstance(given, Tensor):
+        return type(given).__name__
+    return f"{given.dtype}" + (" that requires a gradient" if given.requires_grad else "")

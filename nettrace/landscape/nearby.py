@@ -129,8 +129,10 @@ class LocalEntropy(WangLandau):
         size, other = self._network.weights, len(self._network.levels) - 1
         every = [math.log(math.comb(size, d)) + d * math.log(other) for d in range(size + 1)]
         convention = f"ln of the number of networks with {self._errors} errors or fewer, in nats"
-        doubts = []
-        if self.stage != "done":
+        doubts = self.own_doubts()
+        if self.stage == "done" and nothing[1:].all():
+            doubts.append("no other network is connected with the given one by single changes")
+        elif self.stage != "done":
             doubts.append(f"it ended while {self.stage}, before errors were as small as asked for")
         return dataset(
             {

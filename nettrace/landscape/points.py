@@ -70,12 +70,15 @@ class Points(ABC):
     def keep(self, points: npt.NDArray[np.int64], rows: npt.NDArray[np.float64]) -> None:
         """Is given what was found (K, R, N) at some points, as `WeightLoss.samples_of` has it."""
 
-    def not_finite(self, losses: npt.NDArray[np.float64]) -> list[str]:
-        """A doubt, where evaluated points have losses (points,) that are no numbers."""
+    def doubts(self, losses: npt.NDArray[np.float64]) -> list[str]:
+        """Where points are missing, or have losses (points,) that are no numbers."""
+        found, done = [], int(self.done.sum())
+        if done < len(self.done):
+            found.append(f"{done} of {len(self.done)} points were evaluated: give it more time")
         count = int((self.done & ~np.isfinite(losses)).sum())
-        if not count:
-            return []
-        return [f"the loss is not finite at {count} of {int(self.done.sum())} points"]
+        if count:
+            found.append(f"the loss is not finite at {count} of {done} points")
+        return found
 
 
 def means(

@@ -34,6 +34,32 @@ class Quantity:
     source: str = ""
 
 
+def check_names(observables: Iterable[str], taken: Iterable[str]) -> None:
+    """Refuses observables that are called as something else in a result.
+
+    Raises:
+        ValueError: if one is.
+    """
+    used = set(taken)
+    for name in observables:
+        if name in used or name.endswith((ERROR, "_without")):
+            raise ValueError(
+                f"expected observables= to have names of their own, got {name!r}, which the result "
+                "uses for something else"
+            )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers, in which neighbours are drawn together: "1, 4 to 7"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in found)
+
+
 def dataset(
     quantities: Mapping[str, Quantity],
     coordinates: Mapping[str, npt.ArrayLike] | None = None,

@@ -65,11 +65,13 @@ def run(
         and "seconds". Doubts are warned of, and kept as the attribute "doubts".
 
     Raises:
-        ValueError: if there is no time.
+        ValueError: if there is no time, or `to` is a folder.
         Exception: whatever the sampler raises; a file then holds what was found before.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"expected seconds= to be positive, or None for any time, got {seconds!r}")
+    if to is not None and Path(to).is_dir():
+        raise ValueError(f"expected to= to be a file, got the folder {str(to)!r}")
     begun, settled, stopped = time.monotonic(), False, "done"
     written, writing = begun, 0.0
     bar = tqdm(
@@ -119,7 +121,12 @@ def write(found: xr.Dataset, to: str | Path) -> None:
 
 
 def _narrowed(found: xr.Dataset) -> xr.Dataset:
-    """The same with integers of more than 32 bits, which netCDF 3 has not, as floating numbers."""
+    """The same as netCDF 3 can hold it.
+
+    Integers of more than 32 bits are floating numbers. An axis of length 0 is taken for one of any
+    length, which only the first may be: arrays with others are left out.
+    """
+    found = found.drop_vars([name for name, v in found.variables.items() if 0 in v.shape[1:]])
     wide = {
         name: one.astype(np.float64)
         for name, one in found.variables.items()

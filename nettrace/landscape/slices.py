@@ -250,7 +250,7 @@ class Slice(Points):
         return dataset(
             {**quantities(shaped[0], shaped[1], axes), **self._directions()},
             dict(zip(axes, self._grid, strict=True)) | {"direction": list(axes)},
-            doubts=[*self._along.doubts, *self.not_finite(found[0, 0])],
+            doubts=[*self._along.doubts, *self.doubts(found[0, 0])],
             **self._about,
             convention="w + x d1"
             + " + y d2" * (len(axes) == 2)

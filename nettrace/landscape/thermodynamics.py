@@ -40,7 +40,9 @@ def canonical(found: xr.Dataset, temperatures: Sequence[float]) -> xr.Dataset:
     """
     hot = np.asarray(temperatures, dtype=np.float64).reshape(-1)
     if not len(hot) or not (np.isfinite(hot) & (hot != 0)).all():
-        raise ValueError(f"expected temperatures other than 0, got {list(temperatures)}")
+        raise ValueError(
+            f"expected temperatures, one at least, finite and other than 0, got {hot.tolist()}"
+        )
     (axis,) = found["entropy"].dims
     if not np.isfinite(found["entropy"].values).any():
         raise ValueError("no energy was seen: there is no density of states to reweight")

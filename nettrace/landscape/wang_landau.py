@@ -49,6 +49,10 @@ _EXPLORING = 300
 _KEPT = 0.7
 #: How often walkers come back from the last energies, each on average, before more are taken up.
 _BACK = 0.25
+#: Sweeps of each walker to get to the energies that are allowed, at most.
+_ENTERING = 2000
+#: Groups that tell errors well, at least.
+_FEW = 16
 #: Groups of walkers, at most, of which the jackknife leaves out one after the other.
 _GROUPS = 64
 
@@ -126,7 +130,9 @@ class WangLandau:
         self._growth: list[tuple[int, int]] = []  # visits, energies seen
         self._origin = 0  # visits when 1 / t begins
         self._moved = 0  # since windows were exchanged
+        self._entering = 0  # moves to get to the energies that are allowed
         self._settled = False
+        self._not_finite: set[str] = set()
         self.history: list[tuple[int, float, Array]] = []
         #: Which walkers share windows, one in each; and which of them are left out together.
         chains = copies // windows
@@ -157,6 +163,20 @@ class WangLandau:
     def left_out(self) -> Tensor:
         """(B,) which energies exist, but are not counted."""
         return self.proposed & self._allowed & ~self.seen
+
+    def own_doubts(self) -> list[str]:
+        """What makes any result doubtful."""
+        found = []
+        if self._groups < _FEW:
+            found.append(
+                f"errors are told by {self._groups} groups of walkers: of fewer than {_FEW} they "
+                "may be too small by far; take more walkers, or fewer windows"
+            )
+        found += [
+            f"the observable {name!r} was not finite for some walkers"
+            for name in sorted(self._not_finite)
+        ]
+        return found
 
     def settle(self) -> None:
         """Holds the weights, however good they are; no energies are taken up from now on."""
@@ -235,9 +255,23 @@ class WangLandau:
                 seen = torch.bincount(track.flatten(), minlength=len(weights))
                 weights += known / (self.visits - self._origin) * seen
             if looking:
-                values = [look(self.walkers).cpu() for look in self._observables.values()]
-                self._production.observe(self._place, self.walkers.energies, values)
+                self._look()
         return parts
+
+    def _look(self) -> None:
+        """Takes the observables of all walkers."""
+        values = []
+        for name, look in self._observables.items():
+            value = look(self.walkers).detach().cpu()
+            if value.shape != (self._copies,):
+                raise ValueError(
+                    f"expected the observable {name!r} to give a number for each of the "
+                    f"{self._copies} walkers, got shape {tuple(value.shape)}"
+                )
+            if not bool(value.isfinite().all()):
+                self._not_finite.add(name)
+            values.append(value)
+        self._production.observe(self._place, self.walkers.energies, values)
 
     def _enter(self) -> None:
         """Brings walkers to the energies that are allowed; the odd move away keeps them going."""
@@ -253,6 +287,9 @@ class WangLandau:
             away = torch.rand(self._copies, generator=self._generator) < 0.02 * (before > 0)
             self.walkers.accept((to >= 0) & ((distance(to) <= before) | away))
         self._outside = not bool(self._allowed[self.walkers.energies].all())
+        self._entering += self._moves
+        if self._outside and self._entering > _ENTERING * self._sweep:
+            self.stage = "done"  # with nothing
 
     def _exchange(self) -> None:
         """Exchanges windows between walkers of a chain that are both within both."""
@@ -272,15 +309,12 @@ class WangLandau:
 
     def _account(self, before: Tensor, track: Tensor, proposals: Tensor) -> None:
         """Goes on with the stage, by what was seen."""
-        pairs = torch.cat([before[None], track[:-1]]) * (self._bins + 1) + proposals + 1
-        counts = torch.bincount(pairs.flatten(), minlength=self._bins * (self._bins + 1))
-        counts = counts.view(self._bins, -1)[:, 1:]  # the first is of no energy
-        self.proposed |= counts.any(0)
+        self.proposed |= torch.bincount(proposals.flatten() + 1, minlength=self._bins + 1)[1:] > 0
         if self.stage == "exploring":
             new = torch.bincount(track.flatten(), minlength=self._bins) > 0
             found = bool((new & ~self.seen).any())
             self.seen |= new
-            self._transitions += counts
+            self._count(torch.cat([before[None], track[:-1]]), proposals)
             self._crossings.follow(track)
             self._explore(found)
             return
@@ -290,18 +324,31 @@ class WangLandau:
         else:
             self._produce(track)
 
+    def _count(self, begun: Tensor, proposals: Tensor) -> None:
+        """Adds moves that were proposed, from some energies (moves, W) to others."""
+        low, high = int(begun.min()), int(torch.maximum(begun.max(), proposals.max()))
+        low = min(low, int(proposals.where(proposals >= 0, low).min()))
+        size = high - low + 1
+        # The first column is of moves that lead nowhere.
+        pairs = (begun - low) * (size + 1) + (proposals - low + 1).clamp_min_(0)
+        counts = torch.bincount(pairs.flatten(), minlength=size * (size + 1)).view(size, -1)
+        self._transitions[low : high + 1, low : high + 1] += counts[:, 1:]
+
     def _explore(self, found: bool) -> None:
         due = self.visits >= 1.2 * self._refreshed
         if found or due:
             self._estimate()
         if due:
             self._refreshed = self.visits
-            self._transitions *= _KEPT  # of states that were hurried through
-            known = int(self.seen.sum())
+            known, reached = int(self.seen.sum()), self._transitions[self.seen]
+            self._transitions[self.seen] = _KEPT * reached  # of states that were hurried through
             self._growth.append((self.visits, known))
             before = [then for visits, then in self._growth if visits < 2 / 3 * self.visits]
             tried = self.visits >= _EXPLORING * self._sweep * self._copies
             if tried and before and known <= 1.02 * before[-1]:
+                if known == 1:  # there are no others, or none that moves lead to
+                    self.stage = "done"
+                    return
                 self.stage = "Wang-Landau"
                 self._split()
                 self._crossings.forget()

@@ -56,6 +56,11 @@ class WeightLoss(Flattening):
         parameters: str | Sequence[str] | None = "*",
         memory: int = 2**30,
     ) -> None:
+        if not isinstance(probe, Probe):
+            raise TypeError(
+                f"expected probe= to be a nettrace.Probe, got {type(probe).__name__}: "
+                "nettrace.Probe(inputs, targets)"
+            )
         self._model = model
         self._probe = probe.map(widened(torch.float32))
         self._state = widened_state(model, torch.float32)

@@ -236,7 +236,7 @@ def test_an_infinite_loss_on_the_way_is_an_infinite_barrier(logged):
     logged.clear()
 
 
-def test_what_there_was_no_time_for_is_nan():
+def test_what_there_was_no_time_for_is_nan(logged):
     one, other, probe = mlp(1), mlp(2), classes()
     with nt.freeze.frozen(one):
         taken = Barrier(one, probe, other, points=201)
@@ -248,6 +248,8 @@ def test_what_there_was_no_time_for_is_nan():
     assert done[[0, 100, 200]].all()
     assert not done.all()
     assert float(found["barrier"]) == pytest.approx(float(np.nanmax(found["excess"])))
+    assert "of 201 points were evaluated" in found.doubts
+    logged.clear()
 
 
 def test_what_is_infinite_at_one_end_is_so_at_that_end_alone():

@@ -319,6 +319,10 @@ def test_a_seed_says_all():
         ({"energies": (5, 5)}, "0 to 9"),
         ({"windows": 3}, "divide"),
         ({"error": 0.0}, "positive"),
+        ({"observables": {"entropy": len}}, "got 'entropy', which the result uses"),
+        ({"observables": {"x_without": len}}, "names of their own"),
+        ({"observables": {"x": lambda w: w.energies[:, None]}}, r"'x' to give .* \(256, 1\)"),
+        ({"to": "."}, "to be a file"),
     ],
 )
 def test_wrong_arguments_are_told(options, said):
@@ -342,8 +346,69 @@ def test_wrong_data_are_told():
         local_entropy(perceptron(9), x, y, [torch.full((1, 9), 0.5)])
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x, y: density_of_states(torch.nn.Linear(9, 1), x, y), "see loss_density"),
+        (lambda x, y: density_of_states(perceptron(9), x.numpy(), y), "got ndarray"),
+        (lambda x, y: density_of_states(perceptron(9), x.cfloat(), y), "real numbers"),
+        (lambda x, y: density_of_states(perceptron(9), x, y.tolist()), "labels= .* got list"),
+        (lambda x, y: margin(x, (y + 1) / 2), "each -1 or 1"),
+        (lambda x, y: wrong_share(x, y > 0), "each -1 or 1"),
+        (lambda x, y: overlap(torch.ones(1, 9)), "a tensor for each layer"),
+        (lambda x, y: perceptron(9, levels=(1, math.inf)), "levels to be finite"),
+        (lambda x, y: multilayer(9, 2, 1, activation="relu"), "or a function, got 'relu'"),
+    ],
+)
+def test_what_is_of_another_kind_is_told(call, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        call(*signs(9, 9))
+
+
+def test_a_solution_without_others_around_it_is_told(logged):
+    network = perceptron(11)
+    for seed in range(20):
+        x, _ = signs(7, 11, seed)
+        given = torch.randn(1, 11, generator=torch.Generator().manual_seed(seed)).sign()
+        y = ((x @ given[0].to(x) >= 0) * 2 - 1).to(x)
+        near = given.repeat(11, 1).to(x) * (1 - 2 * torch.eye(11).to(x))
+        if all(((x @ w >= 0) * 2 - 1 != y).any() for w in near):
+            break
+    else:
+        pytest.fail("there is none")
+    found = local_entropy(network, x, y, [given])
+    assert found.entropy.values[0] == 0
+    assert found.entropy[1:].isnull().all()
+    assert "no other network is connected" in found.doubts
+    logged.clear()
+
+
+def test_networks_of_weights_that_are_all_0_have_no_overlap():
+    network = perceptron(3, levels=(-1, 0, 1))
+    x, y = signs(3, 3)
+    seen = {"overlap": overlap([torch.ones(1, 3)])}
+    found = density_of_states(network, x, y, observables=seen, error=0.1)
+    states = enumerated(network)
+    energies = errors(network, states, x, y)
+    w = states[0][:, 0].double()
+    exact = w.sum(1) / 3**0.5 / w.norm(dim=1).clamp_min(1e-9)
+    for energy, value in zip(found.energy.values, found.overlap.values, strict=True):
+        if (energies == energy).any():
+            assert abs(value - float(exact[energies == energy].mean())) < 0.1
+
+
+def test_few_groups_and_what_is_not_finite_are_doubted(logged):
+    seen = {"x": lambda walkers: walkers.energies * math.nan}
+    found = density_of_states(perceptron(9), *signs(9, 9), walkers=8, error=0.2, observables=seen)
+    assert "8 groups of walkers" in found.doubts
+    assert "'x' was not finite" in found.doubts
+    logged.clear()
+
+
 def test_a_range_that_is_never_visited_is_told():
     x, y = signs(40, 9)  # which no network classifies
+    with pytest.raises(ValueError, match="was not visited"):
+        density_of_states(perceptron(9), x, y, energies=(0, 1))
     with pytest.raises(ValueError, match="was not visited"):
         density_of_states(perceptron(9), x, y, energies=(0, 1), seconds=0.3)
 

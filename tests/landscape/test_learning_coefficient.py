@@ -333,3 +333,12 @@ def test_what_cannot_be_is_refused(options, said):
     model, probe = energies(lambda w: w.square().sum(1))
     with pytest.raises(ValueError, match=said):
         learning_coefficient(model, probe, **options)
+
+
+def test_a_file_without_a_draw_can_be_read(tmp_path, logged):
+    model, probe = torch.nn.Linear(3, 1), nt.Probe(torch.randn(50, 3), torch.randn(50, 1))
+    learning_coefficient(model, probe, seconds=1e-6, to=tmp_path / "a.nc")
+    logged.clear()
+    with xr.open_dataset(tmp_path / "a.nc", engine="scipy") as kept:
+        assert kept.stopped == "out of time"
+        assert np.isnan(kept.learning_coefficient)
