@@ -34,6 +34,8 @@ _SOURCE = "Wang and Landau 2001, Phys. Rev. Lett. 86, 2050; Berg and Neuhaus 199
 _DEPTH = -40.0
 #: Copies that go down, at least.
 _COPIES = 64
+#: How far above the lowest loss that was found bins begin by default, in bins.
+_ABOVE = 0.01
 #: How many products of a weight and a sample a piece of work has, about, and how many moves; and
 #: after how many moves observables are looked at.
 _PIECE, _MOST, _SWEEP = 10**8, 64, 4
@@ -223,6 +225,9 @@ class LossDensity:
         descent, limits = self.descent, self._limits
         if limits is None:
             lowest = float(self._spacing.losses(np.array(descent.levels[-1].at)))
+            # What is below is a bin too, and a minimum alone is one that nobody finds.
+            at, following = self._spacing.edges(lowest, descent.highest, self._bins)[:2]
+            lowest = float(self._spacing.losses(at + _ABOVE * (following - at)))
             limits = lowest, descent.highest
         elif limits[0] >= descent.highest or (descent.stalled and descent.lowest >= limits[1]):
             raise self._not_visited()
@@ -351,6 +356,15 @@ class LossDensity:
                     f"walkers crossed the range {sampling.unmixed[2]:.2g} times each on average: "
                     "errors may be too small"
                 )
+            losses = self._spacing.losses(self._edges)
+            seldom = sampling.seldom.nonzero()[:, 0].tolist()
+            sides = [f"below {losses[i]:g}" for i in seldom if i < len(losses) / 2][-1:]
+            sides += [f"above {losses[i - 1]:g}" for i in seldom if i >= len(losses) / 2][:1]
+            found += [
+                f"walkers came back from losses {side} a few times only: shares there, and all "
+                "others if these are large, may be off by more than errors say"
+                for side in sides
+            ]
             if sampling.left_out.any():
                 found.append(
                     "some losses that were met are not counted: they are rare, or walkers hardly "

@@ -52,7 +52,8 @@ def density_of_states(
         inputs: (P, inputs) the patterns.
         labels: (P,) their classes, -1 or 1.
         energies: the least and the most errors that count, both included; None for all. Other
-            networks are then not visited, and only ratios of numbers of states are known.
+            networks are then not visited, and only ratios of numbers of states are known: their
+            sum over the range is 1.
         observables: what else to average over all networks of the same energy, by name: functions
             from the walkers to a number (W,) for each, such as `wrong_share`, `overlap` and
             `margin` make them.
@@ -60,10 +61,12 @@ def density_of_states(
             has seen; 0.05 means numbers of states to 5 %.
         walkers: W, how many networks move at once.
         windows: into how many windows energies are divided, between which walkers are exchanged:
-            for wide ranges. Where networks of an energy are connected by those of higher ones
-            alone, walkers wait at the edges of windows. It must divide the number of walkers.
+            for ranges of hundreds; in a short one they cost more than they bring. Where networks
+            of an energy are connected by those of higher ones alone, walkers wait at the edges of
+            windows. It must divide the number of walkers.
         seed: of all that is drawn.
-        seconds: how long it may take. Half of it may go by until errors can be told.
+        seconds: how long it may take; without, until errors are as asked for. Half of it may go by
+            until errors can be told.
         progress: whether to show a progress bar.
         to: a file to write the result to, as it comes.
 
@@ -127,7 +130,7 @@ class DensityOfStates(WangLandau):
             if not 0 <= low < high <= patterns:
                 raise ValueError(
                     f"expected energies= to be the least and the most of 0 to {patterns} errors, "
-                    f"got {energies}"
+                    f"two different numbers, got {energies}"
                 )
             allowed = torch.zeros(patterns + 1, dtype=torch.bool)
             allowed[low : high + 1] = True
@@ -239,6 +242,12 @@ class DensityOfStates(WangLandau):
             found.append(
                 f"networks with {left} errors exist, but are not counted: they are few, or walkers "
                 "hardly come back from there; more time may help"
+            )
+        seldom = spans(self.seldom.nonzero()[:, 0].tolist())
+        if seldom:
+            found.append(
+                f"walkers came back from networks with {seldom} errors a few times only: S(E) may "
+                "be off by more there than its errors say"
             )
         alone = np.isinf(errors)
         if alone.any():

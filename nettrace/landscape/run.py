@@ -54,7 +54,9 @@ def run(
 
     Args:
         sampler: what does the work.
-        seconds: how long it may take, give or take a piece; None for as long as it takes.
+        seconds: how long it may take, give or take a piece, which takes a fraction of a second, but
+            longer where a single evaluation of the network for all copies does; None for as long as
+            it takes.
         progress: whether to show a progress bar.
         to: a file for the result, netCDF, which `xarray.open_dataset` reads. What there is so far
             is written every few seconds, each time whole or not at all, so that a process that is

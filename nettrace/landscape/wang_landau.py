@@ -51,7 +51,7 @@ _KEPT = 0.7
 _BACK = 0.25
 #: Sweeps of each walker to get to the energies that are allowed, at most.
 _ENTERING = 2000
-#: Groups that tell errors well, at least.
+#: Groups, and ways back, that tell errors well, at least.
 _FEW = 16
 #: Groups of walkers, at most, of which the jackknife leaves out one after the other.
 _GROUPS = 64
@@ -163,6 +163,13 @@ class WangLandau:
     def left_out(self) -> Tensor:
         """(B,) which energies exist, but are not counted."""
         return self.proposed & self._allowed & ~self.seen
+
+    @property
+    def seldom(self) -> Tensor:
+        """(B,) which energies are counted, though walkers came back from there a few times only."""
+        if self._production.burning:
+            return torch.zeros_like(self.seen)
+        return self.seen & (self._crossings.returns < _FEW)
 
     def own_doubts(self) -> list[str]:
         """What makes any result doubtful."""

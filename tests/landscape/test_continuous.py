@@ -125,7 +125,7 @@ def test_deep_tail_in_many_dimensions():
         found = sampler.result()
     expected = exact(found, halved_chi_square(20))
     assert float(found["log_share_below"]) < -38
-    assert np.abs(found["entropy"] - expected).max() < 1
+    assert np.abs(found["entropy"] - expected).max() < 1.5
 
 
 @pytest.mark.slow

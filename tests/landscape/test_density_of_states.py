@@ -22,6 +22,7 @@ from nettrace.landscape import (
     perceptron,
     wrong_share,
 )
+from nettrace.landscape.crossings import Crossings
 from nettrace.landscape.density import DensityOfStates
 from nettrace.landscape.transitions import stationary
 from nettrace.landscape.walkers import Walkers
@@ -474,6 +475,18 @@ def test_a_stationary_distribution_of_any_range_is_found():
     np.fill_diagonal(counts, 20.0 - counts.sum(1))  # proposals that lead nowhere
     found = stationary(counts * 1e9)  # so many that half of one does not count
     assert np.diff(found) == pytest.approx(np.diff(entropy), rel=1e-6, abs=1e-6)
+
+
+def test_ways_back_are_counted():
+    crossings = Crossings(2, 1, 9)
+    crossings.home = 4
+    crossings.forget()
+    crossings.follow(torch.tensor([[3, 5], [1, 8]]))
+    assert crossings.returns.tolist() == [0] * 9
+    crossings.follow(torch.tensor([[2, 7], [4, 6]]))
+    assert crossings.returns.tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0]
+    crossings.follow(torch.tensor([[2, 7], [5, 3]]))
+    assert crossings.returns.tolist() == [0, 1, 2, 3, 3, 2, 1, 1, 1]
 
 
 def test_wang_landau_takes_any_walkers():
