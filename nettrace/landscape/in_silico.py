@@ -46,7 +46,8 @@ def patterns(
         mislabelled: the share of labels that are turned.
         offset: the mean of each input, in units of the same.
         dimension: of the inputs, as the participation ratio of the eigenvalues of their covariance,
-            (sum of l)^2 / (sum of l^2), with l falling exponentially; None for N.
+            (sum of l)^2 / (sum of l^2), with l falling exponentially, before signs are taken of
+            them; None for N.
         binary: whether inputs are signs.
         seed: of all that is drawn.
 
