@@ -128,9 +128,7 @@ class Walkers:
         center_losses, self._center_gradient = loss.gradients(center)
         self.center_loss = float(center_losses)
         self.losses, self.slopes = self._at(self.weights, self._rows)
-        self.stiffness = Stiffness(
-            self._slopes_at, self.weights, self.slopes, self._noise(), settings.localisation
-        )
+        self.stiffness = Stiffness(self._noise(), settings.localisation)
         self.step = settings.step_size or self._stable()
 
     @property
@@ -146,6 +144,11 @@ class Walkers:
         """h^2 k, or e k, with the largest curvature met: of 4 and more, steps are not stable."""
         power = 1 if self._settings.dynamics == "sgld" else 2
         return float(self.step**power * self.stiffness.highest)
+
+    def begin(self) -> None:
+        """Looks for the curvature before the first step, which takes `stiffness.FIRST` calls."""
+        self.stiffness.begin(self._slopes_at, self.weights, self.slopes)
+        self.step = self._settings.step_size or self._stable()
 
     def move(self) -> None:
         """Makes a step."""

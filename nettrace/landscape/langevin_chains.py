@@ -16,6 +16,7 @@ from nettrace.landscape.chains import Chains, mean_and_error, require_arviz
 from nettrace.landscape.dynamics import Dynamics, Settings, Walkers
 from nettrace.landscape.result import Quantity, dataset
 from nettrace.landscape.run import run
+from nettrace.landscape.stiffness import FIRST
 from nettrace.landscape.weight_loss import WeightLoss
 from nettrace.probe import Probe
 from nettrace.unwrapped import plain_model
@@ -155,8 +156,7 @@ class Langevin:
         if settings.spacing is None and settings.batch_size is not None:
             self._spacing = max(1, round(loss.samples / (2 * settings.batch_size)))
         self._seen: dict[str, npt.NDArray[np.float64]] = {}
-        if not self._warmup:
-            self.walkers.settle()
+        self._beginning = FIRST
 
     @property
     def share(self) -> float:
@@ -165,8 +165,8 @@ class Langevin:
 
     def settle(self) -> None:
         """Ends the warm-up."""
-        if self._steps < self._warmup:
-            self._warmup = self._steps
+        if self._beginning or self._steps < self._warmup:
+            self._beginning, self._warmup = 0, self._steps
             self.walkers.settle()
 
     def advance(self) -> None:
@@ -179,6 +179,12 @@ class Langevin:
 
     def _step(self) -> None:
         walkers, sampled = self.walkers, self._steps - self._warmup
+        if self._beginning:
+            walkers.begin()
+            self._beginning -= 1
+            if not self._beginning and not self._warmup:
+                walkers.settle()
+            return
         if sampled < 0:
             walkers.adapt(self._steps, self._warmup)
         elif sampled % _RARELY == 0:

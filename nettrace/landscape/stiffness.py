@@ -11,7 +11,7 @@ from torch import Tensor
 #: From weights (K, P) to the gradients (K, P) of what is sampled.
 Slope: TypeAlias = Callable[[Tensor], Tensor]
 #: Power iterations before the first step.
-_FIRST = 20
+FIRST = 20
 #: By how much what is followed falls at a look, where less is met.
 _FALL = 0.98
 
@@ -24,10 +24,7 @@ class Stiffness:
     singular points of networks, or has kinks. It rises at once, and falls slowly.
 
     Args:
-        slope: the gradients at weights.
-        weights: (K, P) of the chains.
-        gradients: (K, P) there.
-        directions: (K, P) random ones to begin with.
+        directions: (K, P) random ones to begin with, one for each chain.
         least: a curvature that the energy has at least.
 
     Attributes:
@@ -35,16 +32,21 @@ class Stiffness:
         highest: the largest met since `forget`.
     """
 
-    def __init__(
-        self, slope: Slope, weights: Tensor, gradients: Tensor, directions: Tensor, least: float
-    ) -> None:
+    def __init__(self, directions: Tensor, least: float) -> None:
         self._directions = directions / directions.norm(dim=1, keepdim=True)
         self._least = least
-        self.value = max(least, 1.0)
-        for _ in range(_FIRST):
-            met = self._met(slope, weights, gradients)
-            self.value = max(least, (self.value * met) ** 0.5)
-        self.highest = self.value
+        self.value = self.highest = max(least, 1.0)
+
+    def begin(self, slope: Slope, weights: Tensor, gradients: Tensor) -> None:
+        """Makes one of the first power iterations.
+
+        Args:
+            slope: the gradients at weights.
+            weights: (K, P) of the chains.
+            gradients: (K, P) there.
+        """
+        met = self._met(slope, weights, gradients)
+        self.value = self.highest = max(self._least, (self.value * met) ** 0.5)
 
     def look(self, slope: Slope, weights: Tensor, gradients: Tensor) -> None:
         """Makes a power iteration where the chains are now; arguments as at first."""

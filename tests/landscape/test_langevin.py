@@ -17,7 +17,7 @@ from nettrace.landscape import langevin, run
 from nettrace.landscape.chains import Chains, mean_and_error
 from nettrace.landscape.dynamics import Settings, Walkers
 from nettrace.landscape.langevin_chains import Langevin
-from nettrace.landscape.stiffness import Stiffness
+from nettrace.landscape.stiffness import FIRST, Stiffness
 from nettrace.landscape.weight_loss import WeightLoss
 
 CURVATURES = torch.logspace(0, -3, 6, dtype=torch.float64)
@@ -314,7 +314,9 @@ def test_the_largest_curvature_is_found_and_followed():
     torch.manual_seed(1)
     matrix = torch.diag(torch.tensor([100.0, 30.0, 1.0, 0.1]))
     weights = torch.zeros(2, 4)
-    found = Stiffness(lambda w: w @ matrix, weights, weights @ matrix, torch.randn(2, 4), 1.0)
+    found = Stiffness(torch.randn(2, 4), 1.0)
+    for _ in range(FIRST):
+        found.begin(lambda w: w @ matrix, weights, weights @ matrix)
     assert found.value == pytest.approx(100, rel=0.01)
     found.look(lambda w: 2 * w @ matrix, weights, weights)
     assert found.value == pytest.approx(200, rel=0.01)
