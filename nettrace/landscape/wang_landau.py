@@ -123,7 +123,8 @@ class WangLandau:
         # One more, at -1: where a move that cannot be made leads.
         self._weights = torch.full((energies + 1,), torch.inf, dtype=torch.float64)
         self.seen = torch.zeros(energies, dtype=torch.bool)
-        self._transitions = torch.zeros(energies, energies, dtype=torch.float64)
+        # NumPy's zeros take no memory where nothing is added.
+        self._transitions = torch.from_numpy(np.zeros((energies, energies)))
         self.visits, self.seconds = 0, 0.0
         self.proposed = torch.zeros(energies, dtype=torch.bool)
         self._refreshed = 0  # visits when g was last made from transitions
