@@ -57,8 +57,8 @@ def density_of_states(
         observables: what else to average over all networks of the same energy, by name: functions
             from the walkers to a number (W,) for each, such as `wrong_share`, `overlap` and
             `margin` make them.
-        error: the standard error of S(E) to stop at, for all energies that each group of walkers
-            has seen; 0.05 means numbers of states to 5 %.
+        error: the standard error of S(E) to stop at, for all energies that most groups of walkers
+            have seen; 0.05 means numbers of states to 5 %.
         walkers: W, how many networks move at once.
         windows: into how many windows energies are divided, between which walkers are exchanged:
             for ranges of hundreds; in a short one they cost more than they bring. Where networks
