@@ -282,7 +282,7 @@ def _kernel(
     try:
         name = "nettrace.kernels.flips" if device.type == "cuda" else "nettrace.landscape.compiled"
         return import_module(name).flips_, "Triton" if device.type == "cuda" else "Numba"
-    except ImportError:
+    except (ImportError, RuntimeError):  # the latter of Numba, with no folder to keep code in
         return None, "torch"
 
 

@@ -85,7 +85,7 @@ class Settings:
             raise ValueError("friction= is of underdamped dynamics, not of 'sgld': leave it out")
 
 
-class Walkers:
+class LangevinWalkers:
     """Copies of weights that move by Langevin dynamics.
 
     Args:

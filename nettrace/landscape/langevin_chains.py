@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nettrace.freeze import frozen
 from nettrace.landscape.chains import Chains, mean_and_error, require_arviz
-from nettrace.landscape.dynamics import Dynamics, Settings, Walkers
+from nettrace.landscape.dynamics import Dynamics, LangevinWalkers, Settings
 from nettrace.landscape.result import Quantity, dataset
 from nettrace.landscape.run import run
 from nettrace.landscape.stiffness import FIRST
@@ -150,7 +150,7 @@ class Langevin:
     def __init__(self, loss: WeightLoss, scale: float, settings: Settings) -> None:
         require_arviz()
         self.settings, self.scale = settings, scale
-        self.walkers = Walkers(loss, scale, settings)
+        self.walkers = LangevinWalkers(loss, scale, settings)
         self._steps, self._drawn, self._warmup = 0, 0, settings.warmup
         self._spacing = settings.spacing or 1
         if settings.spacing is None and settings.batch_size is not None:

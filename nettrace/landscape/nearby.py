@@ -183,7 +183,7 @@ class _Nearby(Walkers):
         reference = self._reference[change.layer].index_select(0, change.cell)
         before = self._walkers.levels[change.layer].view(-1).index_select(0, change.cell)
         farther = (change.level != reference).long() - (before != reference).long()
-        self._proposed = torch.where(errors <= self._errors, self.energies + farther, -1)
+        self._proposed = torch.where(errors <= self._errors, self.energies + farther.cpu(), -1)
         return self._proposed, None
 
     def accept(self, which: Tensor) -> None:

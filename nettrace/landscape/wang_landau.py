@@ -132,7 +132,6 @@ class WangLandau:
         self._origin = 0  # visits when 1 / t begins
         self._moved = 0  # since windows were exchanged
         self._entering = 0  # moves to get to the energies that are allowed
-        self._settled = False
         self._not_finite: set[str] = set()
         self.history: list[tuple[int, float, Array]] = []
         #: Which walkers share windows, one in each; and which of them are left out together.
@@ -188,7 +187,6 @@ class WangLandau:
 
     def settle(self) -> None:
         """Holds the weights, however good they are; no energies are taken up from now on."""
-        self._settled = True
         if self.stage != "multicanonical" and not self._outside and self.visits:
             self._hold()
 

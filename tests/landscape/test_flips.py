@@ -151,7 +151,7 @@ for deep, product, block in ((0, 0, 64), (0, 0, 2048), (1, 0, 2048), (1, 1, 2048
 """
 
 
-def test_the_kernel_compiles_without_spilling(tmp_path):
+def test_the_kernel_compiles_without_spilling():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

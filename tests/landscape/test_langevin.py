@@ -15,7 +15,7 @@ import nettrace as nt
 from nettrace.freeze import frozen
 from nettrace.landscape import langevin, run
 from nettrace.landscape.chains import Chains, mean_and_error
-from nettrace.landscape.dynamics import Settings, Walkers
+from nettrace.landscape.dynamics import LangevinWalkers, Settings
 from nettrace.landscape.langevin_chains import Langevin
 from nettrace.landscape.stiffness import FIRST, Stiffness
 from nettrace.landscape.weight_loss import WeightLoss
@@ -149,7 +149,7 @@ def test_gradients_of_batches_are_unbiased_and_those_of_the_probe_at_the_centre(
     model, probe = regression()
     with frozen(model):
         loss = WeightLoss(model, probe)
-        walkers = Walkers(loss, 60.0, Settings(chains=1500, batch_size=3))
+        walkers = LangevinWalkers(loss, 60.0, Settings(chains=1500, batch_size=3))
         moved = loss.point + torch.randn(loss.size)
         whole = loss.gradients(loss.point[None])[1]
         assert (walkers.slopes - 60 * whole).abs().max() < 1e-3  # the control variate
@@ -337,7 +337,7 @@ def test_its_time_is_kept_and_the_warm_up_ends_at_half_of_it(logged):
 
 def test_what_was_found_is_kept_when_it_is_stopped(monkeypatch, tmp_path, logged):
     model, probe = quadratic()
-    moves = Walkers.move
+    moves = LangevinWalkers.move
     count = iter(range(10**6))
 
     def interrupted(self):
@@ -345,7 +345,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(monkeypatch, tmp_path, logged
             raise stop
         moves(self)
 
-    monkeypatch.setattr(Walkers, "move", interrupted)
+    monkeypatch.setattr(LangevinWalkers, "move", interrupted)
     stop = KeyboardInterrupt()
     options = {"n": 1000, "chains": 3, "draws": 1000, "warmup": 20}
     found = langevin(model, probe, **options)

@@ -11,7 +11,7 @@ from torch import nn
 import nettrace as nt
 from nettrace.freeze import frozen
 from nettrace.landscape import learning_coefficient
-from nettrace.landscape.dynamics import Settings, Walkers
+from nettrace.landscape.dynamics import LangevinWalkers, Settings
 from nettrace.landscape.weight_loss import WeightLoss
 
 EULER = 0.5772156649015329
@@ -193,7 +193,7 @@ def test_copies_are_taken_together_at_a_minimum_whose_gradient_is_rounding():
     model, probe = reduced_rank(5, 4, 5, 1, seed=0)
     with frozen(model):
         loss = WeightLoss(model, probe)
-        Walkers(loss, 1e4, Settings())
+        LangevinWalkers(loss, 1e4, Settings())
     assert loss.apart == {"gradients": None}
 
 
