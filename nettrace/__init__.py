@@ -15,6 +15,7 @@ from nettrace.per_sample import LossJacobian
 from nettrace.price import TooDear
 from nettrace.probe import Probe
 from nettrace.record import Record
+from nettrace.representations import activations
 from nettrace.schedule import at, epochs, every, log_spaced, log_windows, windows, with_last
 from nettrace.store import open
 from nettrace.tracer import Tracer
@@ -41,6 +42,7 @@ __all__ = [
     "Tracer",
     "Value",
     "WeightWindow",
+    "activations",
     "analyze",
     "at",
     "certify",

@@ -94,3 +94,21 @@ def bias_corrected(whole: Tensor, without: Tensor, samples: int) -> tuple[Tensor
     pseudo = parts * whole - (parts - 1) * without
     variance = ((pseudo - corrected).square() / (parts - 1)).mean()
     return corrected, variance.sqrt()
+
+
+def leaving_out(function: Callable[[Tensor], Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """A function of pairs of samples (..., n, n), and its standard error by leaving out groups.
+
+    The error is 0 where the function is infinite.
+
+    Raises:
+        ValueError: if there are fewer than five samples.
+    """
+    count = pairs.shape[-1]
+    if count < 5:
+        raise ValueError(f"expected a probe of 5 samples or more, got {count}: take more of them")
+    kept = [part.to(pairs.device) for part in parts_of(count)]
+    without = torch.stack([function(pairs[..., some[:, None], some]) for some in kept])
+    value = function(pairs)
+    finite = without.isfinite().all(0) & value.isfinite()
+    return value, torch.where(finite, delete_one_error(without), 0.0).nan_to_num()

@@ -206,12 +206,12 @@ class Pieces:
                 continue
             # Gradients are written out one by one, and their products run at another rate.
             share = self.samples * self.outputs / (n * self._few)
-            products = self._product * columns * (n * self._few) ** 2
+            products = self.multiplication * columns * (n * self._few) ** 2
             total += share * max(0, seconds - products) + share**2 * products
         return total
 
     @cached_property
-    def _product(self) -> float:
+    def multiplication(self) -> float:
         """Seconds for a multiplication in products of long rows, where a half of all is left out.
 
         In steps, so that five eighths of all are made.
@@ -296,7 +296,7 @@ class Pieces:
     def dense_gram(self) -> float:
         """Seconds for the products of all gradients that are written out."""
         numbers = self.parameter_bytes / self.item
-        return self._product * (self.samples * self.outputs) ** 2 * numbers
+        return self.multiplication * (self.samples * self.outputs) ** 2 * numbers
 
     def touch(self, size: float) -> float:
         """Seconds for writing to memory that is new to the process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -45,6 +45,8 @@ class Probe:
             mapping, dataclass or tuple; "last", the last token of (N, T, V), wherever padding is
             not on that side; or a function from what is returned to (N, ...). By default a tensor
             itself, "logits", or the only floating tensor there is; records say which was taken.
+        layers: of which layers to look at what they make of the samples, as in
+            `nettrace.activations`, where measures ask for that.
 
     Attributes:
         cut: how many samples are those of the first of two probes that were joined, else None.
@@ -69,6 +71,7 @@ class Probe:
         likelihood: LikelihoodName | Likelihood | None = None,
         class_axis: int | None = None,
         select: Select | None = None,
+        layers: str | Sequence[str] | None = None,
     ) -> None:
         check_likelihood(likelihood)
         if select is not None and not (isinstance(select, (str, int)) or callable(select)):
@@ -105,6 +108,7 @@ class Probe:
         self.likelihood = likelihood
         self.class_axis = class_axis
         self.select = select
+        self.layers = layers
         self.cut: int | None = None
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ from nettrace.measures import (
     fisher,
     flatness,
     fluctuations,
+    geometry,
     gradients,
     hessian,
     layers,
@@ -15,6 +16,7 @@ from nettrace.measures import (
     ntk,
     preconditioned,
     schools,
+    similarity,
     spectrum,
 )
 from nettrace.measures.registry import Measure, Value, available, measure, resolve, statistics
@@ -28,6 +30,7 @@ __all__ = [
     "fisher",
     "flatness",
     "fluctuations",
+    "geometry",
     "gradients",
     "hessian",
     "layers",
@@ -39,6 +42,7 @@ __all__ = [
     "preconditioned",
     "resolve",
     "schools",
+    "similarity",
     "spectrum",
     "statistics",
 ]
