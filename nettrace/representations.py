@@ -48,11 +48,11 @@ def activations(
     Args:
         model: the network; evaluated in eval mode, and eagerly where it is compiled.
         probe: the N samples.
-        layers: names, or patterns such as "blocks.*.gelu". A name stands for all calls of that
-            layer, "act#1" for its first alone; a pattern that ends in ".*" takes modules alone. By
-            default those of `probe.layers`; else the modules of the deepest level of the network of
-            which there are no more than 32, or in a network without modules the functions that it
-            calls, at even distances.
+        layers: names, or patterns such as "blocks.*.gelu", "*" for anything with its dots. A name
+            stands for all calls of that layer, "act#1" for its first alone; a pattern of which the
+            last part is "*" takes modules alone. By default those of `probe.layers`; else the
+            modules of the deepest level of the network of which there are no more than 32, or in a
+            network without modules the functions that it calls, at even distances.
         memory_budget: bytes that they may take together.
 
     Returns:
@@ -94,19 +94,28 @@ def captured(
         for pattern in patterns:
             if not any(_matches(pattern, *call) for call in found.calls):
                 _refuse(pattern, found)
-    else:
-        frontier = _frontier(model)
-        found = _Watch(model, lambda name, *_: name in frontier, memory).called(probe)
-        if not found.kept:
-            names = [call[1] for call in found.calls if call[2] and not call[3]]
-            few = {names[i * len(names) // MOST] for i in range(MOST)} if names else set()
-            found = _Watch(model, lambda _, label, *__: label in few, memory).called(probe)
-    if not found.kept:
+        result, left_out = _by_sample(model, probe, samples, found)
+        named = {one for one in left_out if {one, one.partition("#")[0]} & set(patterns)}
+        for label in left_out if not result else sorted(named):
+            raise ValueError(
+                f"the layer {label!r}, of shape {left_out[label]}, has no axis along which the "
+                f"{samples} samples lie, or mixes them: name others by layers="
+            )
+        return result
+    frontier = _frontier(model)
+    found = _Watch(model, lambda name, *_: name in frontier, memory).called(probe)
+    result, _ = _by_sample(model, probe, samples, found)
+    if not result:
+        names = [label for _, label, function, same in found.calls if function and not same]
+        few = {names[i * len(names) // MOST] for i in range(MOST)} if names else set()
+        found = _Watch(model, lambda _, label, *__: label in few, memory).called(probe)
+        result, _ = _by_sample(model, probe, samples, found)
+    if not result:
         raise ValueError(
-            "no layer of the network gives a tensor of real or complex numbers: name functions or "
-            "modules by layers="
+            "no module or function of the network was seen to give a tensor of numbers with an "
+            "axis of samples, as within transforms such as vmap: name what does by layers="
         )
-    return _by_sample(model, probe, samples, found, patterns)
+    return result
 
 
 #: A call: the layer's name without a number, its label, whether it is a function, and whether it
@@ -284,41 +293,83 @@ _Place: TypeAlias = tuple[int, int, bool]
 
 
 def _by_sample(
-    model: nn.Module, probe: Probe, samples: int, found: _Watch, patterns: Sequence[str]
-) -> PerLayer:
-    """The activations with the samples on axis 0, of those that have such an axis."""
+    model: nn.Module, probe: Probe, samples: int, found: _Watch
+) -> tuple[PerLayer, dict[str, tuple[int, ...]]]:
+    """The activations with the samples on axis 0, and the shapes of those without such an axis.
 
-    def evaluated(probe: Probe) -> PerLayer:
+    The samples are evaluated again in two parts and another order, which shows also what mixes them
+    whatever their order is.
+    """
+
+    def evaluated(some: Probe | None) -> PerLayer:
+        assert some is not None
         wanted = found.kept
-        return _Watch(model, lambda _, label, *__: label in wanted, found.memory).called(probe).kept
+        return _Watch(model, lambda _, label, *__: label in wanted, found.memory).called(some).kept
 
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    order = order.flip(0) if samples == 2 else order
-    other = probe.take(order) if samples == len(probe) > 1 else None
-    again = {} if other is None else evaluated(other)
+    cut = (samples - 1) // 2 or 1
+    told = samples == len(probe) and probe.take(order) is not None
+    parts: list[tuple[Tensor, PerLayer]] = []
+    if samples > 1 and told:
+        try:
+            parts = [(some, evaluated(probe.take(some))) for some in (order[:cut], order[cut:])]
+        except Exception:  # a network for batches of one size
+            parts = [(order, evaluated(probe.take(order)))]
     twice: PerLayer | None = None
     result, left_out = {}, {}
     for label, tensor in found.kept.items():
-        places = _places(tensor, samples)
-        if other is None:  # samples cannot be told apart: those of the outputs are on axis 0, too
-            place = (0, 1, True) if (0, 1, True) in places else None
+        place: _Place | None = None
+        if samples == 1 or not told:  # where those of the outputs are
+            place = (0, 1, True) if tensor.shape[:1] == (samples,) else None
         else:
-            place = _following(tensor, again.get(label), places, order, 0.0)
+            place = _following(label, tensor, parts, samples, 0.0)
             if place is None:  # which may be for the noise of a network that draws at random
                 twice = evaluated(probe) if twice is None else twice
                 noise = _largest_difference(tensor, twice.get(label))
-                place = _following(tensor, again.get(label), places, order, 10 * noise)
-        if place is None:
-            left_out[label] = tuple(tensor.shape)
-        else:
+                place = _following(label, tensor, parts, samples, 10 * noise) if noise else None
+        if place is not None:
             result[label] = _rows(tensor, place, samples)
-    named = [one for one in left_out if {one, one.partition("#")[0]} & set(patterns)]
-    for label in named or (() if result else left_out):
-        raise ValueError(
-            f"the layer {label!r}, of shape {left_out[label]}, has no axis along which the "
-            f"{samples} samples lie, or mixes them: name others by layers="
-        )
-    return result
+        elif samples == 1 and told:
+            result[label] = tensor[None]
+        else:
+            left_out[label] = tuple(tensor.shape)
+    return result, left_out
+
+
+def _following(
+    label: str,
+    tensor: Tensor,
+    parts: Sequence[tuple[Tensor, PerLayer]],
+    samples: int,
+    noise: float,
+) -> _Place | None:
+    """The first place along which each part of the samples has the rows that it has in the whole.
+
+    Args:
+        label: the layer's.
+        tensor: what it makes of all samples.
+        parts: the numbers of some samples, and what layers make of these.
+        samples: how many there are.
+        noise: how far numbers may differ, beside rounding.
+    """
+    largest = float(torch.nan_to_num(tensor).abs().max()) if tensor.numel() else 0.0
+    bound = min(1e3 * torch.finfo(tensor.dtype).eps, 0.03) * largest + noise
+    for place in _places(tensor, samples):
+        rows = _rows(tensor, place, samples)
+        same = (_same(rows[k.to(rows.device)], part.get(label), place, bound) for k, part in parts)
+        if all(same):
+            return place
+    return None
+
+
+def _same(expected: Tensor, found: Tensor | None, place: _Place, bound: float) -> bool:
+    axis, each, _ = place
+    if found is None or found.dim() <= axis or found.shape[axis] != each * len(expected):
+        return False
+    rows = _rows(found, place, len(expected))
+    if rows.shape != expected.shape:
+        return False
+    return bool(((rows - expected).abs().nan_to_num(nan=0.0) <= bound).all())
 
 
 def _places(tensor: Tensor, samples: int) -> list[_Place]:
@@ -338,22 +389,6 @@ def _rows(tensor: Tensor, place: _Place, samples: int) -> Tensor:
         return tensor.movedim(axis, 0)
     apart: Tensor = tensor.unflatten(axis, (samples, each) if major else (each, samples))
     return apart.movedim(axis if major else axis + 1, 0)
-
-
-def _following(
-    tensor: Tensor, again: Tensor | None, places: list[_Place], order: Tensor, noise: float
-) -> _Place | None:
-    """The first place along which a tensor is in another order, where its samples are."""
-    if again is None or again.shape != tensor.shape:
-        return None
-    largest = float(torch.nan_to_num(tensor).abs().max()) if tensor.numel() else 0.0
-    bound = min(1e3 * torch.finfo(tensor.dtype).eps, 0.03) * largest + noise
-    for place in places:
-        one, other = (_rows(t, place, len(order)) for t in (tensor, again))
-        apart = (one[order.to(one.device)] - other).abs()
-        if bool((apart.nan_to_num(nan=0.0) <= bound).all()):
-            return place
-    return None
 
 
 def _largest_difference(one: Tensor, other: Tensor | None) -> float:

@@ -140,9 +140,9 @@ def separation(activations: PerLayer, classes: Tensor) -> Value:
         share = within.to(torch.float64) / within.sum(0)
         means = [share.T @ one[some] for one in rows.values()]
         inner = torch.stack([m.square().sum(1).mean() for m in means])
-        return ratio(
-            inner - (outer := torch.stack([m.mean(0).square().sum() for m in means])), 1 - outer
-        )
+        outer = torch.stack([m.mean(0).square().sum() for m in means])
+        apart = 1 - outer
+        return ratio(inner - outer, torch.where(apart > _ROUNDING, apart, 0.0))
 
     everything = torch.arange(len(classes), device=classes.device)
     parts = [separated(part.to(classes.device)) for part in parts_of(len(classes))]

@@ -38,7 +38,7 @@ class RepresentationStatistics(Look):
     @cached_property
     def representation_kernels(self) -> PerLayer:
         """(B, n, n) inner products of activations, centred, of B minibatches of n samples each."""
-        return {name: self._kernels(one) for name, one in self.activations.items()}
+        return {name: self._kernels(one, name) for name, one in self.activations.items()}
 
     @cached_property
     def input_kernels(self) -> Tensor:
@@ -46,20 +46,20 @@ class RepresentationStatistics(Look):
         found = [t for t in tensors(self._probe.inputs) if _counts(t, self.samples)]
         if not found:
             raise Inapplicable("the probe has no inputs of numbers with one row a sample")
-        return self._kernels(torch.cat([_flat(t).double() for t in found], 1))
+        return self._kernels(torch.cat([_flat(t).double() for t in found], 1), "inputs")
 
     @cached_property
     def target_kernels(self) -> Tensor:
         """(B, n, n) those of the targets; of classes, whether they are the same."""
         if not (self.targets.is_floating_point() or self.targets.is_complex()):
             labels = self.classes
-            return self._kernels((labels[:, None] == labels.unique()).double())
+            return self._kernels((labels[:, None] == labels.unique()).double(), "targets")
         if not _counts(self.targets, self.samples):
             raise Unavailable(
                 f"expected targets with one row for each of {self.samples} samples, got shape "
                 f"{tuple(self.targets.shape)}"
             )
-        return self._kernels(_flat(self.targets))
+        return self._kernels(_flat(self.targets), "targets")
 
     @cached_property
     def classes(self) -> Tensor:
@@ -89,11 +89,10 @@ class RepresentationStatistics(Look):
 
     @cached_property
     def _neighbours(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {name: self._nearest(one) for name, one in self.activations.items()}
+        return {name: self._nearest(_spread(a, name)) for name, a in self.activations.items()}
 
-    def _nearest(self, activations: Tensor) -> tuple[Tensor, Tensor]:
-        rows = _finite(activations).double().unique(dim=0)
-        rows = rows - rows.mean(0)
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.unique(dim=0)
         count = min(self.neighbours, len(rows) - 1)
         squares, found = rows.square().sum(1), []
         tile = max(1, self._tile // len(rows))
@@ -109,12 +108,12 @@ class RepresentationStatistics(Look):
         distances, order = distances.sort(1)
         return distances, near.gather(1, order)
 
-    def _kernels(self, rows: Tensor) -> Tensor:
+    def _kernels(self, rows: Tensor, name: str) -> Tensor:
         """(B, n, n) of rows (N, d); if n does not divide N, the last samples are left out."""
         count = -(-len(rows) // self.minibatch)
         size = len(rows) // count
         # Dealt out, as samples are often in order of their classes.
-        dealt = _finite(rows)[: size * count].double().unflatten(0, (size, count)).transpose(0, 1)
+        dealt = _spread(rows, name)[: size * count].unflatten(0, (size, count)).transpose(0, 1)
         batches: Tensor = dealt - dealt.mean(1, keepdim=True)
         return batches @ batches.mT
 
@@ -131,7 +130,12 @@ def _counts(tensor: Tensor, samples: int) -> bool:
     return numbers and tensor.dim() > 0 and len(tensor) == samples
 
 
-def _finite(rows: Tensor) -> Tensor:
+def _spread(rows: Tensor, name: str) -> Tensor:
+    """(N, d) in float64, less their mean: zeros, where what is left is rounding."""
     if not bool(rows.isfinite().all()):
-        raise ValueError("activations are not finite: the training diverges, or the probe does")
-    return rows
+        raise ValueError(f"{name!r} are not finite: the training diverges, or the probe is not")
+    precision = torch.finfo(rows.dtype).eps if rows.is_floating_point() else 0.0
+    wide = rows.double()
+    spread = wide - wide.mean(0)
+    is_rounding = spread.abs().amax() <= 8 * precision * wide.abs().amax() if rows.numel() else True
+    return torch.zeros_like(spread) if is_rounding else spread
