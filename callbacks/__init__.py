@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nettrace.callbacks.fluctuations import WeightFluctuations
     from nettrace.callbacks.hugging_face import TransformersTrace
     from nettrace.callbacks.landscape import LandscapeProbe
+    from nettrace.callbacks.representations import RepresentationGeometry
     from nettrace.callbacks.trace import (
         CollectiveVariables,
         FisherTrace,
@@ -23,6 +24,7 @@ __all__ = [
     "GradientStatistics",
     "LandscapeProbe",
     "NTKTrace",
+    "RepresentationGeometry",
     "StabilityMonitor",
     "Trace",
     "TransformersTrace",
@@ -32,6 +34,7 @@ __all__ = [
 _ELSEWHERE = {
     "Curvature": "curvature",
     "LandscapeProbe": "landscape",
+    "RepresentationGeometry": "representations",
     "StabilityMonitor": "curvature",
     "TransformersTrace": "hugging_face",
     "WeightFluctuations": "fluctuations",

@@ -66,7 +66,7 @@ class TransformersTrace(Request, TrainerCallback):
         self._due = bound(self.due, state.max_steps, each)
         try:
             tracer = Tracer(
-                self._samples_of(loader, args, kwargs["model"]),
+                self.looking(self._samples_of(loader, args, kwargs["model"])),
                 [measure.name for measure in self.measures],
                 to=self.to,
                 on_error=self.on_error,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,8 @@ class Request:
             spectra too where a Lightning logger is W&B's.
         prefix: put before every name in loggers.
         samples: how many samples a default probe takes.
+        layers: of which layers measures of representations look at the activations, as in
+            `nettrace.activations`; by default those of the probe.
         on_error: "record" notes why a measure is missing, warns once and lets the training go on;
             "raise" raises.
         max_seconds: how long one measure may take at one record, as predicted at the first; one
@@ -62,6 +64,7 @@ class Request:
         log: bool = True,
         prefix: str = "",
         samples: int = 64,
+        layers: str | Sequence[str] | None = None,
         on_error: OnError = "record",
         max_seconds: float | None = 60.0,
         budget: float | None = None,
@@ -84,6 +87,7 @@ class Request:
         self.logs = log  # Lightning gives callbacks a method `log`
         self.prefix = prefix
         self.samples = samples
+        self.layers = layers
         self.on_error = on_error
         self.max_seconds = PriceList(max_seconds).max_seconds
         self.budget = None if budget is None else check_budget(budget)
@@ -91,6 +95,14 @@ class Request:
         self.window: WeightWindow | None = None
         if any(map(reads_window, self.measures)):
             self.window = WeightWindow() if window is None else window
+
+    def looking(self, probe: Probe | Mapping[str, Probe]) -> Probe | Mapping[str, Probe]:
+        """The probes, with the layers that are asked for."""
+        if self.layers is None:
+            return probe
+        if isinstance(probe, Probe):
+            return probe.at(self.layers)
+        return {name: one.at(self.layers) for name, one in probe.items()}
 
     def explain(self, model: nn.Module) -> Explanation:
         """Predicts what the measures will cost on a network, and leaves it exactly as it was.
@@ -105,7 +117,7 @@ class Request:
             raise ValueError("the price depends on the samples: pass probe=nettrace.Probe(x, y)")
         names = [measure.name for measure in self.measures]
         options: dict[str, Any] = {"max_seconds": self.max_seconds, "budget": self.budget}
-        return Tracer(self.probe, names, **options).explain(model)
+        return Tracer(self.looking(self.probe), names, **options).explain(model)
 
 
 class Reporting(Protocol):

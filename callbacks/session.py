@@ -104,7 +104,7 @@ class Session:
                             trainer, module, callback.probe, callback.samples, self._ranks
                         )
                     tracer = Tracer(
-                        probe,
+                        callback.looking(probe),
                         names,
                         on_error=callback.on_error,
                         max_seconds=callback.max_seconds,
@@ -422,7 +422,8 @@ class Session:
 
 def _key(callback: Trace) -> object:
     """What callbacks have in common that share a tracer."""
-    return _shared(callback), callback.on_error, callback.max_seconds
+    layers = None if callback.layers is None else tuple(callback.layers)
+    return _shared(callback), layers, callback.on_error, callback.max_seconds
 
 
 def _shared(callback: Trace) -> object:

@@ -175,6 +175,12 @@ class Probe:
         twin.inputs, twin.targets = mapped(self.inputs, function), mapped(self.targets, function)
         return twin
 
+    def at(self, layers: str | Sequence[str]) -> Probe:
+        """The same probe, with other layers to look at."""
+        twin = copy.copy(self)
+        twin.layers = layers
+        return twin
+
     def to(self, device: torch.device | str) -> Probe:
         """The same probe on another device."""
         return self.map(lambda tensor: tensor.to(device))
@@ -229,7 +235,7 @@ class Probe:
         Raises:
             ValueError: if the inputs do not fit in one batch, or outputs are computed differently.
         """
-        for name in ("forward", "select"):
+        for name in ("forward", "select", "layers"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"the probes cannot be joined, they differ in {name}=: pass the same to both"
@@ -238,7 +244,12 @@ class Probe:
             raise ValueError(
                 "the probes cannot be joined: not all tensors of their inputs have one row a sample"
             )
-        both = Probe(joined(self.inputs, other.inputs), forward=self.forward, select=self.select)
+        both = Probe(
+            joined(self.inputs, other.inputs),
+            forward=self.forward,
+            select=self.select,
+            layers=self.layers,
+        )
         both.cut = len(self)
         return both
 

@@ -2,6 +2,7 @@
 
 from nettrace.measures import (
     alignment,
+    collapse,
     collective,
     fisher,
     flatness,
@@ -26,6 +27,7 @@ __all__ = [
     "Value",
     "alignment",
     "available",
+    "collapse",
     "collective",
     "fisher",
     "flatness",
