@@ -222,3 +222,56 @@ def variance_predicted(axis: Axes, data: xr.Dataset) -> None:
     axis.set(title="Variance against what theory expects")
     axis.set(xlabel=r"expected $\sigma_i^2$, each mode by itself", ylabel=r"measured $\sigma_i^2$")
     axis.legend(loc="upper left", fontsize=8.5)
+
+
+def by_layer(axis: Axes, data: xr.Dataset, name: str, colour: str, label: str) -> None:
+    """What a measure is in each layer at the first step of a trace (dashed) and at the last.
+
+    Args:
+        axis: to draw on.
+        data: a trace of the measure, of layers.
+        name: of the measure, as in the data.
+        colour: of both curves.
+        label: in the legend.
+    """
+    for row, style in ((0, "--"), (-1, "-")):
+        one = data[name][row]
+        error = data[f"{name}_standard_error"][row]
+        text = f"{label}, {'first' if row == 0 else 'last'} step"
+        axis.errorbar(
+            *(range(one.size), one, error),
+            **{"color": colour, "ls": style, "marker": "o", "ms": 3, "capsize": 2, "label": text},
+        )
+    axis.set_xticks(range(data.sizes["layer"]), data.layer.values)
+    axis.set_xlabel("layer")
+
+
+def similarity(axis: Axes, data: xr.Dataset) -> None:
+    """How similar each two layers are at the last step of a trace of geometry/cka_layers."""
+    found = data.geometry_cka_layers[-1]
+    image = axis.imshow(found, cmap="viridis", vmin=0, vmax=1)
+    axis.set_xticks(range(found.shape[0]), data.layer.values)
+    axis.set_yticks(range(found.shape[0]), data.layer.values)
+    axis.set(title=f"Similarity of layers, step {int(found.step)}")
+    axis.figure.colorbar(image, ax=axis, shrink=0.7, label="unbiased CKA")
+
+
+def collapse(axis: Axes, data: xr.Dataset) -> None:
+    """The measures of neural collapse over time, all of which it brings to 0.
+
+    Args:
+        axis: to draw on.
+        data: a trace of the measures geometry/nc1_variability and so on.
+    """
+    for name, colour, label in (
+        ("nc1_variability", BLUE, "NC1: spread within classes"),
+        ("nc2_equinorm", ORANGE, "NC2: lengths of means"),
+        ("nc2_maximal_angle", GREEN, "NC2: angles of means"),
+        ("nc3_self_duality", PURPLE, "NC3: weights against means"),
+        ("nc4_nearest_mean", GREY, "NC4: not the nearest mean"),
+    ):
+        name = f"geometry_{name}"
+        band(axis, data.assign({name: data[name].where(data[name] > 0)}), name, colour, label)
+    axis.set(title="Neural collapse", xlabel="optimizer step", ylabel="distance from collapse")
+    axis.set(yscale="log", ylim=(3e-4, 100))
+    axis.legend(fontsize=8, loc="upper right", labelspacing=0.25)

@@ -96,19 +96,29 @@ def bias_corrected(whole: Tensor, without: Tensor, samples: int) -> tuple[Tensor
     return corrected, variance.sqrt()
 
 
-def leaving_out(function: Callable[[Tensor], Tensor], pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """A function of pairs of samples (..., n, n), and its standard error by leaving out groups.
+def subsets(count: int) -> Tensor:
+    """(N, 1 + G) which samples there are: all, and those left without each of up to 16 groups.
 
-    The error is 0 where the function is infinite.
+    Functions of sums over samples or pairs of them are had for all of these at once, by products
+    with this matrix, and their errors by `error_of_subsets`.
 
     Raises:
         ValueError: if there are fewer than five samples.
     """
-    count = pairs.shape[-1]
     if count < 5:
         raise ValueError(f"expected a probe of 5 samples or more, got {count}: take more of them")
-    kept = [part.to(pairs.device) for part in parts_of(count)]
-    without = torch.stack([function(pairs[..., some[:, None], some]) for some in kept])
-    value = function(pairs)
+    found = torch.zeros(1 + min(GROUPS, count), count, dtype=torch.float64)
+    found[0] = 1
+    for row, part in zip(found[1:], parts_of(count), strict=True):
+        row[part] = 1
+    return found.T.contiguous()
+
+
+def error_of_subsets(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A value (...,) and its standard error, from its values (..., 1 + G) for `subsets`.
+
+    The error is 0 where a value is infinite.
+    """
+    value, without = values[..., 0], values[..., 1:].movedim(-1, 0)
     finite = without.isfinite().all(0) & value.isfinite()
-    return value, torch.where(finite, delete_one_error(without), 0.0).nan_to_num()
+    return value, torch.where(finite, delete_one_error(without), 0.0)

@@ -15,7 +15,6 @@ from typing import TypeAlias
 from nettrace.gradient_curvature import PARTS, PRODUCTS
 from nettrace.jackknife import GROUPS
 from nettrace.pieces import Pieces
-from nettrace.representations import MOST
 from nettrace.statistics import Statistics
 
 
@@ -420,26 +419,6 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 @prices("linearised_losses")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(of=("linearised_outputs",))
-
-
-@prices("activations")
-def _(pieces: Pieces, needs: Needs) -> Work:
-    """Two forward passes, each of about half of a backward pass."""
-    return Work(pieces.vjp, kept=pieces.one_pass, instead="name fewer by Probe(layers=...)")
-
-
-@prices("representation_kernels", "neighbour_distances", "neighbour_numbers")
-def _(pieces: Pieces, needs: Needs) -> Work:
-    """Inner products of all layers' activations, of which there are as many as bytes of a pass."""
-    size = Statistics.minibatch
-    seconds = pieces.multiplication * min(pieces.samples, size) * pieces.one_pass / pieces.item
-    kept = 8 * MOST * pieces.samples * min(pieces.samples, size)
-    return Work(seconds, kept=kept, of=("activations",), instead="take fewer samples")
-
-
-@prices("input_kernels", "target_kernels", "classes")
-def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work(kept=8 * pieces.samples * min(pieces.samples, Statistics.minibatch))
 
 
 @prices("preconditioned_trace")

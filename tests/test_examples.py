@@ -187,6 +187,14 @@ def test_variance_flatness_example(tmp_path):
     assert (tmp_path / "out" / "variance_flatness.png").stat().st_size > 30_000
 
 
+def test_representations_example(tmp_path):
+    printed = example("representations.py", tmp_path, "--steps", "60", "--out", "out")
+    changes = re.findall(r"separation of .*: ([.\d]+) \+- [.\d]+ -> ([.\d]+)", printed)
+    assert len(changes) == 2
+    assert all(float(last) > float(first) + 0.1 for first, last in changes)
+    assert (tmp_path / "out" / "representations.png").stat().st_size > 50_000
+
+
 def test_landscape_example(tmp_path):
     printed = example("landscape.py", tmp_path, "--weights", "9", "--seconds", "1", "--out", "out")
     assert re.search(r"entropies of two runs differ by [\d.]+ nats", printed)

@@ -105,7 +105,7 @@ def test_version_is_the_same_everywhere():
 
 def test_measures_are_all_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    listed = set(re.findall(r"`([a-z]+/[a-z_]+)`", readme))
+    listed = set(re.findall(r"`([a-z]+/[a-z0-9_]+)`", readme))
     own = [
         m
         for m in nettrace.measures.available()
@@ -116,6 +116,6 @@ def test_measures_are_all_in_the_readme():
 
 def test_source_files_are_few_and_short():
     files = [p for part in ("nettrace", "callbacks", "kernels") for p in sources(part)]
-    assert len(files) < 220
+    assert len(files) < 250
     long = {p.name: n for p in files if (n := len(p.read_text().splitlines())) > 500}
     assert not long

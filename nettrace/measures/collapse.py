@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nettrace.jackknife import delete_one_error, parts_of
+from nettrace.last_layer import LastLayer
 from nettrace.measures.registry import Value, measure
 
 _SOURCE = "Papyan, Han and Donoho 2020, arXiv:2008.08186"
@@ -28,12 +29,12 @@ _ROUNDING = 1e-10
 
 @measure(
     "geometry/nc1_variability",
-    needs=["features", "classes"],
+    needs=["last_layer", "classes"],
     convention="tr(S_W S_B^+) / K, with S_B the covariance of the K means of classes, S_W that of "
     f"features around them, K classes weighted alike; {_ERROR}",
     source=f"{_SOURCE}, fig. 6",
 )
-def nc1_variability(features: Tensor, classes: Tensor) -> Value:
+def nc1_variability(last_layer: LastLayer, classes: Tensor) -> Value:
     """How far features vary within classes, against how far these are apart."""
 
     def variability(seen: _Seen) -> Tensor:
@@ -42,61 +43,61 @@ def nc1_variability(features: Tensor, classes: Tensor) -> Value:
         # The pseudo-inverse of S_B = M^T M / K is K M^+ M^+^T.
         inverse = torch.linalg.pinv(seen.means, rtol=_ROUNDING)
         own = (seen.share > 0).to(seen.rows.dtype) @ (seen.share.T @ seen.rows)
-        within = ((seen.rows - own) @ inverse).square().sum(1)
+        within: Tensor = ((seen.rows - own) @ inverse).square().sum(1)
         return (seen.share.T @ within).mean()
 
-    return _of_classes(features, classes, variability)
+    return _of_classes(last_layer.features, classes, variability)
 
 
 @measure(
     "geometry/nc2_equinorm",
-    needs=["features", "classes"],
+    needs=["last_layer", "classes"],
     convention=f"std over classes of |mu_k - mu_G| over its mean; {_ERROR}",
     source=f"{_SOURCE}, fig. 2",
 )
-def nc2_equinorm(features: Tensor, classes: Tensor) -> Value:
+def nc2_equinorm(last_layer: LastLayer, classes: Tensor) -> Value:
     """How far the means of classes differ in length."""
-
     return _of_classes(
-        features, classes, lambda seen: seen.norms.std(correction=0) / seen.norms.mean()
+        last_layer.features, classes, lambda seen: seen.norms.std(correction=0) / seen.norms.mean()
     )
 
 
 @measure(
     "geometry/nc2_equiangular",
-    needs=["features", "classes"],
+    needs=["last_layer", "classes"],
     convention=f"std over pairs of classes of the cosine of mu_k - mu_G and mu_l - mu_G; {_ERROR}",
     source=f"{_SOURCE}, fig. 3",
 )
-def nc2_equiangular(features: Tensor, classes: Tensor) -> Value:
+def nc2_equiangular(last_layer: LastLayer, classes: Tensor) -> Value:
     """How far the angles between means of classes differ."""
-    return _of_classes(features, classes, lambda seen: seen.cosines.std(correction=0))
+    return _of_classes(last_layer.features, classes, lambda seen: seen.cosines.std(correction=0))
 
 
 @measure(
     "geometry/nc2_maximal_angle",
-    needs=["features", "classes"],
+    needs=["last_layer", "classes"],
     convention="mean over pairs of classes of |cosine + 1 / (K - 1)|, that of mu_k - mu_G and "
     f"mu_l - mu_G; {_ERROR}",
     source=f"{_SOURCE}, fig. 4",
 )
-def nc2_maximal_angle(features: Tensor, classes: Tensor) -> Value:
+def nc2_maximal_angle(last_layer: LastLayer, classes: Tensor) -> Value:
     """How far the angles between means of classes are from the widest possible."""
-
     widest = 1 / (len(classes.unique()) - 1 or 1)
-    return _of_classes(features, classes, lambda seen: (seen.cosines + widest).abs().mean())
+    return _of_classes(
+        last_layer.features, classes, lambda seen: (seen.cosines + widest).abs().mean()
+    )
 
 
 @measure(
     "geometry/nc3_self_duality",
-    needs=["features", "classes", "head_weight"],
+    needs=["last_layer", "classes"],
     convention="|W / |W|_F - M / |M|_F|_F^2, W the last layer's weights and M the rows mu_k - mu_G "
     f"of the classes, in [0, 4]; {_ERROR}",
     source=f"{_SOURCE}, fig. 5",
 )
-def nc3_self_duality(features: Tensor, classes: Tensor, head_weight: Tensor) -> Value:
+def nc3_self_duality(last_layer: LastLayer, classes: Tensor) -> Value:
     """How far the classifier's weights are from the means of the classes."""
-    labels = classes.unique()
+    labels, head_weight = classes.unique(), last_layer.weight.detach()
     if int(labels.max()) >= len(head_weight) or int(labels.min()) < 0:
         raise ValueError(
             f"expected classes from 0 to {len(head_weight) - 1}, one for each of the last layer's "
@@ -107,24 +108,25 @@ def nc3_self_duality(features: Tensor, classes: Tensor, head_weight: Tensor) -> 
         raise ValueError("the last layer's weights are all zero: they point nowhere")
 
     def apart(seen: _Seen) -> Tensor:
-        return (weight / weight.norm() - seen.means / seen.norms.norm()).square().sum()
+        gap: Tensor = weight / weight.norm() - seen.means / seen.norms.norm()
+        return gap.square().sum()
 
-    return _of_classes(features, classes, apart)
+    return _of_classes(last_layer.features, classes, apart)
 
 
 @measure(
     "geometry/nc4_nearest_mean",
-    needs=["features", "classes", "outputs"],
+    needs=["last_layer", "classes"],
     convention="share of samples that the network and the nearest mean of a class, of those that "
     f"the probe has, decide for different classes; {_ERROR}",
     source=f"{_SOURCE}, fig. 7",
 )
-def nc4_nearest_mean(features: Tensor, classes: Tensor, outputs: Tensor) -> Value:
+def nc4_nearest_mean(last_layer: LastLayer, classes: Tensor) -> Value:
     """How often the network does not decide for the nearest mean of a class."""
-    seen = _seen(features, classes)
+    seen = _seen(last_layer.features, classes)
     labels = classes.unique()
     nearest = labels[torch.cdist(seen.rows, seen.share.T @ seen.rows).argmin(1)]
-    return Value.mean((nearest != outputs.flatten(1).argmax(1)).double())
+    return Value.mean((nearest != last_layer.outputs.argmax(1)).double())
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class _Seen:
     @property
     def norms(self) -> Tensor:
         """(K,) of the means."""
-        norms = torch.linalg.vector_norm(self.means, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.means, dim=1)
         if not bool((norms > _ROUNDING * self.rows.abs().max()).all()):
             raise ValueError(
                 "the mean of a class is that of all classes: features do not tell it from others"
@@ -156,12 +158,11 @@ class _Seen:
         """(K (K - 1) / 2,) of the angles between the means."""
         unit = self.means / self.norms[:, None]
         one, other = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
-        return (unit[one] * unit[other]).sum(1)
+        cosines: Tensor = (unit[one] * unit[other]).sum(1)
+        return cosines
 
 
-def _of_classes(
-    features: Tensor, classes: Tensor, function: Callable[[_Seen], Tensor]
-) -> Value:
+def _of_classes(features: Tensor, classes: Tensor, function: Callable[[_Seen], Tensor]) -> Value:
     """A function of features, and its standard error, where each class has a sample to spare."""
     value = function(_seen(features, classes))
     parts = [part.to(classes.device) for part in parts_of(len(classes))]

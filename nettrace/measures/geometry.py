@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nettrace.jackknife import delete_one_error, leaving_out, parts_of
+from nettrace.jackknife import delete_one_error, error_of_subsets, parts_of, subsets
 from nettrace.measures.registry import Value, measure
 from nettrace.measures.similarity import hsic, ratio
 from nettrace.operator import PerLayer
@@ -32,12 +32,17 @@ _ROUNDING = 1e-12
 )
 def participation_ratio(representation_kernels: PerLayer) -> Value:
     """How many directions the samples' activations spread over."""
+    return _per_layer(representation_kernels, _ratio)
 
-    def raw(kernels: Tensor) -> Tensor:
-        trace = kernels.diagonal(dim1=-2, dim2=-1).sum(-1).mean(-1)
-        return ratio(trace.square(), kernels.square().sum((-2, -1)).mean(-1))
 
-    return _per_layer(representation_kernels, raw)
+def _ratio(kernels: Tensor, some: Tensor) -> Tensor:
+    """(..., S) for subsets (n, S) of the samples, of which kernels are centred anew."""
+    n, rows = some.sum(0), some * (kernels @ some)
+    total = rows.sum(-2)
+    trace = kernels.diagonal(dim1=-2, dim2=-1) @ some - total / n
+    squares = (some * (kernels.square() @ some)).sum(-2)
+    squares = squares - 2 * rows.square().sum(-2) / n + (total / n).square()
+    return ratio(trace.mean(-2).square(), squares.mean(-2))
 
 
 @measure(
@@ -54,14 +59,14 @@ def participation_ratio_corrected(representation_kernels: PerLayer) -> Value:
     return _per_layer(representation_kernels, _corrected_ratio)
 
 
-def _corrected_ratio(kernels: Tensor) -> Tensor:
-    n = kernels.shape[-1]
-    squares = kernels.diagonal(dim1=-2, dim2=-1)
+def _corrected_ratio(kernels: Tensor, some: Tensor) -> Tensor:
+    n, squares = some.sum(0), kernels.diagonal(dim1=-2, dim2=-1)
     apart = squares[..., None] + squares[..., None, :] - 2 * kernels
-    rows = apart.sum(-1)
-    disjoint = rows.sum(-1).square() - 4 * rows.square().sum(-1) + 2 * apart.square().sum((-2, -1))
+    rows = some * (apart @ some)
+    disjoint = rows.sum(-2).square() - 4 * rows.square().sum(-2)
+    disjoint = disjoint + 2 * (some * (apart.square() @ some)).sum(-2)
     trace_squared = disjoint / (4 * n * (n - 1) * (n - 2) * (n - 3))
-    return ratio(trace_squared.mean(-1), hsic(kernels, kernels), least=torch.inf)
+    return ratio(trace_squared.mean(-2), hsic(kernels, kernels, some), least=torch.inf)
 
 
 @measure(
@@ -150,6 +155,8 @@ def separation(activations: PerLayer, classes: Tensor) -> Value:
     return Value(separated(everything), error, {"layer": list(rows)})
 
 
-def _per_layer(layers: PerLayer, function: Callable[[Tensor], Tensor]) -> Value:
-    value, error = leaving_out(function, torch.stack(list(layers.values())))
+def _per_layer(layers: PerLayer, function: Callable[[Tensor, Tensor], Tensor]) -> Value:
+    kernels = torch.stack(list(layers.values()))
+    some = subsets(kernels.shape[-1]).to(kernels.device)
+    value, error = error_of_subsets(function(kernels, some))
     return Value(value, error, {"layer": list(layers)})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.jackknife import leaving_out
+from nettrace.jackknife import error_of_subsets, subsets
 from nettrace.measures.registry import Value, measure
 from nettrace.operator import PerLayer
 
@@ -33,8 +33,12 @@ _ROUNDING = 1e-12
 )
 def cka_layers(representation_kernels: PerLayer) -> Value:
     """How similar the layers' representations are to each other."""
-    value, error = leaving_out(_all_alignments, _stacked(representation_kernels))
-    names = list(representation_kernels)
+    kernels, names = _stacked(representation_kernels), list(representation_kernels)
+    some = subsets(kernels.shape[-1]).to(kernels.device)
+    found = kernels.new_zeros(len(names), len(names), some.shape[1])
+    for i, one in enumerate(kernels):
+        found[i, i:] = found[i:, i] = _alignment(one, kernels[i:], some)
+    value, error = error_of_subsets(found)
     return Value(value, error, {"layer": names, "other_layer": names})
 
 
@@ -112,18 +116,28 @@ def rsa_targets(representation_kernels: PerLayer, target_kernels: Tensor) -> Val
     return _rank_correlations(representation_kernels, target_kernels)
 
 
-def hsic(one: Tensor, other: Tensor) -> Tensor:
+def hsic(one: Tensor, other: Tensor, some: Tensor | None = None) -> Tensor:
     """The unbiased estimate HSIC_1 of the squared norm of two sets of features' covariance.
+
+    Song et al. 2012, JMLR 13, eq. 5.
 
     Args:
         one: (..., B, n, n) kernels of B minibatches of n >= 4 samples, over which is averaged.
-        other: likewise.
+        other: likewise; the two are broadcast.
+        some: (n, S) subsets of the samples, as ones and zeros; all of them by default.
 
     Returns:
-        (...,), in the kernels' units squared; Song et al. 2012, JMLR 13, eq. 5.
+        (..., S) for each of the subsets, (...,) by default, in the kernels' units squared.
     """
-    n = one.shape[-1]
-    return (_u_centred(one) * _u_centred(other)).sum((-2, -1)).mean(-1) / (n * (n - 3))
+    if some is None:
+        return hsic(one, other, one.new_ones(one.shape[-1], 1))[..., 0]
+    n = some.sum(0)
+    k, l = (_without_diagonal(kernels) for kernels in (one, other))  # noqa: E741
+    rows, others = (some * (kernels @ some) for kernels in (k, l))
+    products = (some * ((k * l) @ some)).sum(-2)
+    totals = rows.sum(-2) * others.sum(-2) / ((n - 1) * (n - 2))
+    found: Tensor = products + totals - 2 * (rows * others).sum(-2) / (n - 2)
+    return found.mean(-2) / (n * (n - 3))
 
 
 def cka(one: Tensor, other: Tensor) -> float:
@@ -137,44 +151,31 @@ def cka(one: Tensor, other: Tensor) -> float:
             f"expected two representations of the same 4 samples or more, got {len(one)} and "
             f"{len(other)}"
         )
-    kernels = [
-        (x := r.double().flatten(1) - r.double().flatten(1).mean(0)) @ x.T for r in (one, other)
-    ]
-    return float(_alignment(*(k[None] for k in kernels)))
+    rows = [r.flatten(1).double() for r in (one, other)]
+    kernels = [((r - r.mean(0)) @ (r - r.mean(0)).T)[None] for r in rows]
+    everything = kernels[0].new_ones(len(one), 1)
+    return float(_alignment(kernels[0], kernels[1], everything))
 
 
-def _u_centred(kernels: Tensor) -> Tensor:
-    """Kernels less the means of their rows and columns, as they are without the diagonal."""
-    n = kernels.shape[-1]
-    kernels = kernels - torch.diag_embed(kernels.diagonal(dim1=-2, dim2=-1))
-    rows = kernels.sum(-1, keepdim=True) / (n - 2)
-    centred = kernels - rows - rows.mT + rows.sum(-2, keepdim=True) / (n - 1)
-    return centred - torch.diag_embed(centred.diagonal(dim1=-2, dim2=-1))
+def _without_diagonal(kernels: Tensor) -> Tensor:
+    return kernels - torch.diag_embed(kernels.diagonal(dim1=-2, dim2=-1))
 
 
-def _alignment(one: Tensor, other: Tensor) -> Tensor:
-    """(...,) the CKA of kernels (..., B, n, n)."""
-    return ratio(hsic(one, other), (_power(one) * _power(other)).sqrt())
+def _alignment(one: Tensor, other: Tensor, some: Tensor) -> Tensor:
+    """(..., S) the CKA of kernels (..., B, n, n), for subsets (n, S) of the samples."""
+    return ratio(hsic(one, other, some), (_power(one, some) * _power(other, some)).sqrt())
 
 
-def _all_alignments(kernels: Tensor) -> Tensor:
-    """(L, L) the CKA of each two of (L, B, n, n)."""
-    batches, n = kernels.shape[1:3]
-    centred = _u_centred(kernels).flatten(1)
-    power = _power(kernels)
-    return ratio(centred @ centred.T / (batches * n * (n - 3)), (power[:, None] * power).sqrt())
-
-
-def _power(kernels: Tensor) -> Tensor:
+def _power(kernels: Tensor, some: Tensor) -> Tensor:
     """HSIC_1 of kernels with themselves, 0 where it is rounding or noise alone."""
-    found, n = hsic(kernels, kernels), kernels.shape[-1]
-    least = _ROUNDING * kernels.square().sum((-2, -1)).mean(-1) / n**2
-    return torch.where(found > least, found, 0.0)
+    found = hsic(kernels, kernels, some)
+    least = _ROUNDING * kernels.square().mean((-3, -2, -1))
+    return torch.where(found > least[..., None], found, 0.0)
 
 
 def _with_one(layers: PerLayer, one: Tensor) -> Value:
-    both = torch.cat([_stacked(layers), one[None]])
-    value, error = leaving_out(lambda k: _alignment(k[:-1], k[-1:]), both)
+    some = subsets(one.shape[-1]).to(one.device)
+    value, error = error_of_subsets(_alignment(_stacked(layers), one, some))
     return Value(value, error, {"layer": list(layers)})
 
 
@@ -182,8 +183,9 @@ def _with_earlier(now: PerLayer, before: PerLayer) -> Value:
     names = [name for name in now if name in before]
     if not names:
         raise ValueError("the layers of that look have other names: none can be compared")
-    both = torch.stack([torch.stack([k[name] for name in names]) for k in (now, before)])
-    value, error = leaving_out(lambda k: _alignment(k[0], k[1]), both)
+    kernels, others = (torch.stack([k[name] for name in names]) for k in (now, before))
+    some = subsets(kernels.shape[-1]).to(kernels.device)
+    value, error = error_of_subsets(_alignment(kernels, others, some))
     return Value(value, error, {"layer": names})
 
 
@@ -191,27 +193,25 @@ def _rank_correlations(layers: PerLayer, reference: Tensor) -> Value:
     from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     kernels = torch.cat([_stacked(layers), reference[None]])
-    n = kernels.shape[-1]
-    above = torch.triu_indices(n, n, 1, device=kernels.device)
+    some = subsets(n := kernels.shape[-1])
+    above = tuple(torch.triu_indices(n, n, 1))
     squares = kernels.diagonal(dim1=-2, dim2=-1)
-    apart = squares[..., None] + squares[..., None, :] - 2 * kernels
+    apart = (squares[..., None] + squares[..., None, :] - 2 * kernels).cpu()[..., *above]
     # Equal distances differ by rounding, which must not rank them.
-    apart = apart[..., above[0], above[1]]
     scale = apart.amax(-1, keepdim=True).clamp_min(torch.finfo(apart.dtype).tiny)
-    ranks = torch.from_numpy(rankdata((apart / scale).cpu().numpy().round(10), axis=-1))
+    ranks = torch.from_numpy(rankdata((apart / scale).numpy().round(10), axis=-1))
     matrices = torch.zeros(kernels.shape, dtype=torch.float64)
-    matrices[..., above[0].cpu(), above[1].cpu()] = ranks
+    matrices[..., *above] = ranks - ranks.mean(-1, keepdim=True)
+    pairs = (size := some.sum(0)) * (size - 1) / 2
 
-    def correlations(ranks: Tensor) -> Tensor:
-        m = ranks.shape[-1]
-        i, j = torch.triu_indices(m, m, 1)
-        off = ranks[..., i, j]
-        off = off - off.mean(-1, keepdim=True)
-        products = (off[:-1] * off[-1]).sum(-1).mean(-1)
-        norms = off.square().sum(-1).mean(-1)
-        return ratio(products, (norms[:-1] * norms[-1]).sqrt())
+    def covariance(one: Tensor, other: Tensor) -> Tensor:
+        """Over the pairs of each subset, and over minibatches."""
+        product, *means = ((some * (m @ some)).sum(-2) / pairs for m in (one * other, one, other))
+        return (product - means[0] * means[1]).mean(-2)
 
-    value, error = leaving_out(correlations, matrices)
+    variances = covariance(matrices, matrices)
+    products = covariance(matrices[:-1], matrices[-1])
+    value, error = error_of_subsets(ratio(products, (variances[:-1] * variances[-1]).sqrt()))
     return Value(value, error, {"layer": list(layers)})
 
 

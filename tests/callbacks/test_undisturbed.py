@@ -25,6 +25,7 @@ from nettrace.callbacks import (
     FisherTrace,
     GradientStatistics,
     NTKTrace,
+    RepresentationGeometry,
     Trace,
 )
 
@@ -77,7 +78,8 @@ def test_training_is_bitwise_the_same_with_callbacks(
     own = nt.Probe(samples.inputs, samples.targets)
     given = {"given": own, "several": {"one": own, "two": own}}.get(probe)
     options = {"every": 1, "to": tmp_path / "trace", "log": True, "probe": given}
-    callbacks = [kind(**options) for kind in (NTKTrace, FisherTrace, CollectiveVariables, Trace)]
+    kinds = (NTKTrace, FisherTrace, CollectiveVariables, RepresentationGeometry, Trace)
+    callbacks = [kind(**options) for kind in kinds]
     optimizer_sees = {**options, "every": range(1, 100)}
     callbacks += [Trace("weights", **options), Trace("ntk/preconditioned_trace", **optimizer_sees)]
     callbacks += [GradientStatistics(every=1, to=tmp_path / "trace")]
