@@ -27,6 +27,7 @@ from nettrace.differentiate import parse_bytes
 from nettrace.freeze import frozen
 from nettrace.operator import OverBudgetError, PerLayer
 from nettrace.probe import Probe
+from nettrace.unwrapped import plain_model
 
 #: How many layers are taken at most where none are named.
 MOST = 32
@@ -51,8 +52,9 @@ def activations(
         layers: names, or patterns such as "blocks.*.gelu", "*" for anything with its dots. A name
             stands for all calls of that layer, "act#1" for its first alone; a pattern of which the
             last part is "*" takes modules alone. By default those of `probe.layers`; else the
-            modules of the deepest level of the network of which there are no more than 32, or in a
-            network without modules the functions that it calls, at even distances.
+            modules of the deepest level of the network of which there are no more than 32, but for
+            those that give what they are given, or in a network without modules the functions that
+            it calls, at even distances.
         memory_budget: bytes that they may take together.
 
     Returns:
@@ -74,6 +76,7 @@ def activations(
         >>> list(nt.activations(model, probe, ["1.tanh", "2*"]))
         ['1.tanh', '2']
     """
+    model = plain_model(model)
     with frozen(model):
         samples = len(probe.look(model))
         return captured(model, probe, samples, layers, parse_bytes(memory_budget))
@@ -103,7 +106,8 @@ def captured(
             )
         return result
     frontier = _frontier(model)
-    found = _Watch(model, lambda name, *_: name in frontier, memory).called(probe)
+    found = _Watch(model, lambda name, _, __, same: name in frontier and not same, memory)
+    found.called(probe)
     result, _ = _by_sample(model, probe, samples, found)
     if not result:
         names = [label for _, label, function, same in found.calls if function and not same]

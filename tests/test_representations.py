@@ -169,6 +169,8 @@ def test_the_default_is_few_layers():
     found = nt.activations(deep, nt.Probe(torch.randn(N, 4)))
     assert list(found) == [str(i) for i in range(MOST)]
     assert "0.0" in nt.activations(deep[:3], nt.Probe(torch.randn(N, 4)))
+    idle = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.ReLU(inplace=True), nn.Flatten())
+    assert list(nt.activations(idle, nt.Probe(torch.randn(N, 4)))) == ["0", "2"]
 
     class Long(nn.Module):
         def forward(self, x):
