@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import nettrace.price_of_layers  # noqa: F401, which adds its rules
+import nettrace.price_of_layers
 import nettrace.price_of_windows  # noqa: F401, likewise
 from nettrace.freeze import frozen
 from nettrace.measures import Measure
