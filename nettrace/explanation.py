@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import nettrace.price_of_windows  # noqa: F401, which adds its rules
+import nettrace.price_of_nodes
+import nettrace.price_of_windows  # noqa: F401
 from nettrace.freeze import frozen
 from nettrace.measures import Measure
 from nettrace.pieces import Pieces, clock

@@ -9,8 +9,9 @@ all weights that write to node j, and over all that read it,
 
     s_in(j) = sum |w|^2,   s_out(j) = sum |w'|^2,   pi_j = s_in(j) s_out(j),   p_j = pi_j / sum pi
 
-the path strength pi does not change if the weights before a ReLU are multiplied by a > 0 and those
-behind it divided by a, as s_in and s_out do. Nothing changes but by order if nodes are permuted.
+the path strength of a node does not change if the weights before its ReLU are multiplied by a > 0
+and those behind it divided by a, as s_in and s_out do; those of nodes in neighbouring layers may.
+The loads of "focus/path_focusing" change nowhere. Permuted nodes have permuted strengths.
 
 - Dense networks: nodes are hidden units; s_in sums a row of the weight before them, s_out a column
   of the one behind, biases not counted.
@@ -216,7 +217,7 @@ def alternation_p_weights(strengths: PerLayer, shuffled: PerLayer) -> Value:
 def _tail(null: Tensor, count: int, of: int) -> Value:
     spread = float(null.std(correction=0))
     told = {"null_mean": float(null.mean()), "null_deviation": spread, "draws": len(null)}
-    return Value(torch.tensor(count / of).double(), attributes=told)
+    return Value(torch.tensor(count / of, dtype=torch.float64), attributes=told)
 
 
 def _labels(strengths: PerLayer) -> dict[str, list[str]]:
@@ -256,7 +257,7 @@ def _several(phi: Tensor) -> Tensor:
 
 def _autocorrelation(phi: Tensor) -> Tensor:
     """(...) that of lag 1 of rows (..., L) about a straight line, 0 where all are on it."""
-    place = torch.linspace(-1, 1, phi.shape[-1]).double()
+    place = torch.linspace(-1, 1, phi.shape[-1], dtype=torch.float64)
     centred = phi - phi.mean(-1, keepdim=True)
     slope = (centred @ place / place.square().sum()).unsqueeze(-1)
     apart = centred - slope * place
