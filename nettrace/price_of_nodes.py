@@ -10,7 +10,9 @@ from nettrace.statistics import Statistics
 @prices("nodes")
 def _(pieces: Pieces, needs: Needs) -> Work:
     """Forward passes on a few samples in float64; to try groups of units, two for each of them."""
-    seconds = (4 + pieces.layers) * pieces.vjp * min(1, 8 / pieces.samples)
+    forward = 2 * pieces.vjp * min(1, 8 / pieces.samples)
+    overhead = 1e-3 + 1e-4 * pieces.layers  # of calling operations one by one
+    seconds = (4 + pieces.layers) * (forward + overhead)
     wide = 8 * pieces.parameter_bytes / pieces.item
     return Work(seconds, kept=wide, whole=2 * wide)
 

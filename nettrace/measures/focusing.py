@@ -49,7 +49,7 @@ from torch import Tensor
 from nettrace.estimators import generator
 from nettrace.measures.registry import Value, measure
 from nettrace.operator import PerLayer
-from nettrace.statistics import Inapplicable
+from nettrace.statistics import Inapplicable, Statistics
 
 if TYPE_CHECKING:
     from nettrace.landscape.nodes import Nodes
@@ -67,8 +67,6 @@ _R = (
 MOST_ENUMERATED = 8
 #: In how many orders, drawn at random, others are put.
 ORDERS = 9_999
-#: The least number of layers that can alternate.
-LEAST = 4
 #: Autocorrelations and deviations that differ by less are taken for equal.
 _ROUNDING = 1e-9
 
@@ -208,7 +206,12 @@ def alternation_p_layers(strengths: PerLayer) -> Value:
     grouped=False,
 )
 def alternation_p_weights(strengths: PerLayer, shuffled: PerLayer) -> Value:
-    """How likely layers alternate as much if the numbers of each weight are shuffled."""
+    """How likely layers alternate as much if the numbers of each weight are shuffled.
+
+    Kinds and widths of layers stay as they are, and what shuffling takes away is focusing itself.
+    So where one layer stands out, this can be small although layers do not alternate: the value of
+    focus/alternation is to be held against `null_mean` as well.
+    """
     given = _autocorrelation(_several(_phi(strengths)))
     null = _autocorrelation(_phi(shuffled).mT)
     return _tail(null, 1 + int((null <= given + _ROUNDING).sum()), 1 + len(null))
@@ -250,8 +253,8 @@ def _phi(strengths: PerLayer) -> Tensor:
 
 
 def _several(phi: Tensor) -> Tensor:
-    if len(phi) < LEAST:
-        raise Inapplicable(f"{len(phi)} layers of nodes are too few to alternate: {LEAST} can")
+    if len(phi) < Statistics.alternating:
+        raise Inapplicable("there are too few layers of nodes to alternate")
     return phi
 
 

@@ -21,6 +21,8 @@ class NodeStatistics(KernelStatistics):
 
     #: How often weights are shuffled.
     shuffles = 200
+    #: The least number of layers that can alternate.
+    alternating = 4
 
     @cached_property
     def nodes(self) -> Nodes:
@@ -44,6 +46,8 @@ class NodeStatistics(KernelStatistics):
     @cached_property
     def shuffled_strengths(self) -> PerLayer:
         """(K, 2, n) the same if the numbers of each weight were shuffled, drawn K times."""
+        if len(self.nodes.sizes) < self.alternating:
+            raise Inapplicable("there are too few layers of nodes to alternate")
         draws = generator(self._seed, "shuffled weights")
         found = [self.nodes.shuffled(draws) for _ in range(self.shuffles)]
         return {name: torch.stack([one[name] for one in found]) for name in self.nodes.sizes}
