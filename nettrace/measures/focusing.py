@@ -22,17 +22,24 @@ The loads of "focus/path_focusing" change nowhere. Permuted nodes have permuted 
 - Attention: heads are a layer of nodes, written to by the weights of queries, keys and values and
   read by that of the output. Features within heads, alike in all heads, are another, where
   queries, keys and values are of one parameter; else those of the values, for nothing reads those
-  of queries and keys but each other.
+  of queries and keys but each other. Where several queries share keys, the heads of the keys are a
+  layer, and the queries within one another.
 - Residual streams: the features of a stream are one layer of nodes, however many blocks there are;
   all that adds to the stream writes to them, an embedding of tokens by all of its rows, and all
   that takes from it reads them. The units within each block are layers of their own.
 
 A weight is what is contracted with activations, as it is then: after weight normalisation or the
-like, frozen or not, complex ones by their magnitudes. Biases, embeddings of positions, and scales
-of norms are none. A parameter counts once in each of its roles, however often it is called: where
-input and output embeddings are tied, it writes and reads. Groups of units that weights only write
-to, or only read, as learned queries, are no layers, and are named in the attribute `left_out`.
-Layers are in the order in which the forward pass reaches them.
+like, frozen or not, complex ones by their magnitudes. Biases, scales of norms, and embeddings of
+positions that do not depend on data are none. A parameter counts once in each of its roles, however
+often it is called: where input and output embeddings are tied, it writes and reads. Groups of units
+that weights only write to, or only read, as learned queries, are no layers, and are named in the
+attribute `left_out`. Layers are in the order in which the forward pass reaches them.
+
+The load of a node is the sum over all paths from inputs to outputs through it of the products of
+the |w| on the way: of a chain of dense layers, (|W_l| ... |W_1| 1)_j (1 |W_L| ... |W_{l+1}|)_j. See
+`nettrace.landscape.nodes.Nodes.loads` for what else there may be on the way. Where activations are
+joined side by side or cut apart between weights, as queries, keys and values of one parameter are,
+there is none, and the error says where.
 
 Of a layer of which all path strengths are zero, each node counts as much as any other.
 """
