@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nettrace.callbacks.curvature import Curvature, StabilityMonitor
     from nettrace.callbacks.fluctuations import WeightFluctuations
+    from nettrace.callbacks.focusing import Focusing
     from nettrace.callbacks.hugging_face import TransformersTrace
     from nettrace.callbacks.landscape import LandscapeProbe
     from nettrace.callbacks.representations import RepresentationGeometry
@@ -21,6 +22,7 @@ __all__ = [
     "CollectiveVariables",
     "Curvature",
     "FisherTrace",
+    "Focusing",
     "GradientStatistics",
     "LandscapeProbe",
     "NTKTrace",
@@ -33,6 +35,7 @@ __all__ = [
 #: Where those are that are not in `trace`.
 _ELSEWHERE = {
     "Curvature": "curvature",
+    "Focusing": "focusing",
     "LandscapeProbe": "landscape",
     "RepresentationGeometry": "representations",
     "StabilityMonitor": "curvature",

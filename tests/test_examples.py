@@ -201,6 +201,14 @@ def test_landscape_example(tmp_path):
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 30_000
 
 
+def test_focusing_example(tmp_path):
+    arguments = ("--depths", "4", "--seeds", "2", "--steps", "60", "--out", "out")
+    printed = example("focusing.py", tmp_path, *arguments)
+    assert len(re.findall(r"^ +4  (?:He|half|equal) +(?:SGD|Adam)", printed, re.M)) == 6
+    assert re.search(r"alternate more than chance \(lowest p of 12: .*\), in 12 networks", printed)
+    assert (tmp_path / "out" / "focusing.png").stat().st_size > 30_000
+
+
 @pytest.mark.slow
 def test_variance_flatness_example_in_full(tmp_path):
     """The longer the window, the smaller the exponent."""

@@ -109,6 +109,10 @@ class Follower(TorchDispatchMode):
         found: Axes = self._known[tensor]
         return found
 
+    def end(self, outputs: Tensor) -> None:
+        """Fixes the order of outputs."""
+        fix(*self.of(outputs))
+
     def unknown(self) -> list[str]:
         """Operations that saw units, and of which it is not known what they do with them."""
         units = {factor for several in self.axes.values() for factor in factors(several)}

@@ -8,24 +8,26 @@ same by chance, as where units are dead or branches begin with zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nettrace.estimators import generator
 from nettrace.freeze import random_streams
-from nettrace.landscape.axes import Factor, factors, fix, leaves
+from nettrace.landscape.axes import Axes, Factor, factors, fix, leaves
 from nettrace.landscape.followed import Follower
 from nettrace.landscape.weight_loss import plain_attention
 from nettrace.probe import Probe
 from nettrace.smooth import called, widened, widened_state
 
+F = TypeVar("F", bound=Follower)
 #: How far around the network's weights, of their size.
 _AROUND = 0.3
 #: On how many samples groups are found and tried.
-_FEW = 8
+FEW = 8
 
 
 class Outputs:
@@ -79,11 +81,15 @@ class Outputs:
 
     def follow(self, state: Mapping[str, Tensor], *, keep: bool = False) -> Follower:
         """The axes of a state's tensors and, if they are kept, of activations."""
+        return self.followed(state, lambda leaves: Follower(leaves, keep))
+
+    def followed(self, state: Mapping[str, Tensor], by: Callable[[Mapping[str, Tensor]], F]) -> F:
+        """What follows a forward pass, made of the state's tensors, when it has."""
         leaves = self._leaves(state)
-        followed = Follower(leaves, keep)
-        with followed:
-            fix(*followed.of(self._with(leaves)))
-        return followed
+        follower = by(leaves)
+        with follower:
+            follower.end(self._with(leaves))
+        return follower
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class Symmetries:
     """
 
     def __init__(self, model: nn.Module, probe: Probe, seed: int) -> None:
-        few = probe.take(slice(0, _FEW)) if len(probe) > _FEW else None
+        few = probe.take(slice(0, FEW)) if len(probe) > FEW else None
         self.outputs = Outputs(model, few or probe)
         state = self.outputs.own
         followed = self.outputs.follow(state)
@@ -135,7 +141,7 @@ class Symmetries:
         self.tolerance = followed.epsilon**0.5
         self.groups: list[Group] = []
         around = _around(state, {n for n, _ in model.named_buffers()}, seed)
-        for group in self._proposed():
+        for group in proposed(self.axes):
             order = torch.randperm(group.size, generator=generator(seed, group.name)).roll(1)
             if torch.equal(order, torch.arange(group.size)):
                 order = order.roll(1)
@@ -174,21 +180,22 @@ class Symmetries:
                 found[name] = tensor.reshape(state[name].shape)
         return found
 
-    def _proposed(self) -> Iterator[Group]:
-        """A group for each factor that is free, with where it is."""
-        places: dict[Factor, dict[str, list[int]]] = {}
-        names: dict[Factor, str] = {}
-        for name, several in self.axes.items():
-            for number, axis in enumerate(several):
-                within = leaves(axis)
-                for place, leaf in enumerate(within):
-                    place_said = f"/{place}" if len(within) > 1 else ""
-                    names.setdefault(leaf, f"{name}[{number}{place_said}]")
-            for dim, leaf in enumerate(factors(several)):
-                places.setdefault(leaf, {}).setdefault(name, []).append(dim)
-        for leaf, found in places.items():
-            if not leaf.fixed:
-                yield Group(names[leaf], leaf.size, found)
+
+def proposed(axes: Mapping[str, Axes]) -> Iterator[Group]:
+    """A group for each factor of tensors' axes that is free, with where it is."""
+    places: dict[Factor, dict[str, list[int]]] = {}
+    names: dict[Factor, str] = {}
+    for name, several in axes.items():
+        for number, axis in enumerate(several):
+            within = leaves(axis)
+            for place, leaf in enumerate(within):
+                place_said = f"/{place}" if len(within) > 1 else ""
+                names.setdefault(leaf, f"{name}[{number}{place_said}]")
+        for dim, leaf in enumerate(factors(several)):
+            places.setdefault(leaf, {}).setdefault(name, []).append(dim)
+    for leaf, found in places.items():
+        if not leaf.fixed:
+            yield Group(names[leaf], leaf.size, found)
 
 
 def _around(state: Mapping[str, Tensor], buffers: set[str], seed: int) -> dict[str, Tensor]:

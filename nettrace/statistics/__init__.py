@@ -6,13 +6,20 @@ or raw arrays: measures divide, and say by what.
 
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
+from nettrace.statistics.nodes import NodeStatistics
 from nettrace.statistics.representations import RepresentationStatistics
 from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
 from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(WindowStatistics, StabilityStatistics, MotionStatistics, RepresentationStatistics):
+class Statistics(
+    WindowStatistics,
+    StabilityStatistics,
+    MotionStatistics,
+    NodeStatistics,
+    RepresentationStatistics,
+):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -82,7 +82,7 @@ class Look:
         "hessian_operator hessian_top hessian_leading hessian_bottom hessian_lowest "
         "hessian_layer_tops hessian_density hessian_estimates hessian_diagonal mean_gradient "
         "wide_loss stability_operator stability_top stability_threshold learning_rates weights "
-        "step".split()
+        "step nodes node_strengths shuffled_strengths node_loads".split()
     )
 
     def __init__(
