@@ -187,6 +187,7 @@ def test_variance_flatness_example(tmp_path):
     assert (tmp_path / "out" / "variance_flatness.png").stat().st_size > 30_000
 
 
+@pytest.mark.slow
 def test_representations_example(tmp_path):
     printed = example("representations.py", tmp_path, "--steps", "60", "--out", "out")
     changes = re.findall(r"separation of .*: ([.\d]+) \+- [.\d]+ -> ([.\d]+)", printed)
@@ -201,6 +202,7 @@ def test_landscape_example(tmp_path):
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 30_000
 
 
+@pytest.mark.slow
 def test_focusing_example(tmp_path):
     arguments = ("--depths", "4", "--seeds", "2", "--steps", "60", "--out", "out")
     printed = example("focusing.py", tmp_path, *arguments)
