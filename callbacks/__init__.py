@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         NTKTrace,
         Trace,
     )
+    from nettrace.callbacks.uncertainty import LastLayerUncertainty
 
 __all__ = [
     "CollectiveVariables",
@@ -22,6 +23,7 @@ __all__ = [
     "FisherTrace",
     "GradientStatistics",
     "LandscapeProbe",
+    "LastLayerUncertainty",
     "NTKTrace",
     "StabilityMonitor",
     "Trace",
@@ -32,6 +34,7 @@ __all__ = [
 _ELSEWHERE = {
     "Curvature": "curvature",
     "LandscapeProbe": "landscape",
+    "LastLayerUncertainty": "uncertainty",
     "StabilityMonitor": "curvature",
     "TransformersTrace": "hugging_face",
     "WeightFluctuations": "fluctuations",

@@ -308,6 +308,24 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work()  # known, or found with the eigenvalue or the operator
 
 
+@prices("last_layer")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """A forward pass without a tape."""
+    size = pieces.samples * pieces.item
+    return Work(pieces.vjp, kept=size * (pieces.head_width + pieces.outputs))
+
+
+@prices("cross_fitted")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """For two halves, eigenvectors of a covariance, and about 700 trials of alpha and ridge."""
+    width = pieces.head_width
+    numbers = pieces.samples * (width + pieces.outputs)
+    seconds = 4 * pieces.eigenvalues(width) + 700 * (1e-4 + 1e-9 * numbers)
+    kept = 8 * 4 * pieces.samples * pieces.outputs
+    whole = 8 * (3 * width**2 + 2 * numbers)
+    return Work(seconds, kept=kept, whole=whole, of=("last_layer",))
+
+
 @prices("_kernel")
 def _(pieces: Pieces, needs: Needs) -> Work:
     """The Gram matrix, or else the blocks, of all layers."""

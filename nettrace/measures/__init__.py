@@ -16,6 +16,7 @@ from nettrace.measures import (
     preconditioned,
     schools,
     spectrum,
+    uncertainty,
 )
 from nettrace.measures.registry import Measure, Value, available, measure, resolve, statistics
 
@@ -41,4 +42,5 @@ __all__ = [
     "schools",
     "spectrum",
     "statistics",
+    "uncertainty",
 ]

@@ -8,10 +8,11 @@ from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.motion import MotionStatistics
 from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
+from nettrace.statistics.uncertainty import UncertaintyStatistics
 from nettrace.statistics.window import WindowStatistics
 
 
-class Statistics(WindowStatistics, StabilityStatistics, MotionStatistics):
+class Statistics(WindowStatistics, StabilityStatistics, MotionStatistics, UncertaintyStatistics):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 
 

@@ -218,7 +218,7 @@ def _of_classes(
         if alpha is None:
             spread = _least(partial(at, best), [spread])
         if ridge is None:
-            best = _least(partial(at, spread=spread), [best])
+            best = _least(partial(_turned, at, spread), [best])
     chosen = scale * 10**best if ridge is None else ridge
     doubts = list(_at_the_end(best)) if ridge is None else []
     if alpha is None:
@@ -229,6 +229,10 @@ def _of_classes(
                 "probabilities are those of a plain softmax"
             )
     return Calibrated(chosen, wide(alpha).reshape(-1).expand(classes).clone(), tuple(doubts))
+
+
+def _turned(at: Callable[[float, float], float], spread: float, exponent: float) -> float:
+    return at(exponent, spread)
 
 
 def _least(at: Callable[[float], float], grid: Sequence[float]) -> float:
