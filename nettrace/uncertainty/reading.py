@@ -180,10 +180,11 @@ def targets_of(layer: LastLayer, targets: Tensor, likelihood: Likelihood) -> Ten
             )
         return layer.by_position(targets.reshape(layer.outputs.shape)).flatten(0, -2)
     found, classes = targets.reshape(-1), len(layer.weight)
-    if found.is_floating_point() or found.numel() != layer.features.shape[:-1].numel():
+    expected = layer.outputs.movedim(likelihood.axis, -1).shape[:-1]
+    if found.is_floating_point() or targets.shape != expected:
         raise ValueError(
-            f"expected a class for each of {tuple(layer.features.shape[:-1])} positions, got "
-            f"{targets.dtype} targets of shape {tuple(targets.shape)}"
+            f"expected classes of shape {tuple(expected)}, got {targets.dtype} targets of shape "
+            f"{tuple(targets.shape)}"
         )
     wrong = found[((found < 0) | (found >= classes)) & (found != IGNORED)]
     if len(wrong):
