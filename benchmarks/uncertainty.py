@@ -5,7 +5,8 @@
 Plain forward passes, in eval mode and without gradients, take turns with calls of the uncertainties
 on the same batch, and medians are compared. Networks are a ResNet-18 as torchvision builds it, on
 32 images of 224 x 224 pixels, and that of `examples/digits.py`. The table goes to
-`benchmarks/results/uncertainty.md`.
+`benchmarks/results/uncertainty.md`, with how far variances are from laplace-torch's, where that is
+installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,44 @@ def row(name: str, model: nn.Module, x: Tensor, repeats: int) -> str:
     )
 
 
+def beside_laplace() -> str:
+    """How far variances are from those of laplace-torch's last-layer posterior, at its prior.
+
+    Its posterior precision of a last layer's weights is H / sigma^2 + prior_precision, H the sum of
+    J^T J over samples, so that alpha = sigma and ridge = sigma sqrt(prior_precision).
+    """
+    try:
+        from laplace import Laplace
+    except ImportError:
+        return "laplace-torch was not installed, and is not compared with."
+    sigma, precision = 0.25, 2.5
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)  # in which else a part of their Hessian is not
+    net = nn.Sequential(nn.Linear(4, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    x, y = torch.randn(200, 4).double(), torch.randn(200, 3).double()
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=50)
+    theirs = Laplace(
+        net,
+        "regression",
+        subset_of_weights="last_layer",
+        hessian_structure="full",
+        sigma_noise=sigma,
+        prior_precision=precision,
+    )
+    theirs.fit(batches)
+    new = torch.randn(40, 4).double()
+    _, covariance = theirs(new)
+    ours = nt.uncertainty.fit(net, batches, alpha=sigma, ridge=sigma * precision**0.5)(new)
+    expected = covariance.diagonal(dim1=1, dim2=2)
+    off = float((ours.variance / expected - 1).abs().max())
+    torch.set_default_dtype(torch.float32)
+    return (
+        f"Variances of a two-layer network's three outputs are those of laplace-torch "
+        f"{version('laplace-torch')} (regression, last_layer, full; alpha = sigma_noise, ridge = "
+        f"sigma_noise sqrt(prior_precision)) but for {off:.1e} of them, in float64."
+    )
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--repeats", type=int, default=40)
@@ -101,13 +141,15 @@ def main() -> None:
         ("demo, 8 x 8", demo(), torch.randn(360, 1, 8, 8), 25 * repeats),
     ]
     rows = [row(*case) for case in cases]
-    print(HEAD, *rows, sep="\n")
+    compared = beside_laplace()
+    print(HEAD, *rows, compared, sep="\n")
     told = [
         "# Cost of predictions with uncertainties",
         f"`python benchmarks/uncertainty.py`; Python {platform.python_version()}, torch "
         f"{torch.__version__}; one thread of a shared machine, medians of {repeats} forward passes "
         f"(of the demo, {25 * repeats}), with and without in turn.",
         "\n".join([HEAD, *rows]),
+        compared,
     ]
     RESULTS.write_text("\n\n".join(told) + "\n")
 

@@ -100,7 +100,8 @@ def test_checkpoints_hold_it(namespace: str, tmp_path: Path) -> None:
 
     # A training that goes on has none until it ends.
     later = LastLayerUncertainty(on_error="raise")
-    training.fit([later], model, ckpt_path=tmp_path / "after.ckpt", max_steps=6, **options)
+    options = {"namespace": namespace, "max_steps": 6}
+    training.fit([later], model, ckpt_path=tmp_path / "after.ckpt", **options)
     assert later.uncertainties is not None
     assert later.uncertainties.head.digest != found.head.digest
 
