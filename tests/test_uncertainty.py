@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from nettrace.uncertainty import Covariance, fit, load
+from nettrace.uncertainty import Covariance, fit, load, reading
 from nettrace.uncertainty.calibration import Leverages
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -333,6 +333,16 @@ def test_batches_of_all_kinds() -> None:
         assert fit(net, batches).ridge == pytest.approx(expected.ridge, rel=1e-9)
 
 
+@pytest.mark.parametrize(("most", "kept"), [(2000, 100), (1, 1)])
+def test_of_many_samples_some_are_kept_to_calibrate_on(
+    most: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, train, held_out = regression()
+    monkeypatch.setattr(reading, "MOST", most)
+    found = fit(net, train, held_out)
+    assert (found.covariance.count, found.calibrated_on) == (200, kept)
+
+
 def test_ignored_classes_are_left_out() -> None:
     net = nn.Linear(3, 4).double()
     x, y = torch.randn(30, 5, 3).double(), torch.randint(0, 4, (30, 5))
@@ -501,6 +511,8 @@ def test_bad_arguments() -> None:
         fit(net, train, objective="ssl")
     with pytest.raises(ValueError, match="a ridge of at least 0, got -1"):
         fit(net, train, ridge=-1)
+    with pytest.raises(TypeError, match="ridge= to be a number, got 'auto'"):
+        fit(net, train, ridge="auto")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="alpha above 0, got 0"):
         fit(net, train, alpha=0)
     with pytest.raises(ValueError, match="one for each of 4 outputs, got 3"):

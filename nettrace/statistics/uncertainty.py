@@ -11,7 +11,7 @@ from torch import Tensor
 from nettrace.estimators import generator
 from nettrace.last_layer import LastLayer, last_layer
 from nettrace.likelihood import Categorical, Gaussian
-from nettrace.statistics.look import Inapplicable, Look
+from nettrace.statistics.look import Inapplicable, Look, Unavailable
 from nettrace.uncertainty.calibration import Leverages, Rows, calibrated, probit
 from nettrace.uncertainty.covariance import Covariance, wide
 from nettrace.uncertainty.fitted import with_ones
@@ -66,7 +66,9 @@ class UncertaintyStatistics(Look):
             raise ValueError(f"expected a class at each position, got some of {int(targets.min())}")
         n, c = self.samples, len(layer.weight)
         if n < 4:
-            raise ValueError(f"two halves to fit and judge take at least 4 samples, got {n}")
+            raise Unavailable(
+                f"two halves, to fit and to judge by, take a probe of at least 4 samples, got {n}"
+            )
         features = wide(with_ones(layer)).reshape(n, -1, with_ones(layer).shape[-1])
         outputs = wide(layer.by_position(layer.outputs)).reshape(n, -1, c)
         targets = targets.reshape(n, -1) if classes else wide(targets).reshape(n, -1, c)

@@ -87,9 +87,13 @@ def fit(
         _check(calibration, "calibration")
     if objective not in ("nll", "ssl"):
         raise ValueError(f"expected objective to be 'nll' or 'ssl', got {objective!r}")
+    for name, value in (("ridge", ridge), ("alpha", alpha)):
+        numbers = (int, float, Tensor) if name == "alpha" else (int, float)
+        if value is not None and not isinstance(value, numbers):
+            raise TypeError(f"expected {name}= to be a number, got {value!r}")
     if ridge is not None and not (ridge >= 0 and math.isfinite(ridge)):
         raise ValueError(f"expected a ridge of at least 0, got {ridge}")
-    given = None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64)
+    given = None if alpha is None else torch.as_tensor(alpha, dtype=torch.float64).detach()
     if given is not None and not bool((given > 0).all() & given.isfinite().all()):
         raise ValueError(f"expected alpha above 0, got {alpha}")
 

@@ -86,10 +86,8 @@ class Reader:
             covariance = new if covariance is None else covariance + new
             if keeping and with_targets:
                 parts.append(rows.every(step))
-                while sum(p.features.numel() + p.outputs.numel() for p in parts) > MOST:
-                    step, parts = 2 * step, [p.every(2) for p in parts]
-                    if all(len(p.targets) == 1 for p in parts):
-                        parts = parts[::2]
+                while _numbers(parts) > MOST and sum(len(p.targets) for p in parts) > 1:
+                    step, parts = 2 * step, [_joined(parts).every(2)]
         if covariance is None or covariance.count == 0:
             raise ValueError(
                 f"{what}= is empty: expected batches of samples; an iterator that was read before "
@@ -193,6 +191,10 @@ def targets_of(layer: LastLayer, targets: Tensor, likelihood: Likelihood) -> Ten
             f"{int(wrong[0])}"
         )
     return found.long()
+
+
+def _numbers(parts: list[Rows]) -> int:
+    return sum(p.features.numel() + p.outputs.numel() for p in parts)
 
 
 def _joined(parts: list[Rows]) -> Rows:

@@ -134,7 +134,7 @@ def test_what_is_missing_says_why() -> None:
     assert "of class 0" in found["uncertainty/nll"].missing
     with pytest.warns(nt.MissingMeasureWarning):
         found = measured(model, x[:3], y[:3], ["uncertainty/nll"])
-    assert "at least 4 samples, got 3" in found["uncertainty/nll"].missing
+    assert "a probe of at least 4 samples, got 3" in found["uncertainty/nll"].missing
     found = measured(model, x, (x[:, :3] > 0).double(), ["uncertainty/nll"], likelihood="bernoulli")
     assert "uncertainty/nll" not in found
 
