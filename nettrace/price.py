@@ -104,9 +104,9 @@ def rows(pieces: Pieces, count: int, of: tuple[str, ...] = (), instead: str = ""
 
 @prices("model", "inputs", "parameters", "samples", "step", "targets", "outputs", "likelihood")
 @prices("assumed_likelihood", "suggested_likelihood", "losses", "routes", "loss_check")
-@prices("weights", "constants", "first_outputs")
+@prices("weights", "constants", "first_outputs", "last_layer")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    return Work()  # the look's own, whose price stands by itself
+    return Work()  # the look's own, whose price stands by itself, or no more than that
 
 
 @prices("jacobian")
@@ -308,22 +308,12 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work()  # known, or found with the eigenvalue or the operator
 
 
-@prices("last_layer")
-def _(pieces: Pieces, needs: Needs) -> Work:
-    """A forward pass without a tape."""
-    size = pieces.samples * pieces.item
-    return Work(pieces.vjp, kept=size * (pieces.head_width + pieces.outputs))
-
-
 @prices("cross_fitted")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    """For two halves, eigenvectors of a covariance, and about 700 trials of alpha and ridge."""
-    width = pieces.head_width
-    numbers = pieces.samples * (width + pieces.outputs)
-    seconds = 4 * pieces.eigenvalues(width) + 700 * (1e-4 + 1e-9 * numbers)
-    kept = 8 * 4 * pieces.samples * pieces.outputs
-    whole = 8 * (3 * width**2 + 2 * numbers)
-    return Work(seconds, kept=kept, whole=whole, of=("last_layer",))
+    """A forward pass; for two halves, eigenvectors, and 700 trials of alpha and the ridge."""
+    width, numbers = pieces.head_width, pieces.samples * (pieces.head_width + pieces.outputs)
+    seconds = pieces.vjp + 4 * pieces.eigenvalues(width) + 700 * (1e-4 + 1e-9 * numbers)
+    return Work(seconds, kept=32 * numbers, whole=24 * width**2 + 16 * numbers)
 
 
 @prices("_kernel")
