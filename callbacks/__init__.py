@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NTKTrace,
         Trace,
     )
+    from nettrace.callbacks.uncertainty import LastLayerUncertainty
 
 __all__ = [
     "CollectiveVariables",
@@ -25,6 +26,7 @@ __all__ = [
     "Focusing",
     "GradientStatistics",
     "LandscapeProbe",
+    "LastLayerUncertainty",
     "NTKTrace",
     "RepresentationGeometry",
     "StabilityMonitor",
@@ -37,6 +39,7 @@ _ELSEWHERE = {
     "Curvature": "curvature",
     "Focusing": "focusing",
     "LandscapeProbe": "landscape",
+    "LastLayerUncertainty": "uncertainty",
     "RepresentationGeometry": "representations",
     "StabilityMonitor": "curvature",
     "TransformersTrace": "hugging_face",

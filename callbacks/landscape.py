@@ -111,7 +111,10 @@ class LandscapeProbe(Callback):
         self._due = self._prober = self._seen = self._probed = None
         self._purpose = purpose(f"LandscapeProbe {' '.join(self.probes)}")
         with self._spared("cannot probe this training"):
-            _check_whole(trainer)
+            check_whole(
+                trainer,
+                "probe its checkpoints by nettrace.landscape.probe_checkpoints",
+            )
             self._due = bound_to(trainer, self.due)
         if self._due is not None:
             with self._spared("cannot take a probe"):
@@ -212,8 +215,12 @@ def records(function: str, found: xr.Dataset, step: int) -> list[Record]:
     ]
 
 
-def _check_whole(trainer: Any) -> None:
+def check_whole(trainer: Any, remedy: str) -> None:
     """Checks that each process has the whole network.
+
+    Args:
+        trainer: the trainer.
+        remedy: what to do where it has not.
 
     Raises:
         RuntimeError: if it is spread over processes, which would wait for each other.
@@ -222,7 +229,4 @@ def _check_whole(trainer: Any) -> None:
     spread = [p for p in model.parameters() if is_spread(p) or hasattr(p, "ds_id")]
     sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if trainer.world_size > 1 and (spread or sharded):
-        raise RuntimeError(
-            "its parameters are spread over processes: probe its checkpoints by "
-            "nettrace.landscape.probe_checkpoints"
-        )
+        raise RuntimeError(f"its parameters are spread over processes: {remedy}")

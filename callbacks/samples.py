@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from nettrace.freeze import frozen, private_copy, random_states
 from nettrace.probe import Probe, evenly_spaced
@@ -20,6 +20,7 @@ from nettrace.ranks import ALONE, Ranks
 from nettrace.unwrapped import is_spread
 
 _FEW = 1000  # longer lists are data
+_BATCH = 64  # where batches have no one size
 
 
 @contextmanager
@@ -86,6 +87,49 @@ def probe_of(
         batch = trainer.strategy.batch_to_device(convert(batch), dataloader_idx=0)
     probe = Probe.from_batch(batch)  # in all processes the first's, whose data may differ
     return Probe(*ranks.pass_on(lambda: (probe.inputs, probe.targets), 0))
+
+
+@contextmanager
+def in_order(
+    trainer: Any, module: Any, loaders: Any, what: str, ranks: tuple[int, int]
+) -> Iterator[Iterator[Any]]:
+    """All samples of a trainer's data set, in its order, in batches as the module takes them.
+
+    The trainer's loaders are never iterated. Within the context the random streams may be used;
+    afterwards they are as they were.
+
+    Args:
+        trainer: the trainer.
+        module: the network that it trains.
+        loaders: one loader, or a nest of them, of which the first counts.
+        what: what they are, in words.
+        ranks: the number of this process, and of all, which each take their share.
+
+    Raises:
+        TypeError: if the samples cannot be taken by number.
+    """
+    loader = _flat(loaders)[0]
+    if not _has_samples(getattr(loader, "dataset", None)):
+        kind = type(getattr(loader, "dataset", loader)).__name__
+        raise TypeError(
+            f"the {what} data, {kind}, are a stream, which cannot be read again in its order"
+        )
+    with random_states({p.device for p in module.parameters()}):
+        # Samples may be augmented at random: so that those of a resumed run are the same.
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        memo: dict[int, Any] = {}
+        dataset, collate = (_twin(part, memo) for part in (loader.dataset, loader.collate_fn))
+        number, count = ranks
+        own = range(len(dataset) * number // count, len(dataset) * (number + 1) // count)
+        size = getattr(loader, "batch_size", None)
+        if size is None and getattr(loader, "batch_sampler", None) is not None:
+            size = getattr(loader.batch_sampler, "batch_size", None) or _BATCH
+        convert = trainer.precision_plugin.convert_input
+        batches = DataLoader(Subset(dataset, own), size, collate_fn=collate)
+        move = trainer.strategy.batch_to_device
+        yield (move(convert(batch), dataloader_idx=0) for batch in batches)
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Measure the physics of learning while a network trains."""
 
+from nettrace import uncertainty
 from nettrace.certificate import Certificate, SpotCheckError, certify
 from nettrace.differentiate import jacobian, loss_jacobian
 from nettrace.estimators import Estimate
@@ -56,6 +57,7 @@ __all__ = [
     "loss_jacobian",
     "measure",
     "open",
+    "uncertainty",
     "windows",
     "with_last",
 ]

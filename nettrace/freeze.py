@@ -60,6 +60,22 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluates `model` in eval mode, without gradients and eagerly, as for a prediction.
+
+    Modes and random states come back as they were. Unlike `frozen`, nothing is copied: what a
+    forward pass writes in eval mode stays.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(random_states({p.device for p in model.parameters()}))
+        stack.enter_context(_modes(model, True))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 def private_copy(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """A copy of a tensor, container or random generator, deep as far as it holds such.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -166,44 +166,56 @@ def _arranged(found: LinearMap, outputs: Tensor, steps: tuple[Step, ...]) -> Las
     try:
         for step in steps:
             numbers = step(numbers)
-        numbers = numbers.reshape(outputs.shape).reshape(len(outputs), -1)
+        numbers = numbers.reshape(outputs.shape)
     except (RuntimeError, TypeError, IndexError) as error:
         raise NoLastLayerError(
             f"cannot tell where the results of {found.name!r} stand in the outputs ({error}): "
             "return its results by forward= or select="
         ) from error
-    order = numbers[0].argsort()
-    chosen = (numbers[0] % count).unique()
-    table = numbers[:, order]
-    width = len(chosen)
-    if table.shape[1] % width == 0:
-        table = table.reshape(len(table), -1, width)
-        if bool(
-            (table % count == chosen).all() & (table // count == table[..., :1] // count).all()
-        ):
-            which = table[..., 0] // count
-            places = _positions(outputs, order, width)
-            return replace(
-                layer,
-                weight=weight[chosen],
-                bias=None if found.bias is None else found.bias[chosen],
-                features=rows[which].reshape(len(outputs), *places, rows.shape[1]),
-                order=None if bool((order.diff() == 1).all()) else order,
-            )
+    for order, table in _orders(numbers, count):
+        chosen = table[0, 0] % count
+        in_rows = (table // count == table[..., :1] // count) & (table % count == chosen)
+        once = numbers[0].unique().numel() == len(order) and chosen.unique().numel() == len(chosen)
+        if not bool(in_rows.all()) or not once:
+            continue
+        if not torch.equal(chosen, torch.arange(count, device=chosen.device)):
+            bias = None if found.bias is None else found.bias[chosen]
+            layer = replace(layer, weight=weight[chosen], bias=bias)
+        places = (len(outputs), *_positions(outputs, order, len(chosen)))
+        features = rows[table[..., 0] // count].reshape(*places, rows.shape[1])
+        return replace(
+            layer, features=features, order=order if bool((order.diff() != 1).any()) else None
+        )
     raise NoLastLayerError(
         f"the outputs, of shape {tuple(outputs.shape)}, are not all results of {found.name!r} at "
         "each position, or stand elsewhere in each sample: return them as (N, ..., C) by forward="
     )
 
 
+def _orders(numbers: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """How a sample's results may be arranged, and their numbers (N, Q, C) if they are.
+
+    Along one axis; all of one output; or else by their numbers.
+    """
+    flat, shape = numbers.reshape(len(numbers), -1), numbers.shape[1:]
+    own = torch.arange(flat.shape[1], device=flat.device)
+    for axis in reversed(range(len(shape))):
+        order = own.view(shape).movedim(axis, -1).flatten()
+        yield order, flat[:, order].reshape(len(flat), -1, shape[axis])
+    yield own, flat[..., None]
+    order, width = flat[0].argsort(), len((flat[0] % count).unique())
+    if flat.shape[1] % width == 0:
+        yield order, flat[:, order].reshape(len(flat), -1, width)
+
+
 def _positions(outputs: Tensor, order: Tensor, width: int) -> tuple[int, ...]:
     """The shape of the positions within a sample: the outputs' but for the axis of the classes."""
     shape = outputs.shape[1:]
-    own = torch.arange(prod(shape), device=outputs.device).view(shape)
+    own = torch.arange(len(order), device=order.device).view(shape)
     for axis in reversed(range(len(shape))):
         if shape[axis] == width and torch.equal(own.movedim(axis, -1).flatten(), order):
             return (*shape[:axis], *shape[axis + 1 :])
-    return tuple(shape) if width == 1 and len(order) == prod(shape) else (len(order) // width,)
+    return tuple(shape) if width == 1 else (len(order) // width,)
 
 
 def _check(layer: LastLayer) -> None:

@@ -105,6 +105,14 @@ class Pieces:
         except ValueError:
             return False
 
+    @cached_property
+    def head_width(self) -> int:
+        """D, how many features go into the last linear layer; 0 where there is none."""
+        try:
+            return self._look.last_layer.features.shape[-1]
+        except Exception:  # which the measure itself will say
+            return 0
+
     @property
     def window(self) -> tuple[int, int]:
         """Snapshots in the window of weights, and numbers in each; none where there is no window.

@@ -26,3 +26,11 @@ def _(pieces: Pieces, needs: Needs) -> Work:
 @prices("input_kernels", "target_kernels", "classes", "last_layer")
 def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(kept=8 * pieces.samples * min(pieces.samples, Statistics.minibatch))
+
+
+@prices("cross_fitted")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """A forward pass; for two halves, eigenvectors, and 700 trials of alpha and the ridge."""
+    width, numbers = pieces.head_width, pieces.samples * (pieces.head_width + pieces.outputs)
+    seconds = pieces.vjp + 4 * pieces.eigenvalues(width) + 700 * (1e-4 + 1e-9 * numbers)
+    return Work(seconds, kept=32 * numbers, whole=24 * width**2 + 16 * numbers)

@@ -212,6 +212,17 @@ def test_focusing_example(tmp_path):
 
 
 @pytest.mark.slow
+def test_uncertainty_example(tmp_path):
+    printed = example("uncertainty.py", tmp_path, "--epochs", "4", "--out", "out")
+    assert "laplace-torch is not installed" in printed or "  laplace-torch  -log p" in printed
+    found = re.findall(r"^  (last layer|constant|softmax|five networks) +-log p", printed, re.M)
+    assert len(found) == 6
+    rise = re.findall(r"^  last layer .* variance x ([\d.]+) for inputs x 2", printed, re.M)
+    assert float(rise[0]) > 1
+    assert (tmp_path / "out" / "uncertainty.png").stat().st_size > 50_000
+
+
+@pytest.mark.slow
 def test_variance_flatness_example_in_full(tmp_path):
     """The longer the window, the smaller the exponent."""
     printed = example("variance_flatness.py", tmp_path, "--windows", "5", "10", "50")

@@ -20,6 +20,7 @@ from nettrace.measures import (
     schools,
     similarity,
     spectrum,
+    uncertainty,
 )
 from nettrace.measures.registry import Measure, Value, available, measure, resolve, statistics
 
@@ -49,4 +50,5 @@ __all__ = [
     "similarity",
     "spectrum",
     "statistics",
+    "uncertainty",
 ]

@@ -10,6 +10,7 @@ from nettrace.statistics.nodes import NodeStatistics
 from nettrace.statistics.representations import RepresentationStatistics
 from nettrace.statistics.stability import StabilityStatistics
 from nettrace.statistics.step import StepStatistics
+from nettrace.statistics.uncertainty import UncertaintyStatistics
 from nettrace.statistics.window import WindowStatistics
 
 
@@ -19,6 +20,7 @@ class Statistics(
     MotionStatistics,
     NodeStatistics,
     RepresentationStatistics,
+    UncertaintyStatistics,
 ):
     """All statistics of a network on a probe, at one instant; see `Look` for its arguments."""
 

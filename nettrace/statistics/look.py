@@ -74,7 +74,7 @@ class Look:
         "fisher_leading fisher_estimates fisher_density fisher_operator stability_top "
         "stability_operator wide_loss "
         "centred_trace linearised_losses gradient_layer_squares gradient_layer_overlaps "
-        "gradient_gram gradient_curvature".split()
+        "gradient_gram gradient_curvature cross_fitted".split()
     )
 
     #: The statistics that have a meaning also where samples are not independent of each other.

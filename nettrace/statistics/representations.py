@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from nettrace.batch import tensors
-from nettrace.last_layer import LastLayer, last_layer
 from nettrace.operator import PerLayer
 from nettrace.representations import captured
 from nettrace.statistics.look import Inapplicable, Look, Unavailable
@@ -75,14 +73,6 @@ class RepresentationStatistics(Look):
                 f"{tuple(targets.shape)}"
             )
         return targets.flatten()
-
-    @cached_property
-    def last_layer(self) -> LastLayer:
-        """The last linear map, with its features (N, ..., d) and the outputs."""
-        with torch.no_grad():
-            own = last_layer(self._model, self._own)
-        join = self._ranks.join
-        return replace(own, features=join(own.features), outputs=join(own.outputs))
 
     @property
     def neighbour_distances(self) -> PerLayer:
