@@ -1,5 +1,6 @@
 """Contractions of per-sample gradients held in factored form: tensors in, tensors out."""
 
+from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
@@ -28,6 +29,7 @@ __all__ = [
     "Patches",
     "Still",
     "Sum",
+    "affine_psg",
     "blocks",
     "column_sqnorms",
     "dense",

@@ -1,0 +1,23 @@
+"""How kernels are launched on each architecture: tables, written by benchmarks/kernels.py --tune.
+
+Nothing is tuned while a program runs, so that results are the same each time, and every entry is
+compiled for its architecture by the tests, which let none pass that spills registers.
+"""
+
+from __future__ import annotations
+
+from nettrace.kernels.launch import Config, Table
+
+_NAMES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+
+
+def _everywhere(half: Config, single: Config, interpreted: Config) -> Table:
+    """One configuration for all architectures."""
+    found = {name: {"half": half, "single": single} for name in _NAMES}
+    return {**found, "interpreter": {"half": interpreted, "single": interpreted}}
+
+
+#: Tokens and features.
+AFFINE = _everywhere(
+    Config((16, 256), 4, 3), Config((16, 256), 4, 3), interpreted=Config((16, 32), 4, 1)
+)

@@ -1,0 +1,98 @@
+"""Where the compiled kernels run, and by which configuration.
+
+Triton compiles for CUDA and HIP devices, and on a CPU it interprets, if TRITON_INTERPRET=1 was set
+when it was imported. Everywhere else operations of torch do the same. NETTRACE_KERNELS=torch asks
+for these on all devices.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+#: How products of float32 are made: "tf32" of 10 bits, "tf32x3" of three of these, nearly as exact
+#: as "ieee".
+Precision: TypeAlias = Literal["tf32", "tf32x3", "ieee"]
+#: Whether kernels are interpreted, which is decided before they are imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """How a kernel is launched.
+
+    Args:
+        blocks: sizes of the blocks that a program holds, in the kernel's own order.
+        warps: threads of a program, by 32.
+        stages: how many blocks are loaded ahead.
+    """
+
+    blocks: tuple[int, ...]
+    warps: int
+    stages: int
+
+
+#: By architecture, and by whether numbers are of "half" or "single" precision.
+Table: TypeAlias = dict[str, dict[str, Config]]
+
+
+def is_compiled(*tensors: Tensor) -> bool:
+    """Whether compiled kernels take these tensors; integers are of any type."""
+    if os.environ.get("NETTRACE_KERNELS") == "torch" or not _has_triton():
+        return False
+    numbers = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    return all(t.is_cuda or (INTERPRETED and t.device.type == "cpu") for t in tensors) and all(
+        t.dtype in _TYPES for t in numbers
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def architecture(device: torch.device) -> str:
+    """Under which name a device's configurations stand."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm90", 10: "sm100", 12: "sm120"}.get(major, "sm80")
+
+
+def configured(table: Table, x: Tensor) -> Config:
+    """The configuration for what is like `x`."""
+    return table[architecture(x.device)]["single" if x.dtype == torch.float32 else "half"]
+
+
+def products(x: Tensor, precision: Precision) -> str:
+    """Triton's word for how products are made."""
+    if x.dtype != torch.float32:
+        return "tf32"  # which half precision takes no notice of
+    if x.device.type != "cuda":
+        return "ieee"
+    return "bf16x3" if torch.version.hip and precision == "tf32x3" else precision
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same, in float32 where the interpreter has no arithmetic of the type."""
+    return x.float() if x.dtype == torch.bfloat16 and x.device.type != "cuda" else x
+
+
+def divided(count: int, by: int) -> int:
+    """How many blocks there are."""
+    return -(-count // by)
+
+
+def split(programs: int, most: int) -> int:
+    """Among how many programs to share the work of one, so that a device has enough of them.
+
+    By shapes alone, so that sums are of the same parts on all devices.
+    """
+    return max(1, min(most, 512 // max(1, programs)))
