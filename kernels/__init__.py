@@ -19,7 +19,7 @@ from nettrace.kernels.factors import (
     total,
     traced_gram_,
 )
-from nettrace.kernels.moments import weight_welford_
+from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 
 __all__ = [
     "Dense",
@@ -29,6 +29,7 @@ __all__ = [
     "Patches",
     "Still",
     "Sum",
+    "WELFORD_SUMS",
     "affine_psg",
     "blocks",
     "column_sqnorms",

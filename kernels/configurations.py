@@ -21,3 +21,7 @@ def _everywhere(half: Config, single: Config, interpreted: Config) -> Table:
 AFFINE = _everywhere(
     Config((16, 256), 4, 3), Config((16, 256), 4, 3), interpreted=Config((16, 32), 4, 1)
 )
+#: Entries that a program takes at a time, and how often it does.
+MOMENTS = _everywhere(
+    Config((1024, 32), 4, 3), Config((1024, 32), 8, 3), interpreted=Config((64, 3), 4, 1)
+)

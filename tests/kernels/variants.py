@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import triton.language as tl
 from compilation import NUMBERS, Variant
 
 from nettrace.kernels import configurations
@@ -12,7 +13,7 @@ from nettrace.kernels import configurations
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
     for size in ("half", "single"):
-        for kernel in (affine,):
+        for kernel in (affine, moments):
             yield from kernel(architecture, size)
 
 
@@ -38,6 +39,38 @@ def affine(architecture: str, size: str) -> Iterator[Variant]:
             config.warps,
             config.stages,
             streams=True,
+        )
+
+
+def moments(architecture: str, size: str) -> Iterator[Variant]:
+    config = configurations.MOMENTS[architecture][size]
+    block, _ = config.blocks
+    for sums in (False, True):
+        yield Variant(
+            f"moments {size} {'with sums' if sums else 'alone'} {config.blocks}",
+            "nettrace.kernels.jit.moments:welford_kernel",
+            {
+                **{"tensors": "*i64", "parts": "*i64", "sums": "*fp64"},
+                **dict.fromkeys(("inverse", "share"), "fp32"),
+            },
+            {
+                "TYPE": {"half": tl.bfloat16, "single": tl.float32}[size],
+                **{"ALIGNED": True, "SUMS": sums, "BLOCK": block},
+            },
+            ("tensors", "parts", "sums"),
+            config.warps,
+            config.stages,
+            streams=True,
+        )
+    if size == "single":
+        yield Variant(
+            "moments total",
+            "nettrace.kernels.jit.moments:total_kernel",
+            {"tensors": "*i64", "sums": "*fp64", "found": "*fp64"},
+            {"BLOCK": 128},
+            ("tensors", "sums", "found"),
+            warps=4,
+            stages=3,
         )
 
 
