@@ -14,14 +14,15 @@ from nettrace.kernels.factors import (
     dense,
     gram_,
     inner,
-    mirror_,
     sqnorms,
     total,
     traced_gram_,
 )
+from nettrace.kernels.mirror import mirror_
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 
 __all__ = [
+    "WELFORD_SUMS",
     "Dense",
     "Factor",
     "Geometry",
@@ -29,7 +30,6 @@ __all__ = [
     "Patches",
     "Still",
     "Sum",
-    "WELFORD_SUMS",
     "affine_psg",
     "blocks",
     "column_sqnorms",

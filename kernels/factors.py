@@ -11,8 +11,8 @@ products of such matrices need not form them:
     <dW[k, n], dW[j, m]> = sum_ts (still_nt . still_ms) (moving_knt . moving_jms).
 
 Each contraction takes the cheaper of the two ways, by counts of multiplications and of numbers
-written to memory. Temporary results are made in pieces that a core's cache holds, whatever the
-sizes. All are plain sums.
+written to memory; norms and Gram matrices on CUDA, by `nettrace.kernels.plan`. Temporary results
+are made in pieces that a core's cache holds, whatever the sizes. All are plain sums.
 
 Suffixes name axes: K cotangents, N samples, G groups, T tokens, D and M the columns of the still
 and the moving side.
@@ -29,12 +29,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from nettrace.kernels.plan import device_costs
+
 #: How many numbers a temporary result may hold.
 _TILE = 2**19
 #: What writing a number to memory and reading it again costs, in multiplications.
 _WRITE = 16
-
-
 #: How many products are added up in the precision of the gradients.
 _ADDED = 2**14
 
@@ -227,7 +227,11 @@ def sqnorms(x: Factor) -> Tensor:
         still = x.still.gram[:, :, 0, 0]
         return (_sqnorm(x.moving[..., 0, :]) * still).sum(-1)
     found = x.moving.new_empty((k, n))
-    if t * t * (x.still.gram_cost + k * m + k * _WRITE) < k * (t + _WRITE) * d * m:
+    token: float = t * t * (x.still.gram_cost + k * m + k * _WRITE)
+    written: float = k * (t + _WRITE) * d * m
+    if x.moving.is_cuda:
+        token, written = device_costs("sqnorm", x, n)
+    if token < written:
         gram = x.still.gram
         for ns in tiles(n, g * t * t):
             for i in range(k):
@@ -236,8 +240,8 @@ def sqnorms(x: Factor) -> Tensor:
         return found
     folded = x.moving.movedim(0, -2).flatten(-2)
     for ns in tiles(n, k * g * d * m):
-        written = x.still.outer(folded[ns], ns).unflatten(2, (k, m))
-        found[:, ns] = _sqnorm(written.flatten(3)).sum(1).T
+        gradients = x.still.outer(folded[ns], ns).unflatten(2, (k, m))
+        found[:, ns] = _sqnorm(gradients.flatten(3)).sum(1).T
     return found + sqnorms(_bias(x)) if x.still.ones else found
 
 
@@ -314,20 +318,12 @@ def _gram_costs(x: Outer, y: Outer, n: int, o: int) -> tuple[float, float]:
     """By tokens and written out, what n samples of `x` with o of `y` cost, over groups."""
     k, _, _, t, d, m = x.shape
     j, _, _, s, _, _ = y.shape
+    if x.moving.is_cuda and t * s > 1:
+        return device_costs("gram", x, n, None if x is y else y, o)
     half = 2 if x is y else 1
     token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
     written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
     return token, written + k * n * j * o * d * m / half
-
-
-def mirror_(matrix: Tensor) -> None:
-    """Copies the entries above the diagonal of a square matrix to below it."""
-    step = 256  # rows: so that what is read across fits a cache
-    for start in range(0, len(matrix), step):
-        stop = start + step
-        block = matrix[start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).T)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 def inner(x: Factor, u: Tensor) -> Tensor:

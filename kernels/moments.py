@@ -57,8 +57,8 @@ def weight_welford_(
         power; (0, 6) without `previous`.
 
     Raises:
-        ValueError: if lists, shapes, types or devices do not fit, if numbers are complex, or `count`
-            is below 1.
+        ValueError: if lists, shapes, types or devices do not fit, if numbers are complex, or if
+            `count` is below 1.
     """
     if not weights:
         _check(weights, means, squares, count, previous)

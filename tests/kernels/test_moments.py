@@ -25,7 +25,7 @@ def zeros(rows, dtype=torch.float32, count=1):
 
 
 def true_sums(row):
-    """Sums over entries after the last of the snapshots (n, ...), and of their sizes, in float64."""
+    """Sums over entries after the last of the snapshots (n, ...), and sums of their sizes."""
     x = row.double().cpu().numpy()
     w, mean, variance, update = x[-1], x.mean(0), x.var(0), x[-1] - x[-2]
     columns = [(w - mean) ** 2, update**2, w**2, variance, variance**2, w * update]
