@@ -14,11 +14,11 @@ from nettrace.kernels.factors import (
     dense,
     gram_,
     inner,
+    mirror_,
     sqnorms,
     total,
     traced_gram_,
 )
-from nettrace.kernels.mirror import mirror_
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 
 __all__ = [

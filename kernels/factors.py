@@ -253,7 +253,7 @@ def blocks(x: Factor, y: Factor) -> Tensor:
         k, n, g, t, d, m = x.shape
         j, s = y.shape[0], y.shape[3]
         found = x.moving.new_zeros((n, k, j))
-        if not _alike(x, y):
+        if x.moves_left != y.moves_left:  # they stand still on different sides
             for i in range(n):
                 found[i] = _products_across(x, i, y, slice(i, i + 1)).view(k, j)
             return found
@@ -294,7 +294,7 @@ def gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
     elif isinstance(x, Outer) and isinstance(y, Outer):
         k, n, g, t, d, m = x.shape
         j, o, _, s, _, _ = y.shape
-        if not _alike(x, y):
+        if x.moves_left != y.moves_left:  # they stand still on different sides
             for i in range(n):
                 out[i] += _products_across(x, i, y, slice(None))
             return
@@ -324,6 +324,16 @@ def _gram_costs(x: Outer, y: Outer, n: int, o: int) -> tuple[float, float]:
     token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
     written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
     return token, written + k * n * j * o * d * m / half
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Copies the entries above the diagonal of a square matrix to below it."""
+    step = 256  # rows: so that what is read across fits a cache
+    for start in range(0, len(matrix), step):
+        stop = start + step
+        block = matrix[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 def inner(x: Factor, u: Tensor) -> Tensor:
@@ -370,11 +380,6 @@ def _picked(values: Tensor, numbers: Tensor) -> Tensor:
     values = values.expand(*shape, -1, -1)
     numbers = numbers.expand(*shape, -1).unsqueeze(-2)
     return values.gather(-1, numbers.expand(-1, -1, values.shape[-2], -1))
-
-
-def _alike(x: Outer, y: Outer) -> bool:
-    """Whether the two stand still on the same side."""
-    return x.moves_left == y.moves_left
 
 
 def _products_across(x: Outer, i: int, y: Outer, ms: slice) -> Tensor:
