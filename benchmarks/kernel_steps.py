@@ -18,6 +18,10 @@ from torch import Tensor, nn
 import nettrace.kernels as kernels
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norms: list[Tensor]) -> Tensor:
@@ -76,7 +80,7 @@ class _Places(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.norms.append(gy.float().square().sum((1, 2)))
+        ctx.norms.append(_wide(gy).square().sum((1, 2)))
         return gy, gy.sum(0), None
 
 

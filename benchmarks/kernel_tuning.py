@@ -53,12 +53,12 @@ def tried(
     table: Table, architecture: str, size: str, config: Config, call: Callable[[], Any]
 ) -> Any:
     """What a call returns where a table has another entry."""
-    kept = table[architecture][size]
-    table[architecture][size] = config
+    row = table[architecture]
+    table[architecture] = {**row, size: config}  # tables may have rows in common
     try:
         return call()
     finally:
-        table[architecture][size] = kept
+        table[architecture] = row
 
 
 def written(tables: dict[str, Table], source: str) -> str:

@@ -9,8 +9,8 @@ and `kernels.md`. Without a GPU, every operation is checked on a small shape, an
 `kernels.md` is marked "unmeasured".
 
 `--quick` takes the first shape of each operation alone. `--tune` looks for faster configurations
-for the GPU at hand before, and writes those to `kernels/configurations.py`;
-`tests/kernels/test_compilation.py` then tells whether they spill.
+for the GPU at hand before, and writes those to `kernels/configurations.py`; then
+`tests/kernels/test_compilation.py` tells whether they spill, and `ruff format` lays them out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -124,18 +123,16 @@ def attempted(call: Callable[..., object], sets: list[tuple[Any, ...]]) -> dict[
 def tune() -> None:
     """Looks for faster configurations of all operations on the GPU at hand, and writes them."""
     name = architecture(torch.device("cuda", torch.cuda.current_device()))
+    tables = {}
     for op in OPS:
         for table_name in op.tables if hasattr(kernels, op.name) else ():
-            table = getattr(kernel_tuning.configurations, table_name)
+            table = tables[table_name] = getattr(kernel_tuning.configurations, table_name)
             for size, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
-                before = table[name][size]
-                table[name][size] = best(op, table, name, size, dtype)
-                print(op.name, table_name, size, before, "->", table[name][size], flush=True)
-    tables = {n: getattr(kernel_tuning.configurations, n) for op in OPS for n in op.tables}
-    tables = {n: table for n, table in tables.items() if table}
+                before, found = table[name][size], best(op, table, name, size, dtype)
+                table[name] = {**table[name], size: found}
+                print(op.name, table_name, size, before, "->", found, flush=True)
     path = kernel_tuning.PATH
     path.write_text(kernel_tuning.written(tables, path.read_text()))
-    subprocess.run(["ruff", "format", "--quiet", str(path)], check=False)
 
 
 def best(op: Op, table: Any, name: str, size: str, dtype: torch.dtype) -> Any:

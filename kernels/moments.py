@@ -112,12 +112,11 @@ def _(
 
 def _lie_alike(*state: Tensor) -> bool:
     """Whether tensors of one shape fill their memory, in one order."""
-    first = state[0]
+    if all(x.is_contiguous() for x in state):
+        return True
+    first, size = state[0], 1
     if any(x.stride() != first.stride() for x in state):
         return False
-    if first.is_contiguous():
-        return True
-    size = 1
     for step, length in sorted(zip(first.stride(), first.shape, strict=True)):
         if length > 1 and step != size:
             return False

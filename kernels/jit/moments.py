@@ -200,8 +200,9 @@ def launch(
 
 def _laid_out(weight: Tensor, mean: Tensor) -> Tensor:
     """A weight in the order of its mean, which fills its memory."""
-    same = weight.stride() == mean.stride()
-    return weight if same else torch.empty_like(mean, dtype=weight.dtype).copy_(weight)
+    if weight.stride() == mean.stride() or (weight.is_contiguous() and mean.is_contiguous()):
+        return weight
+    return torch.empty_like(mean, dtype=weight.dtype).copy_(weight)
 
 
 @lru_cache(maxsize=32)

@@ -104,6 +104,22 @@ def test_with_a_gpu_lines_tell_times_and_ratios(benchmark, rehearsed, tmp_path):
     assert rehearsed
 
 
+def test_tuning_keeps_what_nothing_is_faster_than(benchmark, rehearsed, tmp_path, monkeypatch):
+    tuning = benchmark.kernel_tuning
+    source = tuning.PATH.read_text()
+    path = tmp_path / "configurations.py"
+    path.write_text(source)
+    monkeypatch.setattr(tuning, "PATH", path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(benchmark, "architecture", lambda device: "sm90")
+    kept = {name: {**getattr(configurations, name)} for name in ("AFFINE", "MOMENTS")}
+    benchmark.tune()
+    found: dict = {}
+    exec(compile(path.read_text(), "configurations", "exec"), found)
+    for name, table in kept.items():
+        assert found[name] == table == getattr(configurations, name)
+
+
 def test_a_callback_is_timed_at_a_step(benchmark, rehearsed):
     steps = benchmark.kernel_steps
     model, _, losses = steps.built(*steps.MODELS["ViT"], device="cpu", dtype=torch.float32)

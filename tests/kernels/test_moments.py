@@ -200,6 +200,20 @@ def test_it_is_an_operation_of_torch(where):
     assert torch.equal(previous[1], 2 * weights[1])
 
 
+@pytest.mark.gpu
+def test_more_entries_than_an_integer_of_32_bits_counts():
+    if not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 45e9:
+        pytest.skip("there is no GPU with as much memory")
+    weight = torch.ones(2**31 + 77, device="cuda", dtype=BF16)
+    weight[-1] = 3
+    mean, square = (torch.zeros_like(weight, dtype=F32) for _ in range(2))
+    previous = torch.zeros_like(weight)
+    found = weight_welford_([weight], [mean], [square], 1, [previous])
+    assert float(found[0, 2]) == 2**31 + 76 + 9
+    assert float(mean[-1]) == float(previous[-1]) == 3
+    assert float(mean[:-1].min()) == float(mean[:-1].max()) == 1
+
+
 def one(**changed):
     x = torch.zeros(2, 3)
     given = {"weights": [x], "means": [x.clone()], "squares": [x.clone()], "count": 1}

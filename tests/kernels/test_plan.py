@@ -88,7 +88,7 @@ def test_more_tokens_never_make_ghost_the_cheapest_again(
 
 
 def test_a_table_of_layers():
-    """As KERNELS's estimates have them: N, T, I, O, norms, Gram matrix."""
+    """Of transformers, a ResNet and an MLP: N, T, I, O, norms, Gram matrix."""
     for *layer, norms, gram in [
         (32, 197, 768, 2304, "ghost", "written"),
         (16, 1024, 768, 768, "psg", "written"),
