@@ -20,6 +20,7 @@ from nettrace.kernels.factors import (
     traced_gram_,
 )
 from nettrace.kernels.moments import weight_welford_
+from nettrace.kernels.psg import psg_moments
 
 __all__ = [
     "Dense",
@@ -39,6 +40,7 @@ __all__ = [
     "is_written_out",
     "mirror_",
     "patches",
+    "psg_moments",
     "repeated",
     "sqnorms",
     "total",

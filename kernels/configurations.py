@@ -21,3 +21,12 @@ def _everywhere(half: Config, single: Config, interpreted: Config) -> Table:
 AFFINE = _everywhere(
     Config((16, 256), 4, 3), Config((16, 256), 4, 3), interpreted=Config((16, 32), 4, 1)
 )
+
+#: Rows, columns and tokens.
+PSG = _everywhere(
+    Config((128, 64, 64), 8, 3), Config((64, 64, 32), 8, 3), interpreted=Config((16, 32, 16), 4, 1)
+)
+#: The same where squares are kept as well.
+PSG_SQUARES = _everywhere(
+    Config((128, 64, 64), 8, 3), Config((64, 64, 32), 8, 3), interpreted=Config((32, 16, 16), 4, 1)
+)

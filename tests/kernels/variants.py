@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compilation import NUMBERS, Variant
+from compilation import NUMBERS, SHARED, Variant
 
 from nettrace.kernels import configurations
+
+#: How float32 is multiplied; gfx942 knows no tf32x3.
+PRODUCTS = {
+    name: {"half": "tf32", "single": "bf16x3" if name == "gfx942" else "tf32x3"} for name in SHARED
+}
 
 
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
     for size in ("half", "single"):
-        for kernel in (affine,):
+        for kernel in (affine, psg):
             yield from kernel(architecture, size)
 
 
@@ -37,6 +42,32 @@ def affine(architecture: str, size: str) -> Iterator[Variant]:
             (*pointers, "scales", "shifts", "features", "xn", "xt", "yn", "yt"),
             config.warps,
             config.stages,
+            streams=True,
+        )
+
+
+def psg(architecture: str, size: str) -> Iterator[Variant]:
+    pointers = ("a", "g", "weight", "sqnorms", "totals", "squares")
+    whole = ("samples", "tokens", "rows", "columns", "an", "at", "gn", "gt")
+    for sq, table in ((False, configurations.PSG), (True, configurations.PSG_SQUARES)):
+        config = table[architecture][size]
+        yield Variant(
+            f"psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
+            "nettrace.kernels.jit.psg:moments_kernel",
+            {
+                **dict.fromkeys(("a", "g"), NUMBERS[size]),
+                **dict.fromkeys(pointers[2:], "*fp32"),
+                **dict.fromkeys(whole, "i32"),
+            },
+            {
+                **{"ai": 1, "go": 1, "WEIGHTED": True, "DW": True, "SQ": sq},
+                **{"PREC": PRODUCTS[architecture][size], "TOGETHER": 8},
+                **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
+            },
+            (*pointers, "rows", "columns", "an", "at", "gn", "gt"),
+            config.warps,
+            config.stages,
+            multiplies=True,
             streams=True,
         )
 
