@@ -2,6 +2,7 @@
 
 from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms
+from nettrace.kernels.conv_psg import conv_psg
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
 from nettrace.kernels.factors import (
@@ -33,6 +34,7 @@ __all__ = [
     "affine_psg",
     "blocks",
     "column_sqnorms",
+    "conv_psg",
     "dense",
     "gram_",
     "gram_cost",

@@ -1,4 +1,4 @@
-"""Per-sample gradients of a linear layer's weight: their norms, their sum and that of their squares.
+"""Per-sample gradients of a linear layer's weight: norms, sum, and sum of squares.
 
 A layer that multiplies T tokens a sample with a weight of I x O has, by sample,
 
@@ -105,15 +105,20 @@ def _of_single_tokens(
     a: Tensor, g: Tensor, weight: Tensor | None, dw: bool, sq: bool, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of outer products, whose squares are outer products: sums over samples as over tokens."""
-    powers = [x.to(torch.promote_types(x.dtype, torch.float32)).square() for x in (a, g)]
-    sqnorms = powers[0].sum((1, 2)) * powers[1].sum((1, 2))
+    first, second = (x.to(torch.promote_types(x.dtype, torch.float32)).square() for x in (a, g))
+    sqnorms = first.sum((1, 2)) * second.sum((1, 2))
     totals, squares = (sqnorms.new_zeros((0, 0)) for _ in range(2))
     if dw:
-        both = alike(a, g if weight is None else g * weight[:, None, None])
-        totals = _moments(*(x.transpose(0, 1) for x in both), None, True, False, precision)[1]
+        a, g = alike(a, g if weight is None else g * weight[:, None, None])
+        totals = _product(a, g, precision)
     if sq:
-        squares = _moments(*(x.transpose(0, 1) for x in powers), None, True, False, precision)[1]
+        squares = _product(first, second, precision)
     return sqnorms, totals, squares
+
+
+def _product(a: Tensor, g: Tensor, precision: Precision) -> Tensor:
+    """(I, O) the sum over samples of (N, 1, I) times (N, 1, O)."""
+    return _moments(a.transpose(0, 1), g.transpose(0, 1), None, True, False, precision)[1]
 
 
 def alike(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,16 @@ from nettrace.kernels.configurations import PSG, PSG_SQUARES
 from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
 
 #: How many rows of tiles are done together, so that what they read stays in the cache.
-_TOGETHER = 8
+TOGETHER = 8
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def place(tile, high, wide, TOGETHER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Row and column of one of `high` x `wide` tiles: down some rows, then on to the right."""
+    first = tile // (TOGETHER * wide) * TOGETHER
+    rows = tl.minimum(high - first, TOGETHER)
+    tile = tile % (TOGETHER * wide)
+    return first + tile % rows, tile // rows
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,11 +54,9 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
-    wide = TOGETHER * tl.cdiv(columns, BO)
-    first = tile // wide * TOGETHER
-    high = tl.minimum(tl.cdiv(rows, BI) - first, TOGETHER)
-    i = (first + tile % wide % high) * BI + tl.arange(0, BI)
-    o = tile % wide // high * BO + tl.arange(0, BO)
+    row, column = place(tile, tl.cdiv(rows, BI), tl.cdiv(columns, BO), TOGETHER)
+    i = row * BI + tl.arange(0, BI)
+    o = column * BO + tl.arange(0, BO)
     ip = a + i[:, None].to(tl.int64) * ai
     op = g + o[None, :].to(tl.int64) * go
     acc = tl.zeros([BI, BO], tl.float32)
@@ -98,7 +105,7 @@ def launch(
     n, t, i = a.shape
     o = g.shape[2]
     config = configured(PSG_SQUARES if sq else PSG, a)
-    bi, bo, bt = config.blocks
+    bi, bo, bt = fitted(config.blocks, (i, o, t))
     tiles = divided(i, bi) * divided(o, bo)
     parts = split(tiles, most=n)
     sqnorms = a.new_empty((tiles, n), dtype=torch.float32)
@@ -114,10 +121,10 @@ def launch(
             DW=dw,
             SQ=sq,
             PREC=products(a, precision),
-            TOGETHER=_TOGETHER,
+            TOGETHER=TOGETHER,
             BI=bi,
             BO=bo,
-            BT=min(bt, max(16, triton.next_power_of_2(t))),
+            BT=bt,
             num_warps=config.warps,
             num_stages=config.stages,
             enable_fp_fusion=True,
@@ -128,3 +135,9 @@ def launch(
 def summed(parts: Tensor) -> Tensor:
     """The sum over the first axis, which costs nothing if there is nothing to add."""
     return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def fitted(blocks: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks not much larger than what there is, but 16 at least, as tensor cores want them."""
+    some = (max(16, 1 << (count - 1).bit_length()) for count in counts)
+    return tuple(min(*pair) for pair in zip(blocks, some, strict=True))

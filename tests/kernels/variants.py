@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from compilation import NUMBERS, SHARED, Variant
 
 from nettrace.kernels import configurations
+from nettrace.kernels.launch import Config
 
 #: How float32 is multiplied; gfx942 knows no tf32x3.
 PRODUCTS = {
@@ -17,7 +18,7 @@ PRODUCTS = {
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
     for size in ("half", "single"):
-        for kernel in (affine, psg):
+        for kernel in (affine, psg, conv_psg):
             yield from kernel(architecture, size)
 
 
@@ -46,11 +47,16 @@ def affine(architecture: str, size: str) -> Iterator[Variant]:
         )
 
 
+def moments(alone: Config, squares: Config) -> list[tuple[bool, Config]]:
+    """Whether squares are kept, and how: with them, a kernel needs more of everything."""
+    return [(True, squares)] if alone == squares else [(False, alone), (True, squares)]
+
+
 def psg(architecture: str, size: str) -> Iterator[Variant]:
     pointers = ("a", "g", "weight", "sqnorms", "totals", "squares")
     whole = ("samples", "tokens", "rows", "columns", "an", "at", "gn", "gt")
-    for sq, table in ((False, configurations.PSG), (True, configurations.PSG_SQUARES)):
-        config = table[architecture][size]
+    both = configurations.PSG, configurations.PSG_SQUARES
+    for sq, config in moments(*(table[architecture][size] for table in both)):
         yield Variant(
             f"psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
             "nettrace.kernels.jit.psg:moments_kernel",
@@ -65,6 +71,36 @@ def psg(architecture: str, size: str) -> Iterator[Variant]:
                 **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
             },
             (*pointers, "rows", "columns", "an", "at", "gn", "gt"),
+            config.warps,
+            config.stages,
+            multiplies=True,
+            streams=True,
+        )
+
+
+def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
+    pointers = ("x", "gy", "sqnorms", "totals", "squares")
+    geometry = (
+        *("samples", "places", "channels", "filters", "height", "width", "out_width"),
+        *("filter_area", "filter_width", "padding_h", "padding_w"),
+    )
+    once = ("groups", "stride_h", "stride_w", "dilation_h", "dilation_w")
+    both = configurations.CONV_PSG, configurations.CONV_PSG_SQUARES
+    for sq, config in moments(*(table[architecture][size] for table in both)):
+        yield Variant(
+            f"conv_psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
+            "nettrace.kernels.jit.conv_psg:conv_moments_kernel",
+            {
+                **dict.fromkeys(("x", "gy"), NUMBERS[size]),
+                **dict.fromkeys(pointers[2:], "*fp32"),
+                **dict.fromkeys(geometry, "i32"),
+            },
+            {
+                **dict.fromkeys(once, 1),
+                **{"DW": True, "SQ": sq, "PREC": PRODUCTS[architecture][size], "TOGETHER": 8},
+                **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
+            },
+            (*pointers, "channels", "filters"),
             config.warps,
             config.stages,
             multiplies=True,
