@@ -49,6 +49,12 @@ PSG_SQUARES = _but_half(
     gfx942=Config((128, 128, 32), 8, 2),
 )
 #: Channels, filters and places.
-CONV_PSG = _but_half(PSG, sm80=Config((128, 64, 64), 8, 3))
+CONV_PSG = {
+    **PSG,
+    "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
+}
 #: The same where squares are kept as well.
-CONV_PSG_SQUARES = PSG_SQUARES
+CONV_PSG_SQUARES = {
+    **PSG_SQUARES,
+    "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
+}

@@ -25,6 +25,8 @@ from nettrace.kernels.psg import HELD, alike, check_real
 #: How many channels and filters a group has at least where kernels are compiled: fewer would leave
 #: most of a tensor core's block empty.
 _LEAST = 16
+#: And how few numbers an image of these has: they are counted by 32 bits.
+_MOST = 2**31
 
 
 @torch.library.custom_op("nettrace::conv_psg", mutates_args=())
@@ -66,8 +68,9 @@ def conv_psg(
     geometry = _checked(x, gy, size, stride, padding, dilation, groups, precision)
     x, gy = alike(x, gy)
     n, channels, filters = *x.shape[:2], gy.shape[1]
-    many = min(channels, filters) >= groups * _LEAST
-    if many and is_compiled(x, gy) and x.numel() and gy.numel():
+    fits = min(channels, filters) >= groups * _LEAST
+    fits = fits and max(x.numel(), gy.numel()) < _MOST * n
+    if fits and is_compiled(x, gy) and gy.numel():
         from nettrace.kernels.jit.conv_psg import launch
 
         word = cast(Precision, precision)

@@ -77,10 +77,11 @@ def _moments(
     a: Tensor, g: Tensor, weight: Tensor | None, dw: bool, sq: bool, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(a.dtype, torch.float32)
-    weight = None if weight is None else weight.to(wide)
+    weight = None if weight is None else weight.to(wide).contiguous()
     if a.shape[1] == 1 < a.shape[0]:
         return _of_single_tokens(a, g, weight, dw, sq, precision)
-    if is_compiled(a, g) and a.numel() and g.numel():
+    given = (a, g) if weight is None else (a, g, weight)
+    if is_compiled(*given) and a.numel() and g.numel():
         from nettrace.kernels.jit.psg import launch
 
         return launch(a, g, weight, dw, sq, precision)

@@ -62,8 +62,10 @@ def conv_moments_kernel(  # type: ignore[no-untyped-def]
     o = column * BO + tl.arange(0, BO)
     up = spot // filter_width * dilation_h - padding_h
     left = spot % filter_width * dilation_w - padding_w
-    xp = x + (group * channels + c)[:, None]
-    yp = gy + (group * filters + o)[None, :]
+    xc = groups * channels
+    yc = groups * filters
+    xs = x + group * channels
+    ys = gy + group * filters
     acc = tl.zeros([BI, BO], tl.float32)
     total = tl.zeros([BI, BO], tl.float32)
     square = tl.zeros([BI, BO], tl.float32)
@@ -74,13 +76,14 @@ def conv_moments_kernel(  # type: ignore[no-untyped-def]
         h = t // out_width * stride_h + up
         w = t % out_width * stride_w + left
         inside = (t < places) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        # Numbers of one image are counted by 32 bits, those of all by 64.
         a = tl.load(
-            xp + (((n * height + h) * width + w) * (groups * channels))[None, :],
+            xs + n * height * width * xc + (((h * width + w) * xc)[None, :] + c[:, None]),
             (c < channels)[:, None] & inside[None, :],
             other=0.0,
         )
         g = tl.load(
-            yp + ((n * places + t) * (groups * filters))[:, None],
+            ys + n * places * yc + ((t * yc)[:, None] + o[None, :]),
             (t < places)[:, None] & (o < filters)[None, :],
             other=0.0,
         )
@@ -124,7 +127,7 @@ def launch(
     config = configured(CONV_PSG_SQUARES if sq else CONV_PSG, x)
     bi, bo, bt = fitted(config.blocks, (channels, filters, places))
     tiles = groups * area * divided(channels, bi) * divided(filters, bo)
-    parts = split(tiles, most=n)
+    parts = split(tiles * (1 + (dw or sq)), most=n)
     sqnorms = x.new_empty((tiles, n), dtype=torch.float32)
     totals, squares = (
         x.new_empty(

@@ -107,7 +107,7 @@ def launch(
     config = configured(PSG_SQUARES if sq else PSG, a)
     bi, bo, bt = fitted(config.blocks, (i, o, t))
     tiles = divided(i, bi) * divided(o, bo)
-    parts = split(tiles, most=n)
+    parts = split(tiles * (1 + (dw or sq)), most=n)  # sums of parts are written and read again
     sqnorms = a.new_empty((tiles, n), dtype=torch.float32)
     totals, squares = (
         a.new_empty((parts, i, o) if asked else (0, 0, 0), dtype=torch.float32)

@@ -9,7 +9,14 @@ import nettrace.kernels.psg as psg
 from nettrace.kernels import psg_moments
 
 #: N, T, I, O.
-SHAPES = [(1, 1, 1, 1), (5, 1, 17, 9), (1, 7, 5, 70), (3, 33, 40, 50), (2, 16, 16, 32)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 2, 290, 33),
+    (5, 1, 17, 9),
+    (1, 7, 5, 70),
+    (3, 33, 40, 50),
+    (2, 16, 16, 32),
+]
 CASES = cases(SHAPES)
 
 
@@ -51,6 +58,16 @@ def test_precisions(shape, precision, where):
     check(found, written_out(a, g), where, factor=factor)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_several_samples_one_after_the_other(parts, where, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("nettrace.kernels.jit.psg.split", lambda programs, most: parts)
+    a, g = inputs((5, 37, 20, 33), device=where)
+    weight = drawn(5, device=where, seed=2)
+    found = psg_moments(a, g, weight, sq=True, precision="ieee")
+    check(found, written_out(a, g), where, weight)
+
+
 @pytest.mark.parametrize(("dw", "sq"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("tokens", [1, 18])
 def test_what_is_not_asked_for_is_empty(tokens, dw, sq, where):
@@ -78,7 +95,7 @@ def test_types_that_differ(dtype, where):
 def test_weights_are_of_any_type(where):
     a, g = inputs((3, 5, 20, 33), torch.float16, device=where)
     true = psg_moments(a, g, torch.tensor([0.5, 0, -2.0], device=where))[1]
-    for dtype in (torch.float16, torch.float64):
+    for dtype in (torch.float16, torch.float32, torch.float64):
         weight = torch.tensor([0.5, 9, 0, 9, -2.0, 9], dtype=dtype, device=where)[::2]
         assert torch.equal(psg_moments(a, g, weight)[1], true)
 

@@ -86,9 +86,16 @@ def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
     )
     once = ("groups", "stride_h", "stride_w", "dilation_h", "dilation_w")
     both = configurations.CONV_PSG, configurations.CONV_PSG_SQUARES
-    for sq, config in moments(*(table[architecture][size] for table in both)):
+    kept = moments(*(table[architecture][size] for table in both))
+    launched = [(sq, config, config.blocks, PRODUCTS[architecture][size]) for sq, config in kept]
+    _, config, (_, _, places), word = launched[-1]
+    if size == "half":  # few channels and filters, for which smaller blocks are launched
+        launched.append((True, config, (64, 64, places), word))
+    else:  # without tensor cores, for which all that is multiplied is in registers
+        launched.append((True, config, config.blocks, "ieee"))
+    for sq, config, blocks, word in launched:
         yield Variant(
-            f"conv_psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
+            f"conv_psg {size} {'with squares' if sq else 'alone'} {blocks} {word}",
             "nettrace.kernels.jit.conv_psg:conv_moments_kernel",
             {
                 **dict.fromkeys(("x", "gy"), NUMBERS[size]),
@@ -97,13 +104,13 @@ def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
             },
             {
                 **dict.fromkeys(once, 1),
-                **{"DW": True, "SQ": sq, "PREC": PRODUCTS[architecture][size], "TOGETHER": 8},
-                **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
+                **{"DW": True, "SQ": sq, "PREC": word, "TOGETHER": 8},
+                **dict(zip(("BI", "BO", "BT"), blocks, strict=True)),
             },
             (*pointers, "channels", "filters"),
             config.warps,
             config.stages,
-            multiplies=True,
+            multiplies=word != "ieee",
             streams=True,
         )
 
