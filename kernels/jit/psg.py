@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,10 +38,8 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     columns,
     an,
     at,
-    ai,
     gn,
     gt,
-    go,
     WEIGHTED: tl.constexpr,
     DW: tl.constexpr,
     SQ: tl.constexpr,
@@ -57,8 +56,8 @@ def moments_kernel(  # type: ignore[no-untyped-def]
     row, column = place(tile, tl.cdiv(rows, BI), tl.cdiv(columns, BO), TOGETHER)
     i = row * BI + tl.arange(0, BI)
     o = column * BO + tl.arange(0, BO)
-    ip = a + i[:, None].to(tl.int64) * ai
-    op = g + o[None, :].to(tl.int64) * go
+    ip = a + i[:, None]
+    op = g + o[None, :]
     acc = tl.zeros([BI, BO], tl.float32)
     total = tl.zeros([BI, BO], tl.float32)
     square = tl.zeros([BI, BO], tl.float32)
@@ -101,7 +100,8 @@ def launch(
     a: Tensor, g: Tensor, weight: Tensor | None, dw: bool, sq: bool, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,), (I, O) and (I, O) in float32; see `nettrace.kernels.psg.psg_moments`."""
-    a, g = widened(a), widened(g)
+    asked_rows, asked_columns = a.shape[2], g.shape[2]
+    a, g = aligned(a), aligned(g)
     n, t, i = a.shape
     o = g.shape[2]
     config = configured(PSG_SQUARES if sq else PSG, a)
@@ -116,7 +116,7 @@ def launch(
     with torch.cuda.device_of(a):
         moments_kernel[(tiles, parts)](
             *(a, g, sqnorms if weight is None else weight, sqnorms, totals, squares),
-            *(n, t, i, o, *a.stride(), *g.stride()),
+            *(n, t, i, o, *a.stride()[:2], *g.stride()[:2]),
             WEIGHTED=weight is not None,
             DW=dw,
             SQ=sq,
@@ -129,7 +129,23 @@ def launch(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return sqnorms.sum(0), summed(totals), summed(squares)
+    totals, squares = (
+        summed(x)[:asked_rows, :asked_columns].contiguous() for x in (totals, squares)
+    )
+    return sqnorms.sum(0), totals, squares
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same so that 16 bytes at a time can be read: in a copy, with zeros added, if need be.
+
+    A copy is read once, what is multiplied once for each tile; and kernels that read number by
+    number need more registers than there are.
+    """
+    x = widened(x)
+    along = x.shape[2], *x.stride()[:2], x.data_ptr()
+    if x.stride(2) == 1 and not any(number % 16 for number in along):
+        return x
+    return F.pad(x, (0, -x.shape[2] % 16)).contiguous()
 
 
 def summed(parts: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def psg(architecture: str, size: str) -> Iterator[Variant]:
                 **dict.fromkeys(whole, "i32"),
             },
             {
-                **{"ai": 1, "go": 1, "WEIGHTED": True, "DW": True, "SQ": sq},
+                **{"WEIGHTED": True, "DW": True, "SQ": sq},
                 **{"PREC": PRODUCTS[architecture][size], "TOGETHER": 8},
                 **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
             },
