@@ -11,7 +11,7 @@ from nettrace.kernels import psg_moments
 #: N, T, I, O.
 SHAPES = [
     (1, 1, 1, 1),
-    (1, 2, 290, 33),
+    (1, 2, 290, 17),
     (5, 1, 17, 9),
     (1, 7, 5, 70),
     (3, 33, 40, 50),
@@ -50,7 +50,7 @@ def test_against_gradients_that_are_written_out(shape, dtype, layout, where):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
-@pytest.mark.parametrize("shape", [(3, 33, 40, 50), (7, 1, 40, 50)])
+@pytest.mark.parametrize("shape", [(3, 18, 20, 35), (7, 1, 20, 35)])
 def test_precisions(shape, precision, where):
     a, g = inputs(shape, device=where)
     found = psg_moments(a, g, sq=True, precision=precision)
@@ -142,9 +142,8 @@ def test_nothing(shape, where):
 def test_it_is_an_operation_of_torch(where):
     a, g = inputs((3, 4, 8, 6), device=where)
     weight = drawn(3, device=where, seed=2)
-    torch.library.opcheck(psg_moments, (a, g))
     torch.library.opcheck(psg_moments, (a.half(), g, weight, False, True, "ieee"))
-    torch.library.opcheck(psg_moments, (a[:, :1], g[:, :1], weight, True, True))
+    torch.library.opcheck(psg_moments, (a, g))
     compiled = torch.compile(
         lambda a, g: psg_moments(2 * a, g, precision="ieee")[1],
         backend="aot_eager",
