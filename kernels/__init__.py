@@ -2,6 +2,7 @@
 
 from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms
+from nettrace.kernels.conv_psg import conv_psg
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
 from nettrace.kernels.factors import (
@@ -20,6 +21,7 @@ from nettrace.kernels.factors import (
     traced_gram_,
 )
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
+from nettrace.kernels.psg import psg_moments
 
 __all__ = [
     "WELFORD_SUMS",
@@ -33,6 +35,7 @@ __all__ = [
     "affine_psg",
     "blocks",
     "column_sqnorms",
+    "conv_psg",
     "dense",
     "gram_",
     "gram_cost",
@@ -40,6 +43,7 @@ __all__ = [
     "is_written_out",
     "mirror_",
     "patches",
+    "psg_moments",
     "repeated",
     "sqnorms",
     "total",

@@ -17,6 +17,11 @@ def _everywhere(half: Config, single: Config, interpreted: Config) -> Table:
     return {**found, "interpreter": {"half": interpreted, "single": interpreted}}
 
 
+def _but_half(table: Table, **configs: Config) -> Table:
+    """The same but for numbers of half precision on some architectures."""
+    return {**table, **{name: {**table[name], "half": c} for name, c in configs.items()}}
+
+
 #: Tokens and features.
 AFFINE = _everywhere(
     Config((16, 256), 4, 3), Config((16, 256), 4, 3), interpreted=Config((16, 32), 4, 1)
@@ -25,3 +30,35 @@ AFFINE = _everywhere(
 MOMENTS = _everywhere(
     Config((1024, 32), 4, 3), Config((1024, 32), 8, 3), interpreted=Config((64, 3), 4, 1)
 )
+
+#: Rows, columns and tokens.
+PSG = _but_half(
+    _everywhere(
+        Config((128, 128, 64), 8, 3),
+        Config((128, 64, 32), 8, 3),
+        interpreted=Config((16, 32, 16), 4, 1),
+    ),
+    sm90=Config((128, 128, 64), 8, 4),
+    sm100=Config((128, 128, 64), 8, 4),
+    sm120=Config((128, 128, 32), 8, 3),
+    gfx942=Config((128, 128, 32), 8, 2),
+)
+#: The same where squares are kept as well.
+PSG_SQUARES = _but_half(
+    _everywhere(
+        Config((128, 64, 64), 8, 3),
+        Config((128, 64, 32), 8, 3),
+        interpreted=Config((32, 16, 16), 4, 1),
+    ),
+    gfx942=Config((128, 128, 32), 8, 2),
+)
+#: Channels, filters and places.
+CONV_PSG = {
+    **PSG,
+    "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
+}
+#: The same where squares are kept as well.
+CONV_PSG_SQUARES = {
+    **PSG_SQUARES,
+    "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
+}

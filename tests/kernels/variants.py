@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import triton.language as tl
-from compilation import NUMBERS, Variant
+from compilation import NUMBERS, SHARED, Variant
 
 from nettrace.kernels import configurations
+from nettrace.kernels.launch import Config
+
+#: How float32 is multiplied; gfx942 knows no tf32x3.
+PRODUCTS = {
+    name: {"half": "tf32", "single": "bf16x3" if name == "gfx942" else "tf32x3"} for name in SHARED
+}
 
 
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
     for size in ("half", "single"):
-        for kernel in (affine, moments):
+        for kernel in (affine, moments, psg, conv_psg):
             yield from kernel(architecture, size)
 
 
@@ -71,6 +77,73 @@ def moments(architecture: str, size: str) -> Iterator[Variant]:
             ("tensors", "sums", "found"),
             warps=4,
             stages=3,
+
+
+def moments(alone: Config, squares: Config) -> list[tuple[bool, Config]]:
+    """Whether squares are kept, and how: with them, a kernel needs more of everything."""
+    return [(True, squares)] if alone == squares else [(False, alone), (True, squares)]
+
+
+def psg(architecture: str, size: str) -> Iterator[Variant]:
+    pointers = ("a", "g", "weight", "sqnorms", "totals", "squares")
+    whole = ("samples", "tokens", "rows", "columns", "an", "at", "gn", "gt")
+    both = configurations.PSG, configurations.PSG_SQUARES
+    for sq, config in moments(*(table[architecture][size] for table in both)):
+        yield Variant(
+            f"psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
+            "nettrace.kernels.jit.psg:moments_kernel",
+            {
+                **dict.fromkeys(("a", "g"), NUMBERS[size]),
+                **dict.fromkeys(pointers[2:], "*fp32"),
+                **dict.fromkeys(whole, "i32"),
+            },
+            {
+                **{"WEIGHTED": True, "DW": True, "SQ": sq},
+                **{"PREC": PRODUCTS[architecture][size], "TOGETHER": 8},
+                **dict(zip(("BI", "BO", "BT"), config.blocks, strict=True)),
+            },
+            (*pointers, "rows", "columns", "an", "at", "gn", "gt"),
+            config.warps,
+            config.stages,
+            multiplies=True,
+            streams=True,
+        )
+
+
+def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
+    pointers = ("x", "gy", "sqnorms", "totals", "squares")
+    geometry = (
+        *("samples", "places", "channels", "filters", "height", "width", "out_width"),
+        *("filter_area", "filter_width", "padding_h", "padding_w"),
+    )
+    once = ("groups", "stride_h", "stride_w", "dilation_h", "dilation_w")
+    both = configurations.CONV_PSG, configurations.CONV_PSG_SQUARES
+    kept = moments(*(table[architecture][size] for table in both))
+    launched = [(sq, config, config.blocks, PRODUCTS[architecture][size]) for sq, config in kept]
+    _, config, (_, _, places), word = launched[-1]
+    if size == "half":  # few channels and filters, for which smaller blocks are launched
+        launched.append((True, config, (64, 64, places), word))
+    else:  # without tensor cores, for which all that is multiplied is in registers
+        launched.append((True, config, config.blocks, "ieee"))
+    for sq, config, blocks, word in launched:
+        yield Variant(
+            f"conv_psg {size} {'with squares' if sq else 'alone'} {blocks} {word}",
+            "nettrace.kernels.jit.conv_psg:conv_moments_kernel",
+            {
+                **dict.fromkeys(("x", "gy"), NUMBERS[size]),
+                **dict.fromkeys(pointers[2:], "*fp32"),
+                **dict.fromkeys(geometry, "i32"),
+            },
+            {
+                **dict.fromkeys(once, 1),
+                **{"DW": True, "SQ": sq, "PREC": word, "TOGETHER": 8},
+                **dict(zip(("BI", "BO", "BT"), blocks, strict=True)),
+            },
+            (*pointers, "channels", "filters"),
+            config.warps,
+            config.stages,
+            multiplies=word != "ieee",
+            streams=True,
         )
 
 
