@@ -19,6 +19,7 @@ from nettrace.kernels.factors import (
     total,
     traced_gram_,
 )
+from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.moments import weight_welford_
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "blocks",
     "column_sqnorms",
     "dense",
+    "ghost_gram",
+    "ghost_sqnorm",
     "gram_",
     "gram_cost",
     "inner",
