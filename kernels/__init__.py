@@ -4,6 +4,7 @@ from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
+from nettrace.kernels.embedding import embedding_gram, embedding_sqnorm
 from nettrace.kernels.factors import (
     Dense,
     Factor,
@@ -21,6 +22,7 @@ from nettrace.kernels.factors import (
 )
 from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.moments import weight_welford_
+from nettrace.kernels.sketch import kron_signs, kron_sketch
 
 __all__ = [
     "Dense",
@@ -34,12 +36,16 @@ __all__ = [
     "blocks",
     "column_sqnorms",
     "dense",
+    "embedding_gram",
+    "embedding_sqnorm",
     "ghost_gram",
     "ghost_sqnorm",
     "gram_",
     "gram_cost",
     "inner",
     "is_written_out",
+    "kron_signs",
+    "kron_sketch",
     "mirror_",
     "patches",
     "repeated",

@@ -12,7 +12,7 @@ from nettrace.kernels import configurations
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
     for size in ("half", "single"):
-        for kernel in (affine, ghost_gram, ghost_norm):
+        for kernel in (affine, ghost_gram, ghost_norm, embedding, sketch):
             yield from kernel(architecture, size)
 
 
@@ -51,12 +51,11 @@ def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
     widths = {"a": "ad", "g": "gd", "b": "bd", "h": "hd"}
     strides = [side + axis for side, axes in sides.items() for axis in axes.split()]
     numbers = ("samples", "others", "tokens", "tokens_of_others", "inputs", "outputs")
-    for tokens in (1, 2, 8, 4, 32, 128, (64, 8)):
-        short = tokens in (1, 2, 8)
-        table = configurations.GHOST_SHORT if short else configurations.GHOST
+    short, long = configurations.GHOST_SHORT, configurations.GHOST
+    for table, tokens in ((short, 1), (short, 8), (long, 4), (long, 32), (long, 128)):
         config = table[architecture][size]
         rows, columns, _ = config.blocks
-        tb, sb = tokens if isinstance(tokens, tuple) else (min(tokens, columns),) * 2
+        tb, sb = min(tokens, rows), min(tokens, columns)
         yield Variant(
             f"ghost_gram {size} of {tokens} tokens {config.blocks}",
             "nettrace.kernels.jit.ghost:gram_kernel",
@@ -67,7 +66,12 @@ def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
             },
             {
                 **dict.fromkeys(widths.values(), 1),
-                **{"SYMMETRIC": tb == sb, "TB": tb, "SB": sb, "PRECISION": precision(architecture)},
+                **{
+                    "SYMMETRIC": tokens < 128,
+                    "TB": tb,
+                    "SB": sb,
+                    "PRECISION": precision(architecture),
+                },
                 **dict(zip(("BM", "BN", "BK"), config.blocks, strict=True)),
             },
             (*sides, "out", "inputs", "outputs", *strides),
@@ -80,7 +84,7 @@ def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
 def ghost_norm(architecture: str, size: str) -> Iterator[Variant]:
     config = configurations.GHOST_NORM[architecture][size]
     most, bk = config.blocks
-    for tokens in sorted({1, 8, 32, most}):
+    for tokens in (32, most):
         strides = ("an", "at", "gn", "gt")
         yield Variant(
             f"ghost_norm {size} of {tokens} tokens {config.blocks}",
@@ -96,6 +100,55 @@ def ghost_norm(architecture: str, size: str) -> Iterator[Variant]:
                 "PRECISION": precision(architecture),
             },
             ("a", "g", "out", "inputs", "outputs", *strides),
+            config.warps,
+            config.stages,
+            multiplies=True,
+        )
+
+
+def embedding(architecture: str, size: str) -> Iterator[Variant]:
+    config = configurations.EMBEDDING[architecture][size]
+    rows, bk = config.blocks
+    for norms, tokens in ((False, 8), (True, rows)):
+        yield Variant(
+            f"embedding {size} {'norms' if norms else 'pairs'} of {tokens} tokens {config.blocks}",
+            "nettrace.kernels.jit.embedding:embedding_kernel",
+            {
+                **dict.fromkeys(("ids", "order", "lows", "tops"), "*i64"),
+                **{"g": NUMBERS[size], "out": "*fp32"},
+                **dict.fromkeys(("samples", "tokens", "features", "gn", "gt"), "i32"),
+            },
+            {
+                **{"gd": 1, "NORMS": norms, "BLOCKS": 16, "TB": tokens, "BM": rows, "BK": bk},
+                "PRECISION": precision(architecture),
+            },
+            ("ids", "order", "lows", "tops", "g", "out", "features", "gn", "gt"),
+            config.warps,
+            config.stages,
+            multiplies=True,
+        )
+
+
+def sketch(architecture: str, size: str) -> Iterator[Variant]:
+    for columns in (64, 128):
+        table = configurations.SKETCH if columns == 64 else configurations.SKETCH_WIDE
+        config = table[architecture][size]
+        most, bk = config.blocks
+        strides = ("an", "at", "gn", "gt")
+        yield Variant(
+            f"sketch {size} of {columns} columns, {most} tokens {config.blocks}",
+            "nettrace.kernels.jit.sketch:sketch_kernel",
+            {
+                **dict.fromkeys(("a", "g", "ra", "rg"), NUMBERS[size]),
+                "out": "*fp32",
+                **dict.fromkeys(("samples", "tokens", "inputs", "outputs"), "i32"),
+                **dict.fromkeys(("k1", "k2", *strides), "i32"),
+            },
+            {
+                **{"ad": 1, "gd": 1, "K1": columns, "K2": columns, "BT": most, "BK": bk},
+                **dict.fromkeys(("PRECISION", "WITHIN"), precision(architecture)),
+            },
+            (*("a", "g", "ra", "rg", "out", "inputs", "outputs", "k1", "k2"), *strides),
             config.warps,
             config.stages,
             multiplies=True,
