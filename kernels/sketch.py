@@ -95,8 +95,8 @@ def _signs(rows: int, columns: int, key: str) -> Tensor:
     # Bits of the generator itself, whose stream NumPy keeps from version to version.
     drawn = np.random.PCG64(digest).random_raw(-(-rows * columns // 64))
     bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), count=rows * columns)
-    signs = torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
-    return signs.view(rows, columns) / columns**0.5
+    signs: Tensor = torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
+    return signs.view(rows, columns).div_(columns**0.5)
 
 
 def _wide(*given: Tensor) -> torch.dtype:

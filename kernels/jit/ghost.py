@@ -253,7 +253,7 @@ def launch_sqnorm(a: Tensor, g: Tensor, precision: Precision) -> Tensor:
 def held(samples: int, tokens: int, rows: int) -> int:
     """How many tokens of a sample a tile of so many rows holds, so that tiles are fewest."""
     least = 1 if tokens <= 8 else 4  # fewer take registers for sums of many pairs of samples
-    sizes = [2**i for i in range(rows.bit_length()) if least <= 2**i < 2 * tokens]
+    sizes = [1 << i for i in range(rows.bit_length()) if least <= 1 << i < 2 * tokens]
     return min(sizes, key=lambda tb: (divided(samples, rows // tb) * divided(tokens, tb), -tb))
 
 

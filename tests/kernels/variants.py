@@ -52,7 +52,7 @@ def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
     strides = [side + axis for side, axes in sides.items() for axis in axes.split()]
     numbers = ("samples", "others", "tokens", "tokens_of_others", "inputs", "outputs")
     short, long = configurations.GHOST_SHORT, configurations.GHOST
-    for table, tokens in ((short, 1), (short, 8), (long, 4), (long, 32), (long, 128)):
+    for table, tokens in ((short, 1), (short, 8), (long, 4), (long, 128)):
         config = table[architecture][size]
         rows, columns, _ = config.blocks
         tb, sb = min(tokens, rows), min(tokens, columns)
@@ -84,26 +84,25 @@ def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
 def ghost_norm(architecture: str, size: str) -> Iterator[Variant]:
     config = configurations.GHOST_NORM[architecture][size]
     most, bk = config.blocks
-    for tokens in (32, most):
-        strides = ("an", "at", "gn", "gt")
-        yield Variant(
-            f"ghost_norm {size} of {tokens} tokens {config.blocks}",
-            "nettrace.kernels.jit.ghost:sqnorm_kernel",
-            {
-                **dict.fromkeys(("a", "g"), NUMBERS[size]),
-                "out": "*fp32",
-                **dict.fromkeys(("samples", "tokens", "inputs", "outputs", *strides), "i32"),
-            },
-            {
-                **dict.fromkeys(("ad", "gd"), 1),
-                **{"TB": tokens, "BM": max(16, tokens), "BK": bk},
-                "PRECISION": precision(architecture),
-            },
-            ("a", "g", "out", "inputs", "outputs", *strides),
-            config.warps,
-            config.stages,
-            multiplies=True,
-        )
+    strides = ("an", "at", "gn", "gt")
+    yield Variant(
+        f"ghost_norm {size} of {most} tokens {config.blocks}",
+        "nettrace.kernels.jit.ghost:sqnorm_kernel",
+        {
+            **dict.fromkeys(("a", "g"), NUMBERS[size]),
+            "out": "*fp32",
+            **dict.fromkeys(("samples", "tokens", "inputs", "outputs", *strides), "i32"),
+        },
+        {
+            **dict.fromkeys(("ad", "gd"), 1),
+            **{"TB": most, "BM": most, "BK": bk},
+            "PRECISION": precision(architecture),
+        },
+        ("a", "g", "out", "inputs", "outputs", *strides),
+        config.warps,
+        config.stages,
+        multiplies=True,
+    )
 
 
 def embedding(architecture: str, size: str) -> Iterator[Variant]:
