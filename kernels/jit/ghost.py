@@ -15,7 +15,7 @@ from nettrace.kernels.configurations import GHOST, GHOST_NORM, GHOST_SHORT
 from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def corner(pair, count):  # type: ignore[no-untyped-def]
     """The row and the column of one of count (count + 1) / 2 pairs with column <= row.
 

@@ -7,7 +7,7 @@ from kernel_truth import assert_near, cases, drawn
 from nettrace.kernels import embedding_gram, embedding_sqnorm
 
 #: N, T, D.
-SHAPES = [(1, 1, 1), (20, 3, 5), (2, 70, 17), (3, 33, 40), (5, 9, 33)]
+SHAPES = [(1, 1, 1), (20, 3, 5), (2, 40, 17), (2, 33, 40), (5, 9, 33)]
 
 
 def looked_up(n, t, rows, where="cpu", seed=7):
