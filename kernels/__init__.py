@@ -5,6 +5,7 @@ from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.conv_psg import conv_psg
 from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
+from nettrace.kernels.embedding import embedding_gram, embedding_sqnorm
 from nettrace.kernels.factors import (
     Dense,
     Factor,
@@ -20,8 +21,10 @@ from nettrace.kernels.factors import (
     total,
     traced_gram_,
 )
+from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 from nettrace.kernels.psg import psg_moments
+from nettrace.kernels.sketch import kron_signs, kron_sketch
 
 __all__ = [
     "WELFORD_SUMS",
@@ -37,10 +40,16 @@ __all__ = [
     "column_sqnorms",
     "conv_psg",
     "dense",
+    "embedding_gram",
+    "embedding_sqnorm",
+    "ghost_gram",
+    "ghost_sqnorm",
     "gram_",
     "gram_cost",
     "inner",
     "is_written_out",
+    "kron_signs",
+    "kron_sketch",
     "mirror_",
     "patches",
     "psg_moments",

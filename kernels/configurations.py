@@ -61,4 +61,43 @@ CONV_PSG = {
 CONV_PSG_SQUARES = {
     **PSG_SQUARES,
     "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
+
+
+#: Rows and columns, which are tokens of samples, and features.
+GHOST = _everywhere(
+    Config((128, 128, 64), 8, 3), Config((64, 64, 32), 8, 3), interpreted=Config((32, 16, 32), 4, 1)
+) | {
+    "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 16), 8, 3)},
+    "sm120": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 32, 32), 8, 3)},
+}
+#: The same for up to 8 tokens, where sums of many pairs of samples take registers as well.
+GHOST_SHORT = _everywhere(
+    Config((64, 64, 64), 8, 3), Config((64, 64, 16), 8, 3), interpreted=Config((32, 16, 32), 4, 1)
+)
+#: The most tokens, and features.
+GHOST_NORM = _everywhere(
+    Config((128, 64), 8, 3), Config((64, 32), 8, 3), interpreted=Config((16, 32), 4, 1)
+) | {"sm120": {"half": Config((64, 64), 4, 3), "single": Config((64, 32), 8, 3)}}
+#: Rows, which are tokens of samples, as many columns, and features.
+EMBEDDING = _everywhere(
+    Config((64, 64), 8, 3), Config((64, 32), 8, 3), interpreted=Config((16, 32), 4, 1)
+) | {
+    "sm80": {"half": Config((64, 64), 8, 3), "single": Config((64, 16), 8, 3)},
+    "sm100": {"half": Config((64, 64), 8, 2), "single": Config((64, 32), 8, 3)},
+    "sm120": {"half": Config((64, 64), 8, 3), "single": Config((64, 16), 8, 3)},
+}
+#: The most tokens, and features, for sketches of up to 64 columns.
+SKETCH = _everywhere(
+    Config((128, 64), 8, 3), Config((64, 32), 8, 3), interpreted=Config((16, 32), 4, 1)
+) | {
+    "sm80": {"half": Config((64, 32), 8, 3), "single": Config((32, 32), 8, 3)},
+    "sm120": {"half": Config((64, 32), 8, 3), "single": Config((32, 32), 8, 3)},
+}
+#: The same for more.
+SKETCH_WIDE = _everywhere(
+    Config((32, 32), 8, 3), Config((16, 32), 8, 3), interpreted=Config((16, 32), 4, 1)
+) | {
+    "sm90": {"half": Config((64, 64), 8, 3), "single": Config((32, 16), 8, 3)},
+    "sm100": {"half": Config((32, 64), 8, 3), "single": Config((32, 16), 8, 3)},
+    "gfx942": {"half": Config((64, 64), 8, 3), "single": Config((16, 32), 8, 3)},
 }

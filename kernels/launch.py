@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ def products(x: Tensor, precision: Precision) -> str:
     if x.device.type != "cuda":
         return "ieee"
     return "bf16x3" if torch.version.hip and precision == "tf32x3" else precision
+
+
+def known(precision: str) -> Precision:
+    """The same, if it is one of the precisions; ValueError else."""
+    for one in get_args(Precision):
+        if precision == one:
+            return one  # type: ignore[no-any-return]
+    raise ValueError(f"expected a precision of {get_args(Precision)}, got {precision!r}")
 
 
 def widened(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ PRODUCTS = {
 
 def every(architecture: str) -> Iterator[Variant]:
     """All kernels on an architecture, each in half and single precision."""
+    kernels = (affine, moments, psg, conv_psg, ghost_gram, ghost_norm, embedding, sketch)
     for size in ("half", "single"):
-        for kernel in (affine, moments, psg, conv_psg):
+        for kernel in kernels:
             yield from kernel(architecture, size)
 
 
@@ -77,9 +78,10 @@ def moments(architecture: str, size: str) -> Iterator[Variant]:
             ("tensors", "sums", "found"),
             warps=4,
             stages=3,
+        )
 
 
-def moments(alone: Config, squares: Config) -> list[tuple[bool, Config]]:
+def sizes(alone: Config, squares: Config) -> list[tuple[bool, Config]]:
     """Whether squares are kept, and how: with them, a kernel needs more of everything."""
     return [(True, squares)] if alone == squares else [(False, alone), (True, squares)]
 
@@ -88,7 +90,7 @@ def psg(architecture: str, size: str) -> Iterator[Variant]:
     pointers = ("a", "g", "weight", "sqnorms", "totals", "squares")
     whole = ("samples", "tokens", "rows", "columns", "an", "at", "gn", "gt")
     both = configurations.PSG, configurations.PSG_SQUARES
-    for sq, config in moments(*(table[architecture][size] for table in both)):
+    for sq, config in sizes(*(table[architecture][size] for table in both)):
         yield Variant(
             f"psg {size} {'with squares' if sq else 'alone'} {config.blocks}",
             "nettrace.kernels.jit.psg:moments_kernel",
@@ -144,6 +146,118 @@ def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
             config.stages,
             multiplies=word != "ieee",
             streams=True,
+        )
+
+
+def precision(architecture: str) -> str:
+    return "bf16x3" if architecture == "gfx942" else "tf32x3"
+
+
+def ghost_gram(architecture: str, size: str) -> Iterator[Variant]:
+    sides = {"a": "n t", "g": "n t", "b": "m s", "h": "m s"}
+    widths = {"a": "ad", "g": "gd", "b": "bd", "h": "hd"}
+    strides = [side + axis for side, axes in sides.items() for axis in axes.split()]
+    numbers = ("samples", "others", "tokens", "tokens_of_others", "inputs", "outputs")
+    short, long = configurations.GHOST_SHORT, configurations.GHOST
+    for table, tokens in ((short, 1), (short, 8), (long, 4), (long, 128)):
+        config = table[architecture][size]
+        rows, columns, _ = config.blocks
+        tb, sb = min(tokens, rows), min(tokens, columns)
+        yield Variant(
+            f"ghost_gram {size} of {tokens} tokens {config.blocks}",
+            "nettrace.kernels.jit.ghost:gram_kernel",
+            {
+                **dict.fromkeys(sides, NUMBERS[size]),
+                "out": "*fp32",
+                **dict.fromkeys((*numbers, *strides), "i32"),
+            },
+            {
+                **dict.fromkeys(widths.values(), 1),
+                **{
+                    "SYMMETRIC": tokens < 128,
+                    "TB": tb,
+                    "SB": sb,
+                    "PRECISION": precision(architecture),
+                },
+                **dict(zip(("BM", "BN", "BK"), config.blocks, strict=True)),
+            },
+            (*sides, "out", "inputs", "outputs", *strides),
+            config.warps,
+            config.stages,
+            multiplies=True,
+        )
+
+
+def ghost_norm(architecture: str, size: str) -> Iterator[Variant]:
+    config = configurations.GHOST_NORM[architecture][size]
+    most, bk = config.blocks
+    strides = ("an", "at", "gn", "gt")
+    yield Variant(
+        f"ghost_norm {size} of {most} tokens {config.blocks}",
+        "nettrace.kernels.jit.ghost:sqnorm_kernel",
+        {
+            **dict.fromkeys(("a", "g"), NUMBERS[size]),
+            "out": "*fp32",
+            **dict.fromkeys(("samples", "tokens", "inputs", "outputs", *strides), "i32"),
+        },
+        {
+            **dict.fromkeys(("ad", "gd"), 1),
+            **{"TB": most, "BM": most, "BK": bk},
+            "PRECISION": precision(architecture),
+        },
+        ("a", "g", "out", "inputs", "outputs", *strides),
+        config.warps,
+        config.stages,
+        multiplies=True,
+    )
+
+
+def embedding(architecture: str, size: str) -> Iterator[Variant]:
+    config = configurations.EMBEDDING[architecture][size]
+    rows, bk = config.blocks
+    for norms, tokens in ((False, 8), (True, rows)):
+        yield Variant(
+            f"embedding {size} {'norms' if norms else 'pairs'} of {tokens} tokens {config.blocks}",
+            "nettrace.kernels.jit.embedding:embedding_kernel",
+            {
+                **dict.fromkeys(("ids", "order", "lows", "tops"), "*i64"),
+                **{"g": NUMBERS[size], "out": "*fp32"},
+                **dict.fromkeys(("samples", "tokens", "features", "gn", "gt"), "i32"),
+            },
+            {
+                **{"gd": 1, "NORMS": norms, "BLOCKS": 16, "TB": tokens, "BM": rows, "BK": bk},
+                "PRECISION": precision(architecture),
+            },
+            ("ids", "order", "lows", "tops", "g", "out", "features", "gn", "gt"),
+            config.warps,
+            config.stages,
+            multiplies=True,
+        )
+
+
+def sketch(architecture: str, size: str) -> Iterator[Variant]:
+    for columns in (64, 128):
+        table = configurations.SKETCH if columns == 64 else configurations.SKETCH_WIDE
+        config = table[architecture][size]
+        most, bk = config.blocks
+        strides = ("an", "at", "gn", "gt")
+        yield Variant(
+            f"sketch {size} of {columns} columns, {most} tokens {config.blocks}",
+            "nettrace.kernels.jit.sketch:sketch_kernel",
+            {
+                **dict.fromkeys(("a", "g", "ra", "rg"), NUMBERS[size]),
+                "out": "*fp32",
+                **dict.fromkeys(("samples", "tokens", "inputs", "outputs"), "i32"),
+                **dict.fromkeys(("k1", "k2", *strides), "i32"),
+            },
+            {
+                **{"ad": 1, "gd": 1, "K1": columns, "K2": columns, "BT": most, "BK": bk},
+                **dict.fromkeys(("PRECISION", "WITHIN"), precision(architecture)),
+            },
+            (*("a", "g", "ra", "rg", "out", "inputs", "outputs", "k1", "k2"), *strides),
+            config.warps,
+            config.stages,
+            multiplies=True,
         )
 
 

@@ -1,0 +1,122 @@
+"""Sketches of gradients of linear maps, whose inner products are those of the gradients on average.
+
+A gradient sum_t a_t g_t^T of I x O numbers is multiplied by random matrices from both sides, which
+leaves k1 x k2 of them (Choe et al., 2024, arXiv 2405.13954, without training these matrices).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nettrace.kernels.launch import is_compiled, known
+
+#: More columns do not fit what a program holds.
+_MOST = 128
+
+
+@torch.library.custom_op("nettrace::kron_sketch", mutates_args=())
+def kron_sketch(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "tf32x3") -> Tensor:
+    """Samples' gradients between two matrices, ra^T (sum_t a_nt g_nt^T) rg, each laid out flat.
+
+    On a GPU `a` and `g` are read once, for up to 128 columns. Numbers of half precision there meet
+    matrices that are rounded to it, after division by their largest entry: signs stay exact.
+
+    Args:
+        a: (N, T, I) what a linear map is applied to, of any floating types and strides.
+        g: (N, T, O) the gradient by what it returns.
+        ra: (I, k1) such as `kron_signs` draws.
+        rg: (O, k2)
+        precision: of products of float32: "tf32", "tf32x3" or "ieee".
+
+    Returns:
+        (N, k1 k2) in float32 at least.
+
+    Raises:
+        ValueError: if shapes or types do not fit, or there is no such precision.
+    """
+    how = known(precision)
+    _check(a, g, ra, rg)
+    wide = _wide(a, g, ra, rg)
+    k1, k2 = ra.shape[1], rg.shape[1]
+    if not (a.numel() and g.numel() and k1 and k2):
+        return a.new_zeros((len(a), k1 * k2), dtype=wide)
+    if is_compiled(a, g, ra, rg) and max(k1, k2) <= _MOST:
+        from nettrace.kernels.jit.sketch import launch
+
+        return launch(a, g, ra, rg, how)
+    x, y = a.to(wide) @ ra.to(wide), g.to(wide) @ rg.to(wide)
+    return (x.mT @ y).flatten(1)
+
+
+@kron_sketch.register_fake
+def _(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "tf32x3") -> Tensor:
+    known(precision)
+    _check(a, g, ra, rg)
+    return a.new_empty((a.shape[0], ra.shape[1] * rg.shape[1]), dtype=_wide(a, g, ra, rg))
+
+
+def kron_signs(
+    inputs: int, outputs: int, k1: int, k2: int, seed: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """Matrices for `kron_sketch` of random signs / sqrt(k), by which sketches are unbiased.
+
+    Over seeds, the mean of <s_n, s_m> is <P_n, P_m>. For a gradient of rank one the norm's standard
+    deviation is about sqrt(2 / k1 + 2 / k2 + 4 / (k1 k2)) of it, much more than that of as many
+    projections of all numbers at once; it falls with the rank.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        k1: columns for inputs.
+        k2: columns for outputs.
+        seed: with the same seed and name they are the same, on all machines.
+        name: of the layer, so that sketches of two layers have nothing in common.
+
+    Returns:
+        (I, k1) and (O, k2) in float32, on the CPU.
+
+    Raises:
+        ValueError: if a number of columns is not positive.
+    """
+    for k in (k1, k2):
+        if k < 1:
+            raise ValueError(f"expected at least one column, got {k}")
+    ra = _signs(inputs, k1, f"{seed} inputs {name}")
+    rg = _signs(outputs, k2, f"{seed} outputs {name}")
+    return ra, rg
+
+
+def _signs(rows: int, columns: int, key: str) -> Tensor:
+    digest = int.from_bytes(hashlib.sha256(key.encode()).digest(), "little")
+    # Bits of the generator itself, whose stream NumPy keeps from version to version.
+    drawn = np.random.PCG64(digest).random_raw(-(-rows * columns // 64))
+    bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), count=rows * columns)
+    signs: Tensor = torch.from_numpy(bits.astype(np.float32)).mul_(2).sub_(1)
+    return signs.view(rows, columns).div_(columns**0.5)
+
+
+def _wide(*given: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for x in given:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def _check(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor) -> None:
+    if a.dim() != 3 or g.dim() != 3 or a.shape[:2] != g.shape[:2]:
+        raise ValueError(
+            f"expected a of shape (N, T, I) and g of shape (N, T, O), "
+            f"got {tuple(a.shape)} and {tuple(g.shape)}"
+        )
+    for name, x, r in (("ra", a, ra), ("rg", g, rg)):
+        if r.dim() != 2 or len(r) != x.shape[2]:
+            raise ValueError(
+                f"expected {name} of {x.shape[2]} rows and some columns, got {tuple(r.shape)}"
+            )
+    for name, x in (("a", a), ("g", g), ("ra", ra), ("rg", rg)):
+        if not x.is_floating_point():
+            raise ValueError(f"expected {name} of a real floating type, got {x.dtype}")
