@@ -61,7 +61,7 @@ CONV_PSG = {
 CONV_PSG_SQUARES = {
     **PSG_SQUARES,
     "sm80": {"half": Config((128, 64, 64), 8, 3), "single": Config((64, 64, 32), 8, 3)},
-
+}
 
 #: Rows and columns, which are tokens of samples, and features.
 GHOST = _everywhere(
