@@ -120,7 +120,7 @@ def conv_psg(architecture: str, size: str) -> Iterator[Variant]:
     )
     once = ("groups", "stride_h", "stride_w", "dilation_h", "dilation_w")
     both = configurations.CONV_PSG, configurations.CONV_PSG_SQUARES
-    kept = moments(*(table[architecture][size] for table in both))
+    kept = sizes(*(table[architecture][size] for table in both))
     launched = [(sq, config, config.blocks, PRODUCTS[architecture][size]) for sq, config in kept]
     _, config, (_, _, places), word = launched[-1]
     if size == "half":  # few channels and filters, for which smaller blocks are launched
