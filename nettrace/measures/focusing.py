@@ -91,7 +91,7 @@ _ROUNDING = 1e-9
     "focus/focusing",
     needs=["node_strengths", "nodes"],
     convention=f"1 - (sum pi)^2 / (n sum pi^2), in [0, 1 - 1/n], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def focusing(strengths: PerLayer, nodes: Nodes) -> Value:
@@ -115,7 +115,7 @@ def focusing(strengths: PerLayer, nodes: Nodes) -> Value:
     "focus/inverse_participation",
     needs=["node_strengths"],
     convention=f"sum_j p_j^2 with p = pi / sum pi, in [1/n, 1], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def inverse_participation(strengths: PerLayer) -> Value:
@@ -128,7 +128,7 @@ def inverse_participation(strengths: PerLayer) -> Value:
     "focus/entropy",
     needs=["node_strengths"],
     convention=f"-sum_j p_j ln p_j with p = pi / sum pi, in nats, in [0, ln n], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def entropy(strengths: PerLayer) -> Value:
@@ -142,7 +142,7 @@ def entropy(strengths: PerLayer) -> Value:
     needs=["node_strengths"],
     convention="sums of squares of the weights that write to each hidden unit, and of those that "
     "read it; NaN beyond a layer's own",
-    dims=["direction", "layer", "node"],
+    dims=["direction", "nodes", "node"],
     source=_SOURCE,
     grouped=False,
 )
@@ -161,7 +161,7 @@ def node_strengths(strengths: PerLayer) -> Value:
     convention="1 - (sum q)^2 / (n sum q^2), in [0, 1 - 1/n], of the loads q_j, sums over all "
     "paths from inputs to outputs through hidden unit j of the products of |w|; equal where all "
     "are zero",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
     grouped=False,
 )
@@ -240,7 +240,7 @@ def _tail(null: Tensor, count: int, of: int) -> Value:
 
 
 def _labels(strengths: PerLayer) -> dict[str, list[str]]:
-    return {"layer": list(strengths)}
+    return {"nodes": list(strengths)}
 
 
 def _share(values: Tensor) -> Tensor:
