@@ -114,7 +114,10 @@ class Gains:
     def between(
         self, chain: Iterable[int], written: Sequence[Factor], read: Sequence[Factor]
     ) -> tuple[Tensor, Tensor]:
-        """The product of scales on the way from what is written to what is read, on either side."""
+        """The product of scales on the way from what is written to what is read, on either side.
+
+        Those that vary along neither, as along places of a sequence, do not count.
+        """
         behind, ahead = torch.ones(()).double(), torch.ones(()).double()
         for number in chain:
             here = self._scales[number].along(read)
@@ -134,11 +137,7 @@ class Gains:
         """
         found = []
         for number, written in enumerate(self._written):
-            own = torch.ones(()).double()
-            for scale in self._of_all(number):
-                along = self._scales[scale].along(written)
-                own = own if along is None else own * along
-            found.append(own)
+            found.append(self.between(self._of_all(number), (), written)[1])
         both = []
         for number, read in enumerate(self._read):
             squares = []

@@ -38,11 +38,12 @@ convolution and at the end of a residual branch; else to the weights that read, 
 of a pre-activation block and behind an addition. Where a weight reads a sum of which the terms are
 scaled differently, it is scaled by the root of their mean square; in loads each path has its own.
 Scales that depend on the samples, as those of layer and group norms, or of batch norms without
-running statistics, do not count; nor do constants, biases, those of norms either, and embeddings of
-positions that do not depend on data. A parameter counts once in each of its roles, however
-often it is called: where input and output embeddings are tied, it writes and reads. Groups of units
-that weights only write to, or only read, as learned queries, are no layers, and are named in the
-attribute `left_out`. Layers are in the order in which the forward pass reaches them.
+running statistics, do not count; nor do those that vary along places or several axes, constants,
+biases, those of norms either, and embeddings of positions that do not depend on data. A parameter
+counts once in each of its roles, however often it is called: where input and output embeddings are
+tied, it writes and reads. Groups of units that weights only write to, or only read, as learned
+queries, are no layers, and are named in the attribute `left_out`. Layers are in the order in which
+the forward pass reaches them.
 
 The load of a node is the sum over all paths from inputs to outputs through it of the products of
 the |w|, with fixed scales, on the way: of a chain of dense layers,
