@@ -242,7 +242,7 @@ def by_layer(axis: Axes, data: xr.Dataset, name: str, colour: str, label: str) -
             *(range(one.size), one, error),
             **{"color": colour, "ls": style, "marker": "o", "ms": 3, "capsize": 2, "label": text},
         )
-    axis.set_xticks(range(data.sizes["layer"]), data.layer.values)
+    axis.set_xticks(range(data.sizes["representation"]), data.representation.values)
     axis.set_xlabel("layer")
 
 
@@ -250,8 +250,8 @@ def similarity(axis: Axes, data: xr.Dataset) -> None:
     """How similar each two layers are at the last step of a trace of geometry/cka_layers."""
     found = data.geometry_cka_layers[-1]
     image = axis.imshow(found, cmap="viridis", vmin=0, vmax=1)
-    axis.set_xticks(range(found.shape[0]), data.layer.values)
-    axis.set_yticks(range(found.shape[0]), data.layer.values)
+    axis.set_xticks(range(found.shape[0]), data.representation.values)
+    axis.set_yticks(range(found.shape[0]), data.representation.values)
     axis.set(title=f"Similarity of layers, step {int(found.step)}")
     axis.figure.colorbar(image, ax=axis, shrink=0.7, label="unbiased CKA")
 

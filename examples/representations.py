@@ -96,8 +96,8 @@ def main() -> None:
         last = data.isel(step=-1)
         print(f"{name}: accuracy {float(last.loss_accuracy):.3f} at step {int(last.step)}")
         for measure in ("participation_ratio_corrected", "dimension_two_nn", "separation"):
-            one = data[f"geometry_{measure}"].sel(layer="ReLU 4")
-            error = data[f"geometry_{measure}_standard_error"].sel(layer="ReLU 4")
+            one = data[f"geometry_{measure}"].sel(representation="ReLU 4")
+            error = data[f"geometry_{measure}_standard_error"].sel(representation="ReLU 4")
             ends = [f"{float(one[i]):.3g} +- {float(error[i]):.2g}" for i in (0, -1)]
             print(f"    {measure} of the last hidden layer: {' -> '.join(ends)}")
         for measure in ("nc1_variability", "nc2_maximal_angle", "nc3_self_duality"):

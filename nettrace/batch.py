@@ -44,6 +44,8 @@ def digest_of(several: Iterable[Tensor]) -> hashlib._Hash:
     for tensor in several:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
+        if len(flat) == 1:  # which counts as contiguous whatever its stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest
 

@@ -61,6 +61,17 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """Undoes what forward passes write to weights, buffers and attributes; random streams go on.
+
+    Args:
+        model: a network that is frozen.
+    """
+    with _parameters(model), _attributes(model):
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluates `model` in eval mode, without gradients and eagerly, as for a prediction.
 

@@ -33,11 +33,12 @@ from nettrace.kernels import (
     sqnorms,
 )
 from nettrace.operator import Jacobian
+from nettrace.representations import count
 from nettrace.statistics import Statistics
 from nettrace.tape import metadata
 
 #: Seconds that a contraction is timed for at least, unless all of it takes less.
-_LONG = 2e-3
+_TIMED = 2e-3
 #: Seconds above which nothing is timed twice; the first call of all may take this long.
 _SHORT = 1
 #: Seconds above which nothing is timed twice.
@@ -104,6 +105,11 @@ class Pieces:
             return self._look.assumed_likelihood is not None
         except ValueError:
             return False
+
+    @cached_property
+    def representations(self) -> int:
+        """Of how many layers activations are looked at, or a few more."""
+        return count(self._look.model, self._look._own)
 
     @cached_property
     def head_width(self) -> int:
@@ -324,10 +330,10 @@ class Pieces:
         top = self._timed_on * self.outputs
         order = min(top, 128)
         while True:
-            matrix = torch.eye(order, dtype=torch.float64, device=self._device)
-            matrix += 1 / order
+            numbers = torch.arange(order, dtype=torch.float64, device=self._device)
+            matrix = (numbers[:, None] * numbers).cos()
             seconds = self._time(partial(torch.linalg.eigvalsh, matrix))
-            if seconds > 2 * _LONG or order == top:
+            if seconds > 2 * _TIMED or order == top:
                 return seconds / order**3
             order = min(top, 2 * order)
 
@@ -457,8 +463,8 @@ class Pieces:
 
         making = self._time(partial(make, self._timed_on), times=1) * self.outputs / k
         n = 1
-        while (seconds := once(n)[0]) < _LONG and n < self._timed_on:
-            n = min(self._timed_on, 2 * n if seconds > _LONG / 8 else 8 * n)
+        while (seconds := once(n)[0]) < _TIMED and n < self._timed_on:
+            n = min(self._timed_on, 2 * n if seconds > _TIMED / 8 else 8 * n)
         again, x = once(n)
         return making, min(seconds, again), n, x
 

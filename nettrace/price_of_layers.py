@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nettrace.pieces import Pieces
 from nettrace.price import Needs, Work, prices
-from nettrace.representations import MOST
 from nettrace.statistics import Statistics
 
 
@@ -14,13 +13,44 @@ def _(pieces: Pieces, needs: Needs) -> Work:
     return Work(pieces.vjp, kept=pieces.one_pass, instead="name fewer by Probe(layers=...)")
 
 
-@prices("representation_kernels", "neighbour_distances", "neighbour_numbers")
+def _pairs(pieces: Pieces) -> int:
+    """Pairs of samples in all minibatches."""
+    return pieces.samples * min(pieces.samples, Statistics.minibatch)
+
+
+@prices("representation_kernels")
 def _(pieces: Pieces, needs: Needs) -> Work:
-    """Inner products of all layers' activations, of which there are as many as bytes of a pass."""
-    size = Statistics.minibatch
-    seconds = pieces.multiplication * min(pieces.samples, size) * pieces.one_pass / pieces.item
-    kept = 8 * MOST * pieces.samples * min(pieces.samples, size)
-    return Work(seconds, kept=kept, of=("activations",), instead="take fewer samples")
+    """Inner products of the activations, and what is made of kernels, of layers and each two."""
+    layers, pairs = pieces.representations, _pairs(pieces)
+    numbers = pieces.one_pass / pieces.item / pieces.samples
+    seconds = pairs * (pieces.multiplication * numbers + (4e-7 + 5e-10 * layers) * layers)
+    kept = 8 * layers * pairs
+    return Work(
+        seconds, kept=kept, whole=2 * kept, of=("activations",), instead="take fewer samples"
+    )
+
+
+@prices("representation_ranks")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    layers, pairs = pieces.representations, _pairs(pieces)
+    size = 8 * layers * pairs
+    of = ("representation_kernels",)
+    return Work(2e-7 * layers * pairs, kept=size, whole=size, of=of, instead="take fewer samples")
+
+
+@prices("input_ranks", "target_ranks")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    return Work(2e-7 * _pairs(pieces), kept=8 * _pairs(pieces))
+
+
+@prices("neighbour_distances", "neighbour_numbers")
+def _(pieces: Pieces, needs: Needs) -> Work:
+    """Distances between all samples, of which few are held, and which points share neighbours."""
+    layers, pairs = pieces.representations, pieces.samples**2
+    numbers = pieces.one_pass / pieces.item / pieces.samples
+    rate = pieces.multiplication
+    seconds = pairs * (rate * numbers + 3e-8 * layers)
+    return Work(seconds, whole=16 * pairs, of=("activations",), instead="take fewer samples")
 
 
 @prices("input_kernels", "target_kernels", "classes", "last_layer")

@@ -78,6 +78,13 @@ class Probe:
             raise TypeError(
                 f"expected select= to be 'last', a name, a number or a function, got {select!r}"
             )
+        names = [layers] if isinstance(layers, str) or layers is None else layers
+        if not isinstance(names, Sequence) or not all(
+            isinstance(n, (str, type(None))) for n in names
+        ):
+            raise TypeError(
+                f"expected layers= to be a name, a pattern, or a list of these, got {layers!r}"
+            )
         first = next(tensors(inputs), None)
         if first is None and inputs is not None and not isinstance(inputs, Mapping):
             raise TypeError(

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from nettrace.batch import tensors
 from nettrace.differentiate import parse_bytes
-from nettrace.freeze import frozen
+from nettrace.freeze import frozen, undone
 from nettrace.operator import OverBudgetError, PerLayer
 from nettrace.probe import Probe
 from nettrace.unwrapped import plain_model
@@ -65,6 +65,7 @@ def activations(
         ValueError: if nothing is called by that name, with the nearest that is; or if a layer that
             is named has no axis of samples.
         OverBudgetError: if they take more than the budget.
+        TypeError: if it is no probe, or layers are no texts.
 
     Example:
         >>> import torch, nettrace as nt
@@ -76,9 +77,14 @@ def activations(
         >>> list(nt.activations(model, probe, ["1.tanh", "2*"]))
         ['1.tanh', '2']
     """
+    if not isinstance(probe, Probe):
+        raise TypeError(
+            f"expected a nettrace.Probe, got {type(probe).__name__}: wrap samples as Probe(inputs)"
+        )
     model = plain_model(model)
     with frozen(model):
-        samples = len(probe.look(model))
+        with undone(model):
+            samples = len(probe.look(model))
         return captured(model, probe, samples, layers, parse_bytes(memory_budget))
 
 
@@ -105,21 +111,26 @@ def captured(
                 f"{samples} samples lie, or mixes them: name others by layers="
             )
         return result
-    frontier = _frontier(model)
-    found = _Watch(model, lambda name, _, __, same: name in frontier and not same, memory)
-    found.called(probe)
-    result, _ = _by_sample(model, probe, samples, found)
-    if not result:
-        names = [label for _, label, function, same in found.calls if function and not same]
-        few = {names[i * len(names) // MOST] for i in range(MOST)} if names else set()
-        found = _Watch(model, lambda _, label, *__: label in few, memory).called(probe)
+    calls = _Watch(model, lambda *_: False, memory).called(probe).calls
+    for labels in (_modules(calls), _functions(calls)):
+        chosen = set(labels)
+        found = _Watch(model, lambda _, label, *__, c=chosen: label in c, memory).called(probe)
         result, _ = _by_sample(model, probe, samples, found)
-    if not result:
-        raise ValueError(
-            "no module or function of the network was seen to give a tensor of numbers with an "
-            "axis of samples, as within transforms such as vmap: name what does by layers="
-        )
-    return result
+        if result:
+            return result
+    raise ValueError(
+        "no module or function of the network was seen to give a tensor of numbers with an axis of "
+        "samples, as within transforms such as vmap: name what does by layers="
+    )
+
+
+def count(model: nn.Module, probe: Probe) -> int:
+    """How many layers `captured` would look at, or a few more; of a network that is frozen."""
+    calls = _Watch(model, lambda *_: False, 0).called(probe).calls
+    patterns = [probe.layers] if isinstance(probe.layers, str) else list(probe.layers or ())
+    if patterns:
+        return sum(_matching(patterns, *call) for call in calls)
+    return len(_modules(calls)) or len(_functions(calls))
 
 
 #: A call: the layer's name without a number, its label, whether it is a function, and whether it
@@ -153,8 +164,8 @@ class _Watch(TorchFunctionMode):
         self._within: list[str] = [""]
 
     def called(self, probe: Probe) -> _Watch:
-        """Itself, after a forward pass."""
-        with _hooked(self._model, self._enter, self._leave), self:
+        """Itself, after a forward pass, of which the network keeps nothing, such as averages."""
+        with undone(self._model), _hooked(self._model, self._enter, self._leave), self:
             probe.look(self._model)
         return self
 
@@ -250,21 +261,37 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _frontier(model: nn.Module) -> set[str]:
-    """The modules of the deepest level of which there are few enough, and leaves above it."""
-    names = [_plain(n) for n, m in model.named_modules() if _plain(n)]
-    inner = {name.rpartition(".")[0] for name in names}
-    best: set[str] = set()
-    for depth in range(max((name.count(".") for name in names), default=-1) + 1):
-        level = {
-            name
-            for name in names
-            if name.count(".") == depth or (name.count(".") < depth and name not in inner)
-        }
+def _modules(calls: Sequence[_Call]) -> list[str]:
+    """Calls of modules at the deepest level of which there are few enough, and leaves above it.
+
+    A leaf is what calls no others, but for those that make its weights.
+    """
+    modules = [
+        call for call in calls if not call[2] and "parametrizations" not in call[0].split(".")
+    ]
+    inner = {path.rpartition(".")[0] for path, *_ in modules}
+    new = [(path, label) for path, label, _, same in modules if not same]
+    best: list[str] = []
+    for depth in range(max((path.count(".") for path, _ in new), default=-1) + 1):
+        level = [
+            label
+            for path, label in new
+            if path.count(".") == depth or (path.count(".") < depth and path not in inner)
+        ]
         if len(level) > MOST:
-            break
+            return best or _spaced(level)
         best = level
-    return best or set(names[:MOST])
+    return best
+
+
+def _functions(calls: Sequence[_Call]) -> list[str]:
+    """Calls of functions that give something new, at even distances if there are many."""
+    return _spaced([label for _, label, function, same in calls if function and not same])
+
+
+def _spaced(labels: Sequence[str]) -> list[str]:
+    few = min(MOST, len(labels))
+    return [labels[i * len(labels) // few] for i in range(few)]
 
 
 def _matching(patterns: Sequence[str], *call: Any) -> bool:
@@ -285,8 +312,9 @@ def _refuse(pattern: str, found: _Watch) -> None:
     others = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
     raise ValueError(
         f"layers= has {pattern!r}, but no module or function of that name gives a tensor in the "
-        f"forward pass: there are {', '.join(map(repr, near))}{others}; what runs within a "
-        "scripted module or a fused function is not seen"
+        f"forward pass: there are {', '.join(map(repr, near))}{others}; a pattern of which the "
+        "last part is '*' takes modules alone, and what runs within a scripted module or a fused "
+        "function is not seen"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nettrace.landscape.axes import Axes, Axis, reshape
 from nettrace.landscape.followed import Call, Follower
+from nettrace.landscape.scales import Scale, Sources, scale_of
 
 #: An axis of a weight is "read" where it is summed over together with activations, "written" where
 #: it is left and counts what comes out, "both" where each index of it reads and writes the same, as
@@ -36,6 +37,7 @@ _NEW = ("zeros", "ones", "full", "empty", "new_")
 
 #: What stands for the inputs where contractions are numbered.
 INPUTS = -1
+_NO_SCALES: frozenset[tuple[int, ...]] = frozenset({()})
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class Contraction:
         axes: of the weight, with their roles, in order; those of length one are empty.
         names: of the parameters and buffers that it is made of.
         sources: the numbers of earlier contractions that the activations come from without another
-            in between, and `INPUTS`.
+            in between, and `INPUTS`, with the scales on the way.
     """
 
     weight: Tensor
     axes: Sequence[tuple[Axis, Role]]
     names: frozenset[str]
-    sources: frozenset[int]
+    sources: Sources
 
 
 class Contractions(Follower):
@@ -61,7 +63,9 @@ class Contractions(Follower):
 
     Attributes:
         found: the contractions, in the order of the forward pass.
-        ends: the numbers of those that outputs come from without another in between.
+        scales: fixed vectors that activations were multiplied by, in that order.
+        ends: the numbers of those that outputs come from without another in between, with the
+            scales on the way.
         outputs: the axes of the outputs.
         side_by_side: axes along which activations were joined.
         multiplied: names of parameters of two axes or more that activations were multiplied with
@@ -71,14 +75,15 @@ class Contractions(Follower):
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         super().__init__(state)
         self.found: list[Contraction] = []
-        self.ends: frozenset[int] = frozenset()
+        self.scales: list[Scale] = []
+        self.ends: Sources = {}
         self.outputs: Axes = ()
         self.side_by_side: list[Axis] = []
         self.multiplied: set[str] = set()
         self._shapes = {name: t.squeeze().dim() for name, t in state.items()}
         self._names = WeakTensorKeyDictionary()
         self._sources = WeakTensorKeyDictionary()
-        self._written: dict[int, tuple[Any, frozenset[int]]] = {}
+        self._written: dict[int, tuple[Any, Sources]] = {}
         for name, tensor in state.items():
             self._names[tensor] = frozenset({name})
 
@@ -89,18 +94,20 @@ class Contractions(Follower):
 
     def _note(self, func: Any, call: Call, given: list[Axes], from_data: bool) -> None:
         inputs = list(call.tensors())
-        sources = frozenset[int]().union(*map(self._sources_of, inputs))
+        sources = _together(map(self._sources_of, inputs))
         names = frozenset[str]().union(*(self._names.get(t, frozenset()) for t in inputs))
         super()._note(func, call, given, from_data)
         name = func.overloadpacket.__name__.removesuffix("_")
         if name.startswith(_NEW):
-            sources, names = frozenset(), frozenset()
+            sources, names = {}, frozenset()
         # A network that differentiates in its forward uses weights the other way round meanwhile.
         is_backward = torch._C._current_autograd_node() is not None
         for weight, axes in () if is_backward else self._contracted(name, call):
             number = len(self.found)
             self.found.append(Contraction(weight.detach(), axes, self._names[weight], sources))
-            sources = frozenset({number})
+            sources = {number: _NO_SCALES}
+        if from_data and not is_backward:
+            sources = self._scaled(name, call, sources)
         if name == "mul" and from_data:
             self.multiplied |= {n for n in names if self._shapes[n] > 1}
         if name in _JOINING and from_data:
@@ -114,20 +121,35 @@ class Contractions(Follower):
             elif names:
                 self._names[result] = names
 
-    def _sources_of(self, tensor: Tensor) -> frozenset[int]:
-        found: frozenset[int] = self._sources.get(tensor, frozenset())
+    def _scaled(self, name: str, call: Call, sources: Sources) -> Sources:
+        """Notes a scale of activations, if an operation is one."""
+        fixed = [t for t in call.tensors() if self._is_weight(t) and not self._is_data(t)]
+        found = scale_of(name, call, fixed)
+        if found is None or found[1].squeeze().dim() > 1:
+            return sources
+        values, of = found
+        names = frozenset[str]().union(*(self._names[t] for t in fixed))
+        magnitudes = values.detach().abs().double()
+        self.scales.append(Scale(magnitudes, self.of(of), names, frozenset(sources)))
+        number = len(self.scales) - 1
+        return {
+            source: frozenset((*way, number) for way in ways) for source, ways in sources.items()
+        }
+
+    def _sources_of(self, tensor: Tensor) -> Sources:
+        found: Sources = self._sources.get(tensor, {})
         if tensor in self._from_data and tensor not in self._sources:
-            found = frozenset({INPUTS})
+            found = {INPUTS: _NO_SCALES}
         if self._written and tensor.layout is torch.strided:
-            found |= self._written.get(tensor.untyped_storage()._cdata, (None, frozenset()))[1]
+            found = found | self._written.get(tensor.untyped_storage()._cdata, (None, {}))[1]
         return found
 
-    def _write(self, tensor: Tensor, sources: frozenset[int]) -> None:
+    def _write(self, tensor: Tensor, sources: Sources) -> None:
         """What is written into a part comes with the whole; the memory is kept while following."""
         if tensor.layout is torch.strided:
             key = tensor.untyped_storage()._cdata
-            before = self._written.get(key, (None, frozenset[int]()))[1]
-            self._written[key] = tensor.untyped_storage(), sources | before
+            before = self._written.get(key, (None, {}))[1]
+            self._written[key] = tensor.untyped_storage(), before | sources
 
     def _is_weight(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor in self._names
@@ -170,3 +192,11 @@ class Contractions(Follower):
             roles = ("read", "written")
         found: list[tuple[Axis, Role]] = [(of_group, "both"), (within, roles[0])]
         return [*found, (single, roles[1]), *((place, "place") for place in places)]
+
+
+def _together(several: Iterable[Sources]) -> Sources:
+    found: Sources = {}
+    for one in several:
+        for source, ways in one.items():
+            found[source] = found.get(source, frozenset()) | ways
+    return found

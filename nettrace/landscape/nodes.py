@@ -8,8 +8,8 @@ over. Whether weights are kept as (outputs, inputs) or (inputs, outputs) makes n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nettrace.landscape.axes import Axis, Factor, factors, leaves
 from nettrace.landscape.contractions import INPUTS, Contraction, Contractions, Role
+from nettrace.landscape.scales import Gains, carried
 from nettrace.landscape.symmetries import FEW, Group, Outputs, Symmetries, proposed
 from nettrace.probe import Probe
 
@@ -45,16 +46,24 @@ class _Use:
         weight: as it is contracted.
         leaves: its axes.
         owner: the parameter that it is a view of, None if it is made of several or anew.
+        gains: of each call, the squares of what it is multiplied by, along these axes.
     """
 
     weight: Tensor
     leaves: Sequence[_Leaf]
     owner: str | None
+    gains: list[Tensor]
 
     @property
     def squares(self) -> Tensor:
         """Of magnitudes, in float64 and flat."""
         return self.weight.reshape(-1).abs().double().square()
+
+    def scaled(self, squares: Tensor) -> Tensor:
+        """Squares times those of the scales that belong to the weight, on average over calls."""
+        gain = sum(self.gains[1:], self.gains[0]) / len(self.gains)
+        whole = squares.reshape([leaf.factor.size for leaf in self.leaves])
+        return (whole * gain).reshape(-1)
 
     @property
     def places(self) -> Tensor:
@@ -93,30 +102,37 @@ class Nodes:
         groups, self.dropped = _tried(model, probe, seed, list(proposed(self._followed.axes)))
         self.left_out: dict[str, str] = {}
         self._names = self._roots(groups)
-        self._uses = list(self._told_apart(self._followed.found))
+        self._uses = self._told_apart(self._followed.found)
         self.sizes = self._in_order(groups)
 
     def strengths(self) -> Strengths:
         """By layer, (2, n) in float64 on the CPU: what is written to each node, and what is read.
 
-        Sums of squared magnitudes of weights, each parameter once, however often it is called.
+        Sums of squared magnitudes of weights, each parameter once, however often it is called,
+        with the fixed scales of activations that belong to it (`nettrace.landscape.scales`).
         """
-        return self._summed([use.squares for use in self._uses])
+        return self._summed([use.scaled(use.squares) for use in self._uses])
 
     def shuffled(self, draws: torch.Generator) -> Strengths:
         """The strengths if the numbers of each parameter were shuffled among themselves.
 
-        A parameter that is used in several roles is shuffled once, for all of them.
+        A parameter that is used in several roles is shuffled once, for all of them. Numbers are
+        shuffled with the scales that belong to them, but for those of several roles, which are
+        scaled then.
         """
         found = [use.squares for use in self._uses]
         for numbers, places in self._owned:
+            alone = len(numbers) == 1
+            if alone:
+                found[numbers[0]] = self._uses[numbers[0]].scaled(found[numbers[0]])
             values = torch.cat([found[number] for number in numbers])
             for number, place in zip(numbers, places, strict=True):
                 values[place] = found[number]
             size = 1 + max(int(place.max()) for place in places)
             values = values[torch.randperm(size, generator=draws).to(values.device)]
             for number, place in zip(numbers, places, strict=True):
-                found[number] = values[place]
+                shuffled = values[place]
+                found[number] = shuffled if alone else self._uses[number].scaled(shuffled)
         return self._summed(found)
 
     def _summed(self, squares: Sequence[Tensor]) -> Strengths:
@@ -160,33 +176,39 @@ class Nodes:
 
         A path goes from an input to an output, by a number of each weight that it passes, and
         counts as the product of their magnitudes: of a chain of dense layers, the load of node j is
-        (|W_l| ... |W_1| 1)_j (1 |W_L| ... |W_{l+1}|)_j. Biases, norms and nonlinearities do not
-        count. In a residual stream a path counts once for each time that it enters a node. Where
-        activations multiply each other, as in attention and gates, paths run through all factors;
-        places of a filter or sequence are summed over.
+        (|W_l| ... |W_1| 1)_j (1 |W_L| ... |W_{l+1}|)_j. Fixed scales of activations on the way
+        count, as those of batch normalisation; biases and nonlinearities do not. In a residual
+        stream a path counts once for each time that it enters a node. Where activations multiply
+        each other, as in attention and gates, paths run through all factors; places of a filter or
+        sequence are summed over.
 
         Raises:
             ValueError: if it cannot be told which weights follow which nodes, with the reason.
         """
         found = self._followed.found
         uses = [_leaves(one) for one in found]
+        gains = self._gains(uses)
         ahead: list[Tensor] = []
         for one, several in zip(found, uses, strict=True):
-            came = self._came(one, several, ahead, uses)
+            came = self._came(one, several, ahead, uses, gains)
             ahead.append(_product(one.weight, several, _READS, _WRITES, came))
         behind = [torch.zeros_like(values) for values in ahead]
-        for number in self._followed.ends:
+        for number, ways in self._followed.ends.items():
             if number == INPUTS:
                 continue
             self._check(number, uses[number], [*factors(self._followed.outputs)], "the outputs")
-            behind[number] += 1
+            written = _counted(uses[number], _WRITES)
+            for way in ways:
+                behind[number] += gains.between(way, (), written)[1]
         for number in range(len(found) - 1, -1, -1):
             one, several = found[number], uses[number]
             back = _product(one.weight, several, _WRITES, _READS, behind[number])
-            for source in one.sources - {INPUTS}:
-                behind[source] += _carried(
-                    back, _counted(several, _READS), _counted(uses[source], _WRITES)
-                )
+            read = _counted(several, _READS)
+            for source in one.sources.keys() - {INPUTS}:
+                written = _counted(uses[source], _WRITES)
+                for way in one.sources[source]:
+                    there, here = gains.between(way, written, read)
+                    behind[source] += carried(back * here, read, written) * there
         loads = {name: torch.zeros(size).double() for name, size in self.sizes.items()}
         for several, forth, back in zip(uses, ahead, behind, strict=True):
             written = _counted(several, _WRITES)
@@ -206,23 +228,29 @@ class Nodes:
         several: Sequence[_Leaf],
         ahead: Sequence[Tensor],
         uses: Sequence[Sequence[_Leaf]],
+        gains: Gains,
     ) -> Tensor:
         """What paths bring to the nodes that a weight reads."""
         read = _counted(several, _READS)
         joined = {leaf for axis in self._followed.side_by_side for leaf in leaves(axis)}
-        if joined & set(read) and one.sources != {INPUTS}:
+        if joined & set(read) and one.sources.keys() != {INPUTS}:
             raise ValueError(
                 f"{_said(one)} reads activations that were joined side by side: which paths lead "
                 "to which of them is not followed"
             )
         shape = [factor.size for factor in read]
         came = torch.zeros(shape, dtype=torch.float64, device=one.weight.device)
-        for source in one.sources:
-            if source == INPUTS:
-                came = came + 1
-            else:
+        for source, ways in one.sources.items():
+            written: Sequence[Factor] = ()
+            if source != INPUTS:
                 self._check(source, uses[source], read, _said(one))
-                came = came + _carried(ahead[source], _counted(uses[source], _WRITES), read)
+                written = _counted(uses[source], _WRITES)
+            for way in ways:
+                there, here = gains.between(way, written, read)
+                if source == INPUTS:
+                    came = came + there * here
+                else:
+                    came = came + carried(ahead[source] * there, written, read) * here
         return came
 
     def _check(
@@ -253,7 +281,7 @@ class Nodes:
                     roles.setdefault(self._names[leaf.factor], set()).add(leaf.role)
         contracted = {name for one in self._followed.found for name in one.names}
         counted = {name for group in groups for name in group.places} - contracted
-        self.uncounted = sorted(self._followed.multiplied & counted)
+        self.uncounted = sorted(map(_plain, self._followed.multiplied & counted))
         for group in groups:
             own = roles.setdefault(group.name, set())
             for said, wanted in (("writes to", _WRITES), ("reads", _READS)):
@@ -261,20 +289,32 @@ class Nodes:
                     self.left_out[group.name] = f"no weight {said} these nodes"
         return {name: sizes[name] for name in roles if name not in self.left_out}
 
-    def _told_apart(self, found: Sequence[Contraction]) -> Iterator[_Use]:
+    def _told_apart(self, found: Sequence[Contraction]) -> list[_Use]:
         """Each weight in each of its roles once."""
-        known: dict[object, list[Tensor]] = {}
-        for called in found:
-            one = self._without_copies(called)
+        known: dict[object, list[_Use]] = {}
+        uses: list[_Use] = []
+        several = [self._without_copies(one) for one in found]
+        leaves_of = [_leaves(one) for one in several]
+        gains = self._gains(leaves_of).folded()
+        for one, own, (written, read) in zip(several, leaves_of, gains, strict=True):
             owner, weight = self._owner(one), one.weight
             roles = sorted(zip(weight.stride(), (role for _, role in one.axes), strict=False))
             key = (one.names, owner, weight.storage_offset() if owner else 0, *roles)
             before = known.setdefault(key, [])
             # What is made anew at each call is the same weight if it has the same numbers.
-            again = before if owner else [w for w in before if torch.equal(w, weight)]
+            again = before if owner else [u for u in before if torch.equal(u.weight, weight)]
             if not again:
-                before.append(weight)
-                yield _Use(weight, _leaves(one), owner)
+                again = [_Use(weight, own, owner, [])]
+                before += again
+                uses += again
+            gain = _along(written, own, _WRITES) * _along(read, own, _READS)
+            again[0].gains.append(gain.square())
+        return uses
+
+    def _gains(self, several: Sequence[Sequence[_Leaf]]) -> Gains:
+        written, read = ([_counted(one, roles) for one in several] for roles in (_WRITES, _READS))
+        sources = [*(one.sources for one in self._followed.found), self._followed.ends]
+        return Gains(self._followed.scales, written, read, sources)
 
     def _owner(self, one: Contraction) -> str | None:
         storage = one.weight.untyped_storage().data_ptr()
@@ -309,7 +349,8 @@ def _tried(
     if known is None or known[0] != list(found):
         tried = Symmetries(model, probe, seed)
         known = _TRIED[model] = (list(found), tried.groups, dict(tried.dropped))
-    return known[1], dict(known[2])
+    groups = [replace(group, name=_plain(group.name)) for group in known[1]]
+    return groups, {_plain(name): _plain(why) for name, why in known[2].items()}
 
 
 _TRIED: WeakKeyDictionary[nn.Module, tuple[list[Group], list[Group], dict[str, str]]] = (
@@ -325,8 +366,21 @@ def _counted(several: Sequence[_Leaf], roles: frozenset[Role]) -> list[Factor]:
     return [leaf.factor for leaf in several if leaf.role in roles]
 
 
+def _along(values: Tensor, several: Sequence[_Leaf], roles: frozenset[Role]) -> Tensor:
+    """Values by the factors of some roles, aligned with all axes of a weight."""
+    if not values.dim():
+        return values
+    sizes = iter(values.shape)
+    return values.reshape([next(sizes) if leaf.role in roles else 1 for leaf in several])
+
+
 def _said(one: Contraction) -> str:
-    return " and ".join(sorted(one.names))
+    return " and ".join(sorted(map(_plain, one.names)))
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile puts into names."""
+    return name.replace("_orig_mod.", "")
 
 
 def _product(
@@ -343,17 +397,3 @@ def _product(
     found = [dim for dim in dims if several[dim].role in left]
     made: Tensor = torch.einsum(whole, list(dims), values, given, found)
     return made
-
-
-def _carried(values: Tensor, given: Sequence[Factor], wanted: Sequence[Factor]) -> Tensor:
-    """Values by other factors: summed over those that are not wanted, the same along new ones."""
-    for several in (given, wanted):
-        if len(set(several)) < len(several):
-            raise ValueError("a weight has the same nodes on two axes of one side")
-    dropped = [dim for dim, factor in enumerate(given) if factor not in wanted]
-    values = values.sum(dropped) if dropped else values
-    kept = [factor for factor in given if factor in wanted]
-    order = [kept.index(factor) for factor in wanted if factor in kept]
-    values = values.permute(order)
-    shape = [factor.size if factor in kept else 1 for factor in wanted]
-    return values.reshape(shape).expand([factor.size for factor in wanted])

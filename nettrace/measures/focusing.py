@@ -29,17 +29,27 @@ The loads of "focus/path_focusing" change nowhere. Permuted nodes have permuted 
   that takes from it reads them. The units within each block are layers of their own.
 
 A weight is what is contracted with activations, as it is then: after weight normalisation or the
-like, frozen or not, complex ones by their magnitudes. Biases, scales of norms, and embeddings of
-positions that do not depend on data are none. A parameter counts once in each of its roles, however
-often it is called: where input and output embeddings are tied, it writes and reads. Groups of units
-that weights only write to, or only read, as learned queries, are no layers, and are named in the
-attribute `left_out`. Layers are in the order in which the forward pass reaches them.
+like, frozen or not, complex ones by their magnitudes, and with the fixed scales that belong to it.
+Such is what activations are multiplied by along one axis, or altogether, and that depends on
+parameters and buffers alone: gamma / sqrt(var + eps) of batch normalisation in evaluation mode, the
+weight of another norm, a LayerScale. If it scales what comes from one weight alone, and all that
+takes from that weight takes it scaled, it belongs to the weight that writes, as behind a
+convolution and at the end of a residual branch; else to the weights that read, as at the beginning
+of a pre-activation block and behind an addition. Where a weight reads a sum of which the terms are
+scaled differently, it is scaled by the root of their mean square; in loads each path has its own.
+Scales that depend on the samples, as those of layer and group norms, or of batch norms without
+running statistics, do not count; nor do those that vary along places or several axes, constants,
+biases, those of norms either, and embeddings of positions that do not depend on data. A parameter
+counts once in each of its roles, however often it is called: where input and output embeddings are
+tied, it writes and reads. Groups of units that weights only write to, or only read, as learned
+queries, are no layers, and are named in the attribute `left_out`. Layers are in the order in which
+the forward pass reaches them.
 
 The load of a node is the sum over all paths from inputs to outputs through it of the products of
-the |w| on the way: of a chain of dense layers, (|W_l| ... |W_1| 1)_j (1 |W_L| ... |W_{l+1}|)_j. See
-`nettrace.landscape.nodes.Nodes.loads` for what else there may be on the way. Where activations are
-joined side by side or cut apart between weights, as queries, keys and values of one parameter are,
-there is none, and the error says where.
+the |w|, with fixed scales, on the way: of a chain of dense layers,
+(|W_l| ... |W_1| 1)_j (1 |W_L| ... |W_{l+1}|)_j. See `nettrace.landscape.nodes.Nodes.loads` for what
+else there may be on the way. Where activations are joined side by side or cut apart between
+weights, as queries, keys and values of one parameter are, there is none, and the error says where.
 
 Of a layer of which all path strengths are zero, each node counts as much as any other.
 """
@@ -82,7 +92,7 @@ _ROUNDING = 1e-9
     "focus/focusing",
     needs=["node_strengths", "nodes"],
     convention=f"1 - (sum pi)^2 / (n sum pi^2), in [0, 1 - 1/n], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def focusing(strengths: PerLayer, nodes: Nodes) -> Value:
@@ -106,7 +116,7 @@ def focusing(strengths: PerLayer, nodes: Nodes) -> Value:
     "focus/inverse_participation",
     needs=["node_strengths"],
     convention=f"sum_j p_j^2 with p = pi / sum pi, in [1/n, 1], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def inverse_participation(strengths: PerLayer) -> Value:
@@ -119,7 +129,7 @@ def inverse_participation(strengths: PerLayer) -> Value:
     "focus/entropy",
     needs=["node_strengths"],
     convention=f"-sum_j p_j ln p_j with p = pi / sum pi, in nats, in [0, ln n], {_PI}",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
 )
 def entropy(strengths: PerLayer) -> Value:
@@ -133,7 +143,7 @@ def entropy(strengths: PerLayer) -> Value:
     needs=["node_strengths"],
     convention="sums of squares of the weights that write to each hidden unit, and of those that "
     "read it; NaN beyond a layer's own",
-    dims=["direction", "layer", "node"],
+    dims=["direction", "nodes", "node"],
     source=_SOURCE,
     grouped=False,
 )
@@ -152,7 +162,7 @@ def node_strengths(strengths: PerLayer) -> Value:
     convention="1 - (sum q)^2 / (n sum q^2), in [0, 1 - 1/n], of the loads q_j, sums over all "
     "paths from inputs to outputs through hidden unit j of the products of |w|; equal where all "
     "are zero",
-    dims=["layer"],
+    dims=["nodes"],
     source=_SOURCE,
     grouped=False,
 )
@@ -231,7 +241,7 @@ def _tail(null: Tensor, count: int, of: int) -> Value:
 
 
 def _labels(strengths: PerLayer) -> dict[str, list[str]]:
-    return {"layer": list(strengths)}
+    return {"nodes": list(strengths)}
 
 
 def _share(values: Tensor) -> Tensor:

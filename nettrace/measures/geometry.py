@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +28,7 @@ _ROUNDING = 1e-12
     needs=["representation_kernels"],
     convention="(tr S)^2 / tr S^2, S the covariance of the samples' activations: at most N - 1, "
     "of isotropic data in d dimensions 1 / (1 / d + 1 / (N - 1)); error by leaving out groups",
-    dims=["layer"],
+    dims=["representation"],
     source="Gao et al. 2017, doi:10.1101/214262",
 )
 def participation_ratio(representation_kernels: PerLayer) -> Value:
@@ -50,7 +51,7 @@ def _ratio(kernels: Tensor, some: Tensor) -> Tensor:
     needs=["representation_kernels"],
     convention="(tr Sigma)^2 / tr Sigma^2 of the covariance of the source of the samples, both "
     "estimated without bias from N of them; infinite where it is too large to be told",
-    dims=["layer"],
+    dims=["representation"],
     source="Song et al. 2012, JMLR 13, eq. 5, for tr Sigma^2; (tr Sigma)^2 by the same over "
     "distances of pairs without a common sample",
 )
@@ -74,9 +75,9 @@ def _corrected_ratio(kernels: Tensor, some: Tensor) -> Tensor:
     needs=["neighbour_distances", "neighbour_numbers"],
     convention="(M - 1) / sum ln(r_2 / r_1) over M distinct samples, r_1 and r_2 the distances to "
     "the nearest two; too small where a manifold has a boundary or M is too small for it, by 15 % "
-    "for the cube of 10 dimensions and M = 2,000; error by the scatter of the logarithms, with "
-    "what neighbours share",
-    dims=["layer"],
+    "for the cube of 10 dimensions and M = 2,000, which is not in the error, the scatter of the "
+    "logarithms with what neighbours share",
+    dims=["representation"],
     source="Facco et al. 2017, doi:10.1038/s41598-017-11873-y",
 )
 def dimension_two_nn(neighbour_distances: PerLayer, neighbour_numbers: PerLayer) -> Value:
@@ -88,8 +89,9 @@ def dimension_two_nn(neighbour_distances: PerLayer, neighbour_numbers: PerLayer)
     "geometry/dimension_mle",
     needs=["neighbour_distances", "neighbour_numbers"],
     convention="inverse of the mean of ln(r_k / r_j) over j < k and M distinct samples, k = 10; "
-    "errors as those of dimension_two_nn, smaller, and bias larger",
-    dims=["layer"],
+    "errors as those of dimension_two_nn, smaller; bias by curvature and boundaries is larger, of "
+    "a Gaussian in 10 dimensions 10 % for M = 500, and not in the error",
+    dims=["representation"],
     source="Levina and Bickel 2004, averaged as by MacKay and Ghahramani 2005",
 )
 def dimension_mle(neighbour_distances: PerLayer, neighbour_numbers: PerLayer) -> Value:
@@ -102,11 +104,13 @@ def _dimensions(distances: PerLayer, numbers: PerLayer, k: int) -> Value:
     values, errors = (
         torch.tensor(several, dtype=torch.float64) for several in zip(*found, strict=True)
     )
-    return Value(values, errors, {"layer": list(distances)})
+    return Value(values, errors, {"representation": list(distances)})
 
 
 def _dimension(distances: Tensor, numbers: Tensor) -> tuple[float, float]:
     """The dimension of M points and its standard error; 0 of fewer than three."""
+    from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
+
     points, k = distances.shape
     if points < 3:
         return 0.0, 0.0
@@ -117,11 +121,13 @@ def _dimension(distances: Tensor, numbers: Tensor) -> tuple[float, float]:
         return torch.inf, 0.0
     dimension = (count - 1) / count / mean
     # Points whose neighbourhoods overlap have correlated logarithms.
-    around = torch.eye(points, device=logs.device)
-    around.scatter_(1, numbers, 1.0)
-    shared = (around @ around.T > 0).to(logs.dtype)
-    off = logs - mean
-    variance = max(float(off @ shared @ off), float(off @ off)) / points**2
+    members = torch.cat([torch.arange(points)[:, None], numbers.cpu()], 1)
+    around = csr_matrix(
+        (np.ones(members.numel()), members.flatten().numpy(), range(0, members.numel() + 1, k + 1))
+    )
+    one, other = (around @ around.T).nonzero()
+    off = (logs - mean).cpu().numpy()
+    variance = max(float((off[one] * off[other]).sum()), float(off @ off)) / points**2
     return dimension, dimension * variance**0.5 / mean
 
 
@@ -131,7 +137,7 @@ def _dimension(distances: Tensor, numbers: Tensor) -> tuple[float, float]:
     convention="1 - mean distance within classes over that between all samples, classes weighted "
     "alike, distances 1 - cosine of activations; 1 where each class is a point, 0 where classes "
     "are all alike",
-    dims=["layer"],
+    dims=["representation"],
     source="Kornblith et al. 2021, arXiv:2010.16402, class separation R^2",
 )
 def separation(activations: PerLayer, classes: Tensor) -> Value:
@@ -152,11 +158,11 @@ def separation(activations: PerLayer, classes: Tensor) -> Value:
     everything = torch.arange(len(classes), device=classes.device)
     parts = [separated(part.to(classes.device)) for part in parts_of(len(classes))]
     error = delete_one_error(torch.stack(parts))
-    return Value(separated(everything), error, {"layer": list(rows)})
+    return Value(separated(everything), error, {"representation": list(rows)})
 
 
 def _per_layer(layers: PerLayer, function: Callable[[Tensor, Tensor], Tensor]) -> Value:
     kernels = torch.stack(list(layers.values()))
     some = subsets(kernels.shape[-1]).to(kernels.device)
     value, error = error_of_subsets(function(kernels, some))
-    return Value(value, error, {"layer": list(layers)})
+    return Value(value, error, {"representation": list(layers)})

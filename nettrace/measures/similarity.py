@@ -28,25 +28,22 @@ _ROUNDING = 1e-12
     "geometry/cka_layers",
     needs=["representation_kernels"],
     convention=f"of each two layers: {_UNBIASED}",
-    dims=["layer", "other_layer"],
+    dims=["representation", "other_representation"],
     source=_CKA,
 )
 def cka_layers(representation_kernels: PerLayer) -> Value:
     """How similar the layers' representations are to each other."""
     kernels, names = _stacked(representation_kernels), list(representation_kernels)
     some = subsets(kernels.shape[-1]).to(kernels.device)
-    found = kernels.new_zeros(len(names), len(names), some.shape[1])
-    for i, one in enumerate(kernels):
-        found[i, i:] = found[i:, i] = _alignment(one, kernels[i:], some)
-    value, error = error_of_subsets(found)
-    return Value(value, error, {"layer": names, "other_layer": names})
+    value, error = error_of_subsets(_all_alignments(kernels, some))
+    return Value(value, error, {"representation": names, "other_representation": names})
 
 
 @measure(
     "geometry/cka_inputs",
     needs=["representation_kernels", "input_kernels"],
     convention=f"of each layer and the inputs: {_UNBIASED}",
-    dims=["layer"],
+    dims=["representation"],
     source=_CKA,
 )
 def cka_inputs(representation_kernels: PerLayer, input_kernels: Tensor) -> Value:
@@ -58,7 +55,7 @@ def cka_inputs(representation_kernels: PerLayer, input_kernels: Tensor) -> Value
     "geometry/cka_targets",
     needs=["representation_kernels", "target_kernels"],
     convention=f"of each layer and the targets, classes as one-hot vectors: {_UNBIASED}",
-    dims=["layer"],
+    dims=["representation"],
     source=_CKA,
 )
 def cka_targets(representation_kernels: PerLayer, target_kernels: Tensor) -> Value:
@@ -70,7 +67,7 @@ def cka_targets(representation_kernels: PerLayer, target_kernels: Tensor) -> Val
     "geometry/cka_first",
     needs=["representation_kernels", "first.representation_kernels"],
     convention=f"of each layer now and at the first look: {_UNBIASED}",
-    dims=["layer"],
+    dims=["representation"],
     source=_CKA,
 )
 def cka_first(now: PerLayer, first: PerLayer) -> Value:
@@ -82,7 +79,7 @@ def cka_first(now: PerLayer, first: PerLayer) -> Value:
     "geometry/cka_previous",
     needs=["representation_kernels", "previous.representation_kernels"],
     convention=f"of each layer now and at the look before: {_UNBIASED}",
-    dims=["layer"],
+    dims=["representation"],
     source=_CKA,
 )
 def cka_previous(now: PerLayer, previous: PerLayer) -> Value:
@@ -92,28 +89,28 @@ def cka_previous(now: PerLayer, previous: PerLayer) -> Value:
 
 @measure(
     "geometry/rsa_inputs",
-    needs=["representation_kernels", "input_kernels"],
+    needs=["representation_ranks", "input_ranks"],
     convention="Spearman's correlation of distances between samples in a layer with those between "
     "inputs, over all pairs; error by leaving out groups of samples",
-    dims=["layer"],
+    dims=["representation"],
     source="Kriegeskorte, Mur and Bandettini 2008, doi:10.3389/neuro.06.004.2008",
 )
-def rsa_inputs(representation_kernels: PerLayer, input_kernels: Tensor) -> Value:
+def rsa_inputs(representation_ranks: PerLayer, input_ranks: Tensor) -> Value:
     """Whether samples that are alike in the inputs are alike in the layers."""
-    return _rank_correlations(representation_kernels, input_kernels)
+    return _rank_correlations(representation_ranks, input_ranks)
 
 
 @measure(
     "geometry/rsa_targets",
-    needs=["representation_kernels", "target_kernels"],
+    needs=["representation_ranks", "target_ranks"],
     convention="Spearman's correlation of distances between samples in a layer with those between "
     "targets (of classes, whether they differ), over all pairs; error by leaving out groups",
-    dims=["layer"],
+    dims=["representation"],
     source="Kriegeskorte, Mur and Bandettini 2008, doi:10.3389/neuro.06.004.2008",
 )
-def rsa_targets(representation_kernels: PerLayer, target_kernels: Tensor) -> Value:
+def rsa_targets(representation_ranks: PerLayer, target_ranks: Tensor) -> Value:
     """Whether samples that are alike in the task are alike in the layers."""
-    return _rank_correlations(representation_kernels, target_kernels)
+    return _rank_correlations(representation_ranks, target_ranks)
 
 
 def hsic(one: Tensor, other: Tensor, some: Tensor | None = None) -> Tensor:
@@ -166,17 +163,43 @@ def _alignment(one: Tensor, other: Tensor, some: Tensor) -> Tensor:
     return ratio(hsic(one, other, some), (_power(one, some) * _power(other, some)).sqrt())
 
 
+def _all_alignments(kernels: Tensor, some: Tensor) -> Tensor:
+    """(L, L, S) the CKA of each two of kernels (L, B, n, n), for subsets (n, S) of the samples."""
+    n, without = some.sum(0), 1 - some
+    k = _without_diagonal(kernels)
+    rows = some * (k @ some)
+    totals = rows.sum(-2)
+    # Over all pairs i, j of samples at first, by i; then less those of which one is not there.
+    lines = k.permute(1, 2, 0, 3)  # (B, n, L, n)
+    by_row = lines @ lines.mT
+    products = by_row.sum(1).movedim(0, -1)[..., None] - 2 * torch.einsum(
+        "bnkl,ns->klbs", by_row, without
+    )
+    for number, column in enumerate(without.T):
+        left = column.nonzero().flatten()
+        block = k[..., left[:, None], left].flatten(2)
+        products[..., number] += torch.einsum("kbp,lbp->klb", block, block)
+    found = products + torch.einsum("kbs,lbs->klbs", totals, totals) / ((n - 1) * (n - 2))
+    found = found - 2 * torch.einsum("kbns,lbns->klbs", rows, rows) / (n - 2)
+    found = found.mean(-2) / (n * (n - 3))
+    powers = _known(found.diagonal(dim1=0, dim2=1).mT, kernels)
+    return ratio(found, (powers[:, None] * powers).sqrt())
+
+
 def _power(kernels: Tensor, some: Tensor) -> Tensor:
     """HSIC_1 of kernels with themselves, 0 where it is rounding or noise alone."""
-    found = hsic(kernels, kernels, some)
+    return _known(hsic(kernels, kernels, some), kernels)
+
+
+def _known(powers: Tensor, kernels: Tensor) -> Tensor:
     least = _ROUNDING * kernels.square().mean((-3, -2, -1))
-    return torch.where(found > least[..., None], found, 0.0)
+    return torch.where(powers > least[..., None], powers, 0.0)
 
 
 def _with_one(layers: PerLayer, one: Tensor) -> Value:
     some = subsets(one.shape[-1]).to(one.device)
     value, error = error_of_subsets(_alignment(_stacked(layers), one, some))
-    return Value(value, error, {"layer": list(layers)})
+    return Value(value, error, {"representation": list(layers)})
 
 
 def _with_earlier(now: PerLayer, before: PerLayer) -> Value:
@@ -186,22 +209,13 @@ def _with_earlier(now: PerLayer, before: PerLayer) -> Value:
     kernels, others = (torch.stack([k[name] for name in names]) for k in (now, before))
     some = subsets(kernels.shape[-1]).to(kernels.device)
     value, error = error_of_subsets(_alignment(kernels, others, some))
-    return Value(value, error, {"layer": names})
+    return Value(value, error, {"representation": names})
 
 
 def _rank_correlations(layers: PerLayer, reference: Tensor) -> Value:
-    from scipy.stats import rankdata  # type: ignore[import-untyped]
-
-    kernels = torch.cat([_stacked(layers), reference[None]])
-    some = subsets(n := kernels.shape[-1])
-    above = tuple(torch.triu_indices(n, n, 1))
-    squares = kernels.diagonal(dim1=-2, dim2=-1)
-    apart = (squares[..., None] + squares[..., None, :] - 2 * kernels).cpu()[..., *above]
-    # Equal distances differ by rounding, which must not rank them.
-    scale = apart.amax(-1, keepdim=True).clamp_min(torch.finfo(apart.dtype).tiny)
-    ranks = torch.from_numpy(rankdata((apart / scale).numpy().round(10), axis=-1))
-    matrices = torch.zeros(kernels.shape, dtype=torch.float64)
-    matrices[..., *above] = ranks - ranks.mean(-1, keepdim=True)
+    """Of ranks (B, n, n) of pairs, above the diagonal, less their mean."""
+    matrices = _stacked(layers)
+    some = subsets(matrices.shape[-1]).to(matrices.device)
     pairs = (size := some.sum(0)) * (size - 1) / 2
 
     def covariance(one: Tensor, other: Tensor) -> Tensor:
@@ -209,10 +223,10 @@ def _rank_correlations(layers: PerLayer, reference: Tensor) -> Value:
         product, *means = ((some * (m @ some)).sum(-2) / pairs for m in (one * other, one, other))
         return (product - means[0] * means[1]).mean(-2)
 
-    variances = covariance(matrices, matrices)
-    products = covariance(matrices[:-1], matrices[-1])
-    value, error = error_of_subsets(ratio(products, (variances[:-1] * variances[-1]).sqrt()))
-    return Value(value, error, {"layer": list(layers)})
+    variances = covariance(matrices, matrices) * covariance(reference, reference)
+    found = ratio(covariance(matrices, reference), variances.sqrt())
+    value, error = error_of_subsets(found)
+    return Value(value, error, {"representation": list(layers)})
 
 
 def _stacked(layers: PerLayer) -> Tensor:

@@ -32,10 +32,13 @@ class NodeStatistics(KernelStatistics):
         # All processes look at the same samples, and so find the same.
         found = Nodes(self._model, self._probe, self._seed)
         if not found.sizes:
-            if found.dropped:
-                said = "; ".join(f"{name} {why}" for name, why in found.dropped.items())
-                raise ValueError(f"no layer of nodes was found: {said}")
-            raise Inapplicable("no hidden units are written to by weights and read by others")
+            reasons = [f"{name} {why}" for name, why in found.dropped.items()]
+            reasons += [f"{why}: {name}" for name, why in found.left_out.items()]
+            said = "; ".join(reasons) or (
+                "the order of all units matters to inputs, outputs or each other, as in a network "
+                "of one layer, or of one that is called again on what it gives"
+            )
+            raise ValueError(f"no layer of two or more hidden units was found, for {said}")
         return found
 
     @cached_property

@@ -62,6 +62,21 @@ class RepresentationStatistics(Look):
         return self._kernels(_flat(self.targets), "targets")
 
     @cached_property
+    def representation_ranks(self) -> PerLayer:
+        """(B, n, n) ranks of the distances between activations, above the diagonal, centred."""
+        return {name: _ranks(one) for name, one in self.representation_kernels.items()}
+
+    @cached_property
+    def input_ranks(self) -> Tensor:
+        """(B, n, n) those of the inputs."""
+        return _ranks(self.input_kernels)
+
+    @cached_property
+    def target_ranks(self) -> Tensor:
+        """(B, n, n) those of the targets."""
+        return _ranks(self.target_kernels)
+
+    @cached_property
     def classes(self) -> Tensor:
         """(N,) the class of each sample, as the targets number them."""
         targets = self.targets
@@ -116,6 +131,22 @@ class RepresentationStatistics(Look):
         dealt = _spread(rows, name)[: size * count].unflatten(0, (size, count)).transpose(0, 1)
         batches: Tensor = dealt - dealt.mean(1, keepdim=True)
         return batches @ batches.mT
+
+
+def _ranks(kernels: Tensor) -> Tensor:
+    """Ranks of the pairs' distances, less their mean, each pair once; equal ones share theirs."""
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
+
+    n, squares = kernels.shape[-1], kernels.diagonal(dim1=-2, dim2=-1)
+    above = tuple(torch.triu_indices(n, n, 1))
+    apart = (squares[..., None] + squares[..., None, :] - 2 * kernels).cpu()[..., *above]
+    # Equal distances differ by rounding, which must not rank them.
+    found = torch.zeros(kernels.shape, dtype=torch.float64)
+    if n > 1:
+        scale = apart.amax(-1, keepdim=True).clamp_min(torch.finfo(apart.dtype).tiny)
+        ranks = torch.from_numpy(rankdata((apart / scale).numpy().round(10), axis=-1))
+        found[..., *above] = ranks - ranks.mean(-1, keepdim=True)
+    return found.to(kernels.device)
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -30,8 +30,10 @@ class Prediction:
 
     Args:
         mean: (N, ...) the outputs.
-        variance: (N, ...) of targets about them, or of logits; in the outputs' precision, but not
-            below float32.
+        variance: (N, ...) of targets about them, where alpha was calibrated on residuals, which
+            holds their noise too; the network's alone, without noise, where alpha and ridge were
+            given as those of Bayesian linear regression; of classes, that of logits. In the
+            outputs' precision, but not below float32.
         probabilities: (N, ...) of classes, with their variance taken account of; None for numbers.
     """
 
@@ -72,7 +74,7 @@ class Head:
         named: whether its results were asked for by that name, or another.
         outputs: C.
         biased: whether it has a bias.
-        digest: of its weights.
+        digest: of all of the network's parameters and buffers.
     """
 
     name: str
@@ -82,10 +84,9 @@ class Head:
     digest: str
 
     @classmethod
-    def of(cls, layer: LastLayer, named: str | None) -> Head:
-        """That of a layer."""
-        weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        digest = digest_of(weights).hexdigest()
+    def of(cls, layer: LastLayer, named: str | None, model: nn.Module) -> Head:
+        """That of a layer of a network."""
+        digest = digest_of(_state(model)).hexdigest()
         return cls(layer.name, named, len(layer.weight), layer.bias is not None, digest)
 
 
@@ -162,7 +163,7 @@ class Uncertainties:
             inputs: as in `nettrace.Probe`; moved to the network's device.
 
         Raises:
-            ValueError: if the head's weights are others than at the fit, or outputs are not finite.
+            ValueError: if weights or buffers are others than at the fit, or outputs are not finite.
         """
         layer, factors = self._look(inputs)
         return self._prediction(layer, factors)
@@ -263,8 +264,8 @@ class Uncertainties:
         device = next(self.model.parameters(), torch.empty(0)).device
         probe = Probe(inputs, **self._options).to(device)
         with evaluating(self.model):
+            self._check_same()
             layer = last_layer(self.model, probe, self.head.named)
-            self._check_same(layer)
             features = wide(with_ones(layer))
             if self._root.device != features.device:
                 self._root = self._root.to(features.device)
@@ -289,19 +290,17 @@ class Uncertainties:
             found = probit(mean.to(number), variance).softmax(self.likelihood.axis)
         return Prediction(mean, variance, found)
 
-    def _check_same(self, layer: LastLayer) -> None:
-        weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    def _check_same(self) -> None:
         # A digest takes long: again only where something was written.
-        seen = tuple(n for w in weights for n in (w.data_ptr(), _version(w)))
-        if seen == self._seen:
-            return
-        found = Head.of(layer, self.head.named)
-        if found.digest != self.head.digest:
-            raise ValueError(
-                f"the weights of {found.name!r} are not those that these uncertainties were fitted "
-                "to: fit them again, or load the network that they are of"
-            )
-        self._seen = seen
+        state = _state(self.model)
+        seen = tuple(n for w in state for n in (w.data_ptr(), _version(w)))
+        if seen != self._seen:
+            if digest_of(state).hexdigest() != self.head.digest:
+                raise ValueError(
+                    "the network's weights or buffers are not those that these uncertainties were "
+                    "fitted to: fit them again, or load the network that they are of"
+                )
+            self._seen = seen
 
 
 def load(
@@ -313,7 +312,8 @@ def load(
 ) -> Uncertainties:
     """Uncertainties that were saved, of the same network.
 
-    That it is the same is seen at the first call, by its last layer's weights.
+    That it is the same, in all parameters and buffers, is seen at the first call, and again
+    whenever one of them was written to; what is written to their `.data` meanwhile is not seen.
 
     Args:
         path: the file, or what `Uncertainties.state_dict` gave.
@@ -357,6 +357,11 @@ def load(
 
 def _at_least_single(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
+
+
+def _state(model: nn.Module) -> list[Tensor]:
+    """What predictions depend on."""
+    return [t.detach() for t in (*model.parameters(), *model.buffers())]
 
 
 def _version(values: Tensor) -> int:

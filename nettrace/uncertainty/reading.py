@@ -105,7 +105,7 @@ class Reader:
         probe = Probe.from_batch(batch, **self._options).to(self._device)
         layer = last_layer(self._model, probe, self._name)
         if self._head is None:
-            self._head = Head.of(layer, self._name)
+            self._head = Head.of(layer, self._name, self._model)
         head, count = self._head, len(layer.weight)
         if (layer.name, count) != (head.name, head.outputs):
             raise ValueError(
@@ -140,9 +140,13 @@ def kind_of(
     """Whether outputs are numbers or logits of classes.
 
     Raises:
-        ValueError: if that is not known, or something else, or classes run along no axis of the
-            head's outputs.
+        ValueError: if that is not known, or something else, classes run along no axis of the
+            head's outputs, or these are not finite.
     """
+    if not bool(layer.outputs.isfinite().all()):
+        raise ValueError(
+            "the outputs are not finite: there is NaN or infinity in the samples, or in the network"
+        )
     found = infer(layer.outputs, targets, likelihood, None)
     if isinstance(found, Categorical):
         scores = layer.outputs.movedim(found.axis, -1)

@@ -47,7 +47,7 @@ def test_focusing_is_measured_while_lightning_trains(tmp_path: Path) -> None:
         assert torch.equal(one, other)
     trace = nt.open(tmp_path)
     assert trace.step.values.tolist() == [0, 4]
-    assert trace.layer.values.tolist() == [f"net.{i}.weight[0]" for i in (0, 2, 4, 6)]
+    assert trace.nodes.values.tolist() == [f"net.{i}.weight[0]" for i in (0, 2, 4, 6)]
     for row, network in enumerate((Network(), model)):
         np.testing.assert_allclose(trace.focus_focusing[row], focusing(network), rtol=1e-9)
     assert trace.focus_alternation.notnull().all()

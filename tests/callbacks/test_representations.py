@@ -28,7 +28,7 @@ def test_values_are_those_of_the_network(given: bool, tmp_path: Path) -> None:
     geometry = RepresentationGeometry(layers=["net.1", "net.1.tanh"], to=tmp_path, **options)
     training.fit([geometry, Trace("ntk/trace", **options)], model)
     trace = nt.open(tmp_path)
-    assert trace.layer.values.tolist() == ["net.1.tanh", "net.1"]
+    assert trace.representation.values.tolist() == ["net.1.tanh", "net.1"]
     assert not any("missing" in found.attrs for found in trace.values())
     samples = INPUTS if given else training.Samples()[range(16)][0]
     hidden = model.net[:2](samples).detach()
@@ -47,7 +47,7 @@ def test_callbacks_with_other_layers_measure_apart(tmp_path: Path) -> None:
     ]
     training.fit(callbacks, training.network()())
     for name, to in folders.items():
-        assert nt.open(to).layer.values.tolist() == [name]
+        assert nt.open(to).representation.values.tolist() == [name]
 
 
 def test_a_layer_that_is_not_there_is_told_once_and_ends_nothing(

@@ -83,7 +83,7 @@ def test_dense_networks():
     for name, values in zip(names, expected.T, strict=True):
         record = records[f"focus/{name}"]
         np.testing.assert_allclose(record.value, values, rtol=1e-12)
-        assert record.coordinates == {"layer": list(strengths)}
+        assert record.coordinates == {"nodes": list(strengths)}
     assert "focus/alternation" not in records  # of two layers
     rows = records["focus/strengths"]
     assert rows.value.shape == (2, 2, 7)
@@ -124,6 +124,7 @@ def test_convolutions_have_channels():
         *(nn.ReLU(), nn.Flatten(), nn.Linear(5 * 25, 3)),
     ).double()
     w1, w2, w3 = squares(model[0].weight, model[3].weight, model[6].weight)
+    w1 /= 1 + model[1].eps
     strengths = found(model, normal(4, 2, 6, 6))
     assert list(strengths) == ["0.weight[0]", "3.weight[1]"]
     np.testing.assert_allclose(strengths["0.weight[0]"], [w1.sum((1, 2, 3)), w2.sum((1, 2, 3))])
@@ -651,11 +652,12 @@ def test_weights_that_are_not_finite_are_refused():
         measured(model, normal(4, 3), "focus")
 
 
-def test_networks_without_hidden_units_and_with_few_layers_are_left_out():
-    assert measured(nn.Linear(3, 2).double(), normal(4, 3), "focus") == {}
+def test_networks_without_hidden_units_are_refused_and_few_layers_left_out():
+    with pytest.raises(ValueError, match="no layer of two or more hidden units was found, for"):
+        measured(nn.Linear(3, 2).double(), normal(4, 3), "focus")
     names = measured(mlp(3, 4, 4, 4, 2), normal(4, 3), "focus")
     assert sorted(names) == ["focus/entropy", "focus/focusing", "focus/inverse_participation"]
-    with pytest.raises(ValueError, match="no layer of nodes was found: operation _trilinear"):
+    with pytest.raises(ValueError, match="hidden units was found, for operation _trilinear"):
         measured(nn.Sequential(Bilinear(), nn.Linear(4, 2)).double(), normal(4, 3), "focus")
 
 
@@ -680,7 +682,7 @@ def test_products_by_hand_are_doubtful():
     model = ByHand().double()
     with frozen(model):
         look = Statistics(model, nt.Probe(normal(4, 3)))
-        with pytest.raises(Inapplicable):
+        with pytest.raises(ValueError, match=r"no weight reads these nodes: second\[0\]"):
             _ = look.node_strengths
     model.more = nn.Linear(2, 4).double()
     model.forward = lambda x: model.more(ByHand.forward(model, x)).tanh()  # type: ignore
@@ -752,8 +754,9 @@ def test_inputs_may_be_a_mapping_and_the_network_compiled():
     (own,) = found(model, {"values": x, "scale": scale}).values()
     w1, w2 = squares(*weights(model))
     np.testing.assert_allclose(own, [w1.sum(1), w2.sum(0)])
-    compiled = torch.compile(model.net, backend="eager")
-    (own,) = found(compiled, x).values()
+    compiled = nn.Sequential(torch.compile(model.net, backend="eager"))
+    ((name, own),) = found(compiled, x).items()
+    assert name == "0.0.weight[0]"
     np.testing.assert_allclose(own, [w1.sum(1), w2.sum(0)])
 
 
@@ -778,4 +781,5 @@ def test_any_network_has_values_or_a_reason(name):
                     continue
                 assert bool(value.value.isfinite().all())
                 assert (value.value >= -1).all()
-    assert all("no layer of nodes" in text or "paths" in text for text in reasons)
+    refused = ("no layer of two or more hidden units", "paths")
+    assert all(any(said in text for said in refused) for text in reasons)

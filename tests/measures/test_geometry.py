@@ -36,7 +36,7 @@ def of(points, *names, targets=None):
 def one(points, name, targets=None):
     """The value and standard error of one measure."""
     record = of(points, name, targets=targets)[name]
-    assert record.coordinates["layer"] == ["0"]
+    assert record.coordinates["representation"] == ["0"]
     return float(record.value[0]), float(record.standard_error[0])
 
 
@@ -314,7 +314,6 @@ def test_separation_by_brute_force():
 
 # Bad input ----------------------------------------------------------------------------------------
 
-ALL = [m.name for m in nt.measures.resolve("geometry") if m.needs[0] != "last_layer_features"]
 OF_LAYERS = ["participation_ratio", "participation_ratio_corrected", "dimension_two_nn"]
 OF_LAYERS += ["dimension_mle", "cka_inputs", "cka_targets", "rsa_inputs", "rsa_targets"]
 OF_LAYERS += ["separation", "cka_layers", "cka_first"]
