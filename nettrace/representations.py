@@ -74,7 +74,7 @@ def activations(
         >>> probe = nt.Probe(torch.randn(8, 3))
         >>> {name: tuple(a.shape) for name, a in nt.activations(model, probe).items()}
         {'0': (8, 5), '1': (8, 5), '2': (8, 2)}
-        >>> list(nt.activations(model, probe, ["1.tanh", "2*"]))
+        >>> list(nt.activations(model, probe, ["1.tanh", "2"]))
         ['1.tanh', '2']
     """
     if not isinstance(probe, Probe):
