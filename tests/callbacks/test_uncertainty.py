@@ -78,6 +78,7 @@ def test_without_validation_data_there_is_a_doubt() -> None:
     assert "residuals of new samples" in callback.uncertainties.doubts[0]
 
 
+@training.recent  # before, a validation restored no callbacks
 @pytest.mark.parametrize("namespace", training.NAMESPACES)
 def test_checkpoints_hold_it(namespace: str, tmp_path: Path) -> None:
     kinds = import_module(f"{namespace}.callbacks")
