@@ -10,7 +10,6 @@ from nettrace.kernels.factors import (
     Dense,
     Factor,
     Outer,
-    Still,
     Sum,
     blocks,
     dense,
@@ -25,6 +24,7 @@ from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 from nettrace.kernels.psg import psg_moments
 from nettrace.kernels.sketch import kron_signs, kron_sketch
+from nettrace.kernels.still import Still
 
 __all__ = [
     "WELFORD_SUMS",

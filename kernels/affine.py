@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import is_compiled
+from nettrace.kernels.launch import is_compiled, summing
 
 
 @torch.library.custom_op("nettrace::affine_psg", mutates_args=())
@@ -36,7 +36,7 @@ def affine_psg(
         from nettrace.kernels.jit.affine import launch
 
         return launch(x, dy, mean, rstd)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = summing(x, dy)
     x, dy = x.to(wide), dy.to(wide)
     if mean is not None and rstd is not None:
         x = (x - mean.to(wide).unsqueeze(-1)) * rstd.to(wide).unsqueeze(-1)
@@ -48,7 +48,7 @@ def _(
     x: Tensor, dy: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     _check(x, dy, mean, rstd)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = summing(x, dy)
     n, _, d = x.shape
     return x.new_empty((n, d), dtype=wide), x.new_empty((n, d), dtype=wide)
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nettrace.kernels.factors import Dense, Factor, Outer, Sum, tiles, total
+from nettrace.kernels.factors import Dense, Factor, Outer, Sum, total
+from nettrace.kernels.launch import is_compiled
+from nettrace.kernels.still import tiles
 
 
 def column_sqnorms(x: Factor) -> Tensor:
@@ -36,6 +38,10 @@ def column_sqnorms(x: Factor) -> Tensor:
             found = found.mT
         else:
             found = squares.mT @ tokens.square()
+    elif is_compiled(x.moving) and not x.still.is_lookup:
+        from nettrace.kernels import fused
+
+        found = fused.squares(x)
     else:
         found = x.moving.new_zeros((g, m, d))
         for moving in x.moving:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from nettrace.kernels.convolution import Geometry, Patches
-from nettrace.kernels.factors import tiles
-from nettrace.kernels.launch import Precision, is_compiled
-from nettrace.kernels.psg import HELD, alike, check_real
+from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.psg import HELD, alike
+from nettrace.kernels.still import tiles
 
 #: How many channels and filters a group has at least where kernels are compiled: fewer would leave
 #: most of a tensor core's block empty.
@@ -65,7 +64,8 @@ def conv_psg(
     Raises:
         ValueError: if shapes do not fit, or numbers are not real, or there is no such precision.
     """
-    geometry = _checked(x, gy, size, stride, padding, dilation, groups, precision)
+    how = known(precision)
+    geometry = _checked(x, gy, size, stride, padding, dilation, groups)
     x, gy = alike(x, gy)
     n, channels, filters = *x.shape[:2], gy.shape[1]
     fits = min(channels, filters) >= groups * _LEAST
@@ -73,9 +73,8 @@ def conv_psg(
     if fits and is_compiled(x, gy) and gy.numel():
         from nettrace.kernels.jit.conv_psg import launch
 
-        word = cast(Precision, precision)
-        return launch(x, gy, size, stride, padding, dilation, groups, dw, sq, word)
-    wide = torch.promote_types(x.dtype, torch.float32)
+        return launch(x, gy, size, stride, padding, dilation, groups, dw, sq, how)
+    wide = summing(x)
     shape = filters, channels // groups, *size
     sqnorms = x.new_zeros((n,), dtype=wide)
     totals, squares = (x.new_zeros(shape if asked else (0,) * 4, dtype=wide) for asked in (dw, sq))
@@ -107,8 +106,9 @@ def _(
     sq: bool = False,
     precision: str = "tf32x3",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checked(x, gy, size, stride, padding, dilation, groups, precision)
-    wide = torch.promote_types(torch.promote_types(x.dtype, gy.dtype), torch.float32)
+    known(precision)
+    _checked(x, gy, size, stride, padding, dilation, groups)
+    wide = summing(x, gy)
     shape = gy.shape[1], x.shape[1] // groups, *size
     return (
         x.new_empty((x.shape[0],), dtype=wide),
@@ -125,9 +125,8 @@ def _checked(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    precision: str,
 ) -> Geometry:
-    check_real(precision, x=x, gy=gy)
+    check_real(x=x, gy=gy)
     if x.dim() != 4 or gy.dim() != 4 or x.shape[0] != gy.shape[0]:
         raise ValueError(
             f"expected x (N, C, H, W) and gy (N, O, H', W'), got {tuple(x.shape)} and "
@@ -147,8 +146,7 @@ def _checked(
             f"{groups}"
         )
     geometry = Geometry(tuple(padding), tuple(size), tuple(stride), tuple(dilation), groups)
-    steps = zip(x.shape[2:], size, stride, padding, dilation, strict=True)
-    places = tuple((n + 2 * p - d * (s - 1) - 1) // t + 1 for n, s, t, p, d in steps)
+    places = geometry.places(x.shape[2:])
     if tuple(gy.shape[2:]) != places:
         raise ValueError(
             f"expected gy at {places} places, where filters meet the images, got "

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nettrace.kernels.factors import Still, tiles
+from nettrace.kernels.still import Still, tiles
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Geometry:
     dilation: tuple[int, ...]
     groups: int
 
-    def places(self, space: Sequence[int]) -> int:
-        """At how many places a filter meets an image of size `space`."""
+    def places(self, space: Sequence[int]) -> tuple[int, ...]:
+        """At how many places along each axis a filter meets an image of size `space`."""
         steps = zip(space, self.size, self.stride, self.padding, self.dilation, strict=True)
-        return math.prod((n + 2 * p - d * (s - 1) - 1) // t + 1 for n, s, t, p, d in steps)
+        return tuple((n + 2 * p - d * (s - 1) - 1) // t + 1 for n, s, t, p, d in steps)
 
 
 class Patches(Still):
@@ -42,11 +42,11 @@ class Patches(Still):
     at_once = 2**24
 
     def __init__(self, images: Tensor, geometry: Geometry, ones: bool = False) -> None:
-        self._images = images
-        self._geometry = geometry
+        self.images = images
+        self.geometry = geometry
         self.samples, per_sample, channels = images.shape[:3]
         self.groups = geometry.groups
-        self.length = per_sample * geometry.places(images.shape[3:])
+        self.length = per_sample * math.prod(geometry.places(images.shape[3:]))
         self.width = channels // geometry.groups * math.prod(geometry.size)
         self.ones = ones
         self.is_lookup = False
@@ -54,20 +54,20 @@ class Patches(Still):
 
     def tokens(self, ns: slice = slice(None)) -> Tensor:
         """(N, G, T, D) patches of some samples."""
-        return patches(self._images[ns], self._geometry)
+        return patches(self.images[ns], self.geometry)
 
     def with_ones(self) -> Still:
         """The same with a column of ones."""
-        return Patches(self._images, self._geometry, ones=True)
+        return Patches(self.images, self.geometry, ones=True)
 
     def to(self, dtype: torch.dtype) -> Still:
         """The same in another precision."""
-        return Patches(self._images.to(dtype), self._geometry, self.ones)
+        return Patches(self.images.to(dtype), self.geometry, self.ones)
 
     def outer(self, moving: Tensor, ns: slice, out: Tensor | None = None) -> Tensor:
         """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times patches."""
         n, g, t, m = moving.shape
-        images, geometry = self._images[ns], self._geometry
+        images, geometry = self.images[ns], self.geometry
         # One convolution with samples as groups makes no patches. Where the images are small, or
         # the channels few or many, it is slower than making them.
         many = 16 <= images.shape[2] // g and m * self.width <= 50_000
@@ -77,17 +77,7 @@ class Patches(Still):
                 torch.matmul(moving[part].mT, patches(images[part], geometry), out=found[part])
             return found
         _, s, c, *space = images.shape
-        places = [
-            (length + 2 * p - d * (size - 1) - 1) // stride + 1
-            for length, size, stride, p, d in zip(
-                space,
-                geometry.size,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                strict=True,
-            )
-        ]
+        places = geometry.places(space)
         cotangent = moving.mT.reshape(n, g, m, s, -1).permute(3, 0, 1, 2, 4)
         weight = torch.ops.aten.convolution_backward(
             cotangent.reshape(s, n * g * m, *places),

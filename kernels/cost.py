@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nettrace.kernels.factors import _TILE, _WRITE, Dense, Factor, Outer, Sum, _gram_costs, _pays
+from nettrace.kernels.factors import _WRITE, Dense, Factor, Outer, Sum, _gram_costs, _pays
+from nettrace.kernels.still import TILE
 
 
 def gram_cost(x: Factor, samples: int) -> float:
@@ -23,7 +24,7 @@ def gram_cost(x: Factor, samples: int) -> float:
         return k * samples * (_WRITE + k * samples / 2) * p
     k, _, g, t, d, m = x.shape
     if t == 1:
-        together = max(1, 2 * _TILE // (k * k * samples))  # samples, which meet all of themselves
+        together = max(1, 2 * TILE // (k * k * samples))  # samples, which meet all of themselves
         met = 1 + min(1, together / samples)
         return g * samples**2 * (d + k**2 * (m + _WRITE)) * met / 2
     by_tokens, written = _gram_costs(x, x, samples, samples)

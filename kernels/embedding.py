@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.kernels.factors import Outer, Still, gram_, mirror_, sqnorms
-from nettrace.kernels.launch import is_compiled, known
+from nettrace.kernels.factors import Outer, gram_, mirror_, sqnorms
+from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.still import Still
 
 #: How many numbers temporary results of torch hold.
 _LIMIT = 2**24
@@ -35,7 +36,7 @@ def embedding_sqnorm(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tenso
     how = known(precision)
     _check(ids, g)
     if not g.numel():
-        return g.new_zeros(len(g), dtype=_wide(g))
+        return g.new_zeros(len(g), dtype=summing(g))
     if is_compiled(ids, g):
         from nettrace.kernels.jit.embedding import launch
 
@@ -61,13 +62,13 @@ def embedding_gram(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     how = known(precision)
     _check(ids, g)
     if not g.numel():
-        return g.new_zeros((len(g), len(g)), dtype=_wide(g))
+        return g.new_zeros((len(g), len(g)), dtype=summing(g))
     if is_compiled(ids, g):
         from nettrace.kernels.jit.embedding import launch
 
         return launch(ids, g, how, norms=False)
     x = _factor(ids, g)
-    found = g.new_zeros((len(g), len(g)), dtype=_wide(g))
+    found = g.new_zeros((len(g), len(g)), dtype=summing(g))
     gram_(found[:, None, :, None], x, x, _LIMIT)
     mirror_(found)
     return found
@@ -77,25 +78,21 @@ def embedding_gram(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
 def _(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     known(precision)
     _check(ids, g)
-    return g.new_empty(g.shape[0], dtype=_wide(g))
+    return g.new_empty(g.shape[0], dtype=summing(g))
 
 
 @embedding_gram.register_fake
 def _(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     known(precision)
     _check(ids, g)
-    return g.new_empty((g.shape[0], g.shape[0]), dtype=_wide(g))
-
-
-def _wide(g: Tensor) -> torch.dtype:
-    return torch.promote_types(g.dtype, torch.float32)
+    return g.new_empty((g.shape[0], g.shape[0]), dtype=summing(g))
 
 
 def _factor(ids: Tensor, g: Tensor) -> Outer:
     # Numbered by what there is: a row that nobody looked up takes no memory.
     met, numbers = ids.unique(return_inverse=True)
-    still = Still(numbers.unsqueeze(1), len(met), dtype=_wide(g))
-    return Outer(still, g.to(_wide(g))[None, :, None])
+    still = Still(numbers.unsqueeze(1), len(met), dtype=summing(g))
+    return Outer(still, g.to(summing(g))[None, :, None])
 
 
 def _check(ids: Tensor, g: Tensor) -> None:
@@ -106,5 +103,4 @@ def _check(ids: Tensor, g: Tensor) -> None:
         )
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"expected ids of an integer type, got {ids.dtype}")
-    if not g.is_floating_point():
-        raise ValueError(f"expected g of a real floating type, got {g.dtype}")
+    check_real(g=g)

@@ -23,96 +23,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from nettrace.kernels.launch import is_compiled
 from nettrace.kernels.plan import device_costs
+from nettrace.kernels.still import TILE, Still, products, tiles
 
-#: How many numbers a temporary result may hold.
-_TILE = 2**19
 #: What writing a number to memory and reading it again costs, in multiplications.
 _WRITE = 16
 #: How many products are added up in the precision of the gradients.
 _ADDED = 2**14
-
-
-class Still:
-    """The side of the outer products that all cotangents share.
-
-    Args:
-        tokens: (N, G, T, D); or (N, G, T) integers that number rows of the D x D identity.
-        width: D.
-        ones: whether a further column of ones belongs to it, so that the gradient of a bias, which
-            is added to every token, is a further column of the weight's.
-        dtype: that of inner products, where integers do not tell.
-    """
-
-    #: How many numbers it is efficient to write out together.
-    at_once = 2 * _TILE
-
-    def __init__(
-        self, tokens: Tensor, width: int, ones: bool = False, dtype: torch.dtype | None = None
-    ) -> None:
-        self._tokens = tokens
-        self.samples, self.groups, self.length = tokens.shape[:3]
-        self.width = width
-        self.ones = ones
-        self.is_lookup = not (tokens.is_floating_point() or tokens.is_complex())
-        self.dtype = dtype or tokens.dtype
-
-    def tokens(self, ns: slice = slice(None)) -> Tensor:
-        """(N, G, T, D), or (N, G, T) integers, for some samples, without the column of ones."""
-        return self._tokens[ns]
-
-    def with_ones(self) -> Still:
-        """The same with a column of ones."""
-        return Still(self._tokens, self.width, True, self.dtype)
-
-    def to(self, dtype: torch.dtype) -> Still:
-        """The same in another precision."""
-        if self.dtype == dtype:
-            return self
-        tokens = self._tokens if self.is_lookup else self._tokens.to(dtype)
-        return Still(tokens, self.width, self.ones, dtype)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """(N, G, T, T) inner products between each sample's tokens."""
-        if self.length == 1 and not self.is_lookup:  # many small products would take longer
-            norms: Tensor = torch.linalg.vector_norm(self.tokens(), dim=-1, keepdim=True)
-            return norms.square() + self.ones
-        each = self.groups * self.length * (self.length + self.width)
-        return torch.cat([products(self, ns, self, ns) for ns in tiles(self.samples, each)])
-
-    @property
-    def gram_cost(self) -> int:
-        """How many multiplications an entry of `gram` still takes."""
-        return 0 if "gram" in self.__dict__ else 1 if self.is_lookup else self.width
-
-    def outer(self, moving: Tensor, ns: slice, out: Tensor | None = None) -> Tensor:
-        """(N, G, M, D) the sum over tokens of moving (N, G, T, M) times still, without ones."""
-        tokens = self.tokens(ns)
-        if not self.is_lookup:
-            return torch.matmul(moving.mT, tokens, out=out)
-        n, g, _, m = moving.shape
-        found = moving.new_zeros((n, g, self.width, m))
-        self._add_rows(found, moving, tokens)
-        return found.mT if out is None else out.copy_(found.mT)
-
-    def _add_rows(self, out: Tensor, moving: Tensor, tokens: Tensor) -> None:
-        """Adds moving (N, G, T, M) to the rows of out (N, G, D, M) that lookups number."""
-        n, g, _, m = moving.shape
-        first = torch.arange(n * g, device=tokens.device).view(n, g, 1) * self.width
-        out.view(-1, m).index_add_(0, (tokens + first).flatten(), moving.reshape(-1, m))
-
-    def add_lookups_(self, out: Tensor, moving: Tensor) -> None:
-        """Adds gradients of lookups, for moving (K, N, G, T, M), to those written out (K, N, P)."""
-        for found, each in zip(out, moving, strict=True):
-            shape = (*each.shape[:2], self.width, each.shape[-1])
-            self._add_rows(found.view(shape), each, self.tokens())
 
 
 @dataclass(frozen=True)
@@ -231,17 +154,23 @@ def sqnorms(x: Factor) -> Tensor:
     written: float = k * (t + _WRITE) * d * m
     if x.moving.is_cuda:
         token, written = device_costs("sqnorm", x, n)
-    if token < written:
+    by_tokens = token < written
+    if is_compiled(x.moving) and (by_tokens or not x.still.is_lookup):
+        from nettrace.kernels import fused
+
+        found = fused.sqnorms(x, by_tokens)
+    elif by_tokens:
         gram = x.still.gram
         for ns in tiles(n, g * t * t):
             for i in range(k):
                 moving = x.moving[i, ns]
                 found[i, ns] = (moving @ moving.mT).mul_(gram[ns]).sum((1, 2, 3))
         return found
-    folded = x.moving.movedim(0, -2).flatten(-2)
-    for ns in tiles(n, k * g * d * m):
-        gradients = x.still.outer(folded[ns], ns).unflatten(2, (k, m))
-        found[:, ns] = _sqnorm(gradients.flatten(3)).sum(1).T
+    else:
+        folded = x.moving.movedim(0, -2).flatten(-2)
+        for ns in tiles(n, k * g * d * m):
+            gradients = x.still.outer(folded[ns], ns).unflatten(2, (k, m))
+            found[:, ns] = _sqnorm(gradients.flatten(3)).sum(1).T
     return found + sqnorms(_bias(x)) if x.still.ones else found
 
 
@@ -301,11 +230,16 @@ def gram_(out: Tensor, x: Factor, y: Factor, limit: int) -> None:
         if t == 1 == s:
             return _gram_of_single_tokens_(out, x, y)
         token, written = _gram_costs(x, y, n, o)
-        if token < written:
+        if token < written and not _is_fused(x, y):
             return _gram_by_tokens_(out, x, y, limit)
-        each = max(k * n, j * o) * g * d
-        mine, others = _written(x, each, limit), None if x is y else _written(y, each, limit)
-        _gram_written_out_(out, mine, others)
+        if token < written:
+            from nettrace.kernels import fused
+
+            fused.gram_(out[:, 0, :, 0], x, y, limit)
+        else:
+            each = max(k * n, j * o) * g * d
+            mine, others = _written(x, each, limit), None if x is y else _written(y, each, limit)
+            _gram_written_out_(out, mine, others)
         if x.still.ones:
             bias = _bias(x)
             gram_(out, bias, bias if x is y else _bias(y), limit)
@@ -324,6 +258,13 @@ def _gram_costs(x: Outer, y: Outer, n: int, o: int) -> tuple[float, float]:
     token = n * o * t * (s * (min(d, x.still.gram_cost or d) + j * m) + k * j * m) / half
     written = (k * n * (t + _WRITE) + (half == 1) * j * o * (s + _WRITE)) * d * m
     return token, written + k * n * j * o * d * m / half
+
+
+def _is_fused(x: Outer, y: Outer) -> bool:
+    """Whether compiled kernels make inner products by tokens: of one cotangent each."""
+    lookup = x.still.is_lookup or y.still.is_lookup
+    alone = len(x.moving) == 1 == len(y.moving) and not (lookup and x is not y)
+    return alone and is_compiled(x.moving, y.moving)
 
 
 def mirror_(matrix: Tensor) -> None:
@@ -357,31 +298,6 @@ def inner(x: Factor, u: Tensor) -> Tensor:
     return found
 
 
-def products(x: Still, ns: slice, y: Still, ms: slice) -> Tensor:
-    """(N, G, T, S) inner products between tokens of `x` and of `y`, sample by sample.
-
-    One of the ranges may hold a single sample, which meets all of the other.
-    """
-    a, b = x.tokens(ns), y.tokens(ms)
-    if x.is_lookup and y.is_lookup:
-        found = (a.unsqueeze(-1) == b.unsqueeze(-2)).to(x.dtype)
-    elif x.is_lookup:
-        found = _picked(b, a).mT
-    elif y.is_lookup:
-        found = _picked(a, b)
-    else:
-        found = a @ b.mT
-    return found + 1 if x.ones else found
-
-
-def _picked(values: Tensor, numbers: Tensor) -> Tensor:
-    """(N, G, S, T) the columns of values (N, G, S, D) that numbers (N, G, T) name."""
-    shape = torch.broadcast_shapes(values.shape[:2], numbers.shape[:2])
-    values = values.expand(*shape, -1, -1)
-    numbers = numbers.expand(*shape, -1).unsqueeze(-2)
-    return values.gather(-1, numbers.expand(-1, -1, values.shape[-2], -1))
-
-
 def _products_across(x: Outer, i: int, y: Outer, ms: slice) -> Tensor:
     """(K, M, J) inner products of sample `i` of `x` with `y`, which moves on the other side."""
     assert not x.still.ones, "a bias has no other side"
@@ -413,13 +329,6 @@ def _sqnorm(values: Tensor) -> Tensor:
     """The squared norms along the last axis, read once."""
     norms: Tensor = torch.linalg.vector_norm(values, dim=-1)
     return norms.square()
-
-
-def tiles(count: int, each: int, limit: int = _TILE) -> Iterator[slice]:
-    """Ranges of `count` things of `each` numbers of which at most `limit` are held."""
-    step = max(1, limit // max(1, each))
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
 
 
 def _written(x: Outer, each: int, limit: int) -> Iterator[Tensor]:
@@ -465,7 +374,7 @@ def _gram_of_single_tokens_(out: Tensor, x: Outer, y: Outer) -> None:
         a = a.flatten(0, 1)
         b = a if x is y else b.flatten(0, 1)
         still = _products_of_single_tokens(x.still, y.still, g).repeat_interleave(j, 1)
-        step = max(1, 2 * _TILE // (k * o * j))
+        step = max(1, 2 * TILE // (k * o * j))
         for start in range(0, n, step):
             stop, first = start + step, start if x is y else 0
             found = a[start * k : stop * k] @ b[first * j :].T
@@ -483,14 +392,14 @@ def _products_of_single_tokens(x: Still, y: Still, group: int) -> Tensor:
 def _gram_by_tokens_(out: Tensor, x: Outer, y: Outer, limit: int) -> None:
     k, n, g, t, d, _ = x.shape
     j, o, _, s, _, m = y.shape
-    for held in tiles(o, g * s * (d + j * m), min(limit, 16 * _TILE)):
+    for held in tiles(o, g * s * (d + j * m), min(limit, 16 * TILE)):
         tokens = y.still.tokens(held)  # which may have to be made
         theirs = Still(tokens, y.still.width, y.still.ones, y.still.dtype)
         columns = y.moving[:, held].permute(1, 2, 3, 0, 4).flatten(3)  # (M, G, S, J M)
         for i in range(held.stop if x is y else n):
             mine = x.moving[:, i].flatten(1).T
             first = max(0, i - held.start) if x is y else 0
-            for tile in tiles(len(tokens) - first, g * t * (s + j * m), min(limit, 4 * _TILE)):
+            for tile in tiles(len(tokens) - first, g * t * (s + j * m), min(limit, 4 * TILE)):
                 ms = slice(first + tile.start, first + tile.stop)
                 met = products(x.still, slice(i, i + 1), theirs, ms)  # (M, G, T, S)
                 weighted = (met @ columns[ms]).unflatten(3, (j, -1)).movedim(3, 1).flatten(2)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.kernels.factors import Outer, Still, gram_, mirror_, sqnorms
-from nettrace.kernels.launch import is_compiled, known
+from nettrace.kernels.factors import Outer, gram_, mirror_, sqnorms
+from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.still import Still
 
 #: How many numbers temporary results of torch hold.
 _LIMIT = 2**24
@@ -39,12 +40,12 @@ def ghost_sqnorm(a: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     how = known(precision)
     _check("a", a, "g", g)
     if not (a.numel() and g.numel()):
-        return a.new_zeros(len(a), dtype=_wide(a, g))
+        return a.new_zeros(len(a), dtype=summing(a, g))
     if is_compiled(a, g):
         from nettrace.kernels.jit.ghost import launch_sqnorm
 
         return launch_sqnorm(a, g, how)
-    return sqnorms(_factor(a, g, _wide(a, g)))[0]
+    return sqnorms(_factor(a, g, summing(a, g)))[0]
 
 
 @torch.library.custom_op("nettrace::ghost_gram", mutates_args=())
@@ -76,7 +77,7 @@ def ghost_gram(
     _check_pair(a, g, b, h)
     others = [x for x in (b, h) if x is not None]
     given = [a, g, *others]
-    wide = _wide(*given)
+    wide = summing(*given)
     if not all(x.numel() for x in given):
         return a.new_zeros((len(a), len(a if b is None else b)), dtype=wide)
     if is_compiled(*given):
@@ -96,7 +97,7 @@ def ghost_gram(
 def _(a: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     known(precision)
     _check("a", a, "g", g)
-    return a.new_empty(a.shape[0], dtype=_wide(a, g))
+    return a.new_empty(a.shape[0], dtype=summing(a, g))
 
 
 @ghost_gram.register_fake
@@ -111,14 +112,7 @@ def _(
     _check_pair(a, g, b, h)
     others = [x for x in (b, h) if x is not None]
     columns = (a if b is None else b).shape[0]
-    return a.new_empty((a.shape[0], columns), dtype=_wide(a, g, *others))
-
-
-def _wide(*given: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for x in given:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    return a.new_empty((a.shape[0], columns), dtype=summing(a, g, *others))
 
 
 def _factor(a: Tensor, g: Tensor, dtype: torch.dtype) -> Outer:
@@ -131,9 +125,7 @@ def _check(one: str, x: Tensor, other: str, y: Tensor) -> None:
             f"expected {one} of shape (N, T, I) and {other} of shape (N, T, O), "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    for name, given in ((one, x), (other, y)):
-        if not given.is_floating_point():
-            raise ValueError(f"expected {name} of a real floating type, got {given.dtype}")
+    check_real(**{one: x, other: y})
 
 
 def _check_pair(a: Tensor, g: Tensor, b: Tensor | None, h: Tensor | None) -> None:

@@ -8,7 +8,7 @@ for these on all devices.
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, reduce
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -86,6 +86,23 @@ def known(precision: str) -> Precision:
         if precision == one:
             return one  # type: ignore[no-any-return]
     raise ValueError(f"expected a precision of {get_args(Precision)}, got {precision!r}")
+
+
+def check_real(**tensors: Tensor) -> None:
+    """Raises ValueError if one of the tensors is not of real floating-point numbers."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ValueError(f"expected {name} of a real floating type, got {x.dtype}")
+
+
+def summing(*tensors: Tensor) -> torch.dtype:
+    """The type in which products of numbers of these types are added up: float32 at least."""
+    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first axis, which costs nothing if there is nothing to add."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -173,17 +173,17 @@ def plan(
 
 
 def norm_work(layer: Layer) -> dict[Form, Work]:
-    """What squared norms (K, N) take, by form."""
+    """What squared norms (K, N) take, by form; kernels do each cotangent by itself."""
     n, t, _, o, k, g, _ = layer
     pairs = n * g * t * t  # half of which are made
-    read = layer.numbers
     if t == 1:
-        return {"single": Work(2 * pairs * (layer.compared + k * o), read)}
+        return {"single": Work(2 * pairs * (layer.compared + k * o), layer.numbers)}
+    read = k * layer._replace(cotangents=1).numbers
     if layer.lookup:  # rows of the gradient that are not looked up are written as well
-        own = Work(2 * layer.numbers, read + 2 * layer.gradients)
+        own = Work(2 * layer.numbers, layer.numbers + 2 * layer.gradients)
     else:
         own = Work(2 * t * layer.gradients, read)
-    return {"ghost": Work(pairs * (layer.compared + k * o), read), "psg": own}
+    return {"ghost": Work(k * pairs * (layer.compared + o), read), "psg": own}
 
 
 def gram_work(layer: Layer, other: Layer | None = None) -> dict[Form, Work]:

@@ -10,13 +10,11 @@ makes the weight's gradient makes all P_n on its way, and here none of them is w
 
 from __future__ import annotations
 
-from typing import cast, get_args
-
 import torch
 from torch import Tensor
 
-from nettrace.kernels.factors import tiles
-from nettrace.kernels.launch import Precision, is_compiled
+from nettrace.kernels.launch import Precision, check_real, is_compiled, known, summing
+from nettrace.kernels.still import tiles
 
 #: How many numbers of per-sample gradients are held at a time where nothing is compiled.
 HELD = 2**22
@@ -50,8 +48,8 @@ def psg_moments(
     Raises:
         ValueError: if shapes do not fit, or numbers are not real, or there is no such precision.
     """
-    _check(a, g, weight, precision)
-    return _moments(*alike(a, g), weight, dw, sq, cast(Precision, precision))
+    _check(a, g, weight)
+    return _moments(*alike(a, g), weight, dw, sq, known(precision))
 
 
 @psg_moments.register_fake
@@ -63,8 +61,9 @@ def _(
     sq: bool = False,
     precision: str = "tf32x3",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(a, g, weight, precision)
-    wide = torch.promote_types(torch.promote_types(a.dtype, g.dtype), torch.float32)
+    known(precision)
+    _check(a, g, weight)
+    wide = summing(a, g)
     shape = a.shape[2], g.shape[2]
     return (
         a.new_empty((a.shape[0],), dtype=wide),
@@ -76,7 +75,7 @@ def _(
 def _moments(
     a: Tensor, g: Tensor, weight: Tensor | None, dw: bool, sq: bool, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = summing(a)
     weight = None if weight is None else weight.to(wide).contiguous()
     if a.shape[1] == 1 < a.shape[0]:
         return _of_single_tokens(a, g, weight, dw, sq, precision)
@@ -106,7 +105,7 @@ def _of_single_tokens(
     a: Tensor, g: Tensor, weight: Tensor | None, dw: bool, sq: bool, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of outer products, whose squares are outer products: sums over samples as over tokens."""
-    first, second = (x.to(torch.promote_types(x.dtype, torch.float32)).square() for x in (a, g))
+    first, second = (x.to(summing(x)).square() for x in (a, g))
     sqnorms = first.sum((1, 2)) * second.sum((1, 2))
     totals, squares = (sqnorms.new_zeros((0, 0)) for _ in range(2))
     if dw:
@@ -128,19 +127,8 @@ def alike(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(both), g.to(both)
 
 
-def check_real(precision: str, **tensors: Tensor) -> None:
-    """Raises ValueError if a tensor is not of real numbers, or there is no such precision."""
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise ValueError(f"expected {name} of real floating-point numbers, got {x.dtype}")
-    if precision not in get_args(Precision):
-        raise ValueError(
-            f"expected a precision of {', '.join(get_args(Precision))}, got {precision!r}"
-        )
-
-
-def _check(a: Tensor, g: Tensor, weight: Tensor | None, precision: str) -> None:
-    check_real(precision, a=a, g=g, **({} if weight is None else {"weight": weight}))
+def _check(a: Tensor, g: Tensor, weight: Tensor | None) -> None:
+    check_real(a=a, g=g, **({} if weight is None else {"weight": weight}))
     if a.dim() != 3 or g.dim() != 3 or a.shape[:2] != g.shape[:2]:
         raise ValueError(
             f"expected a (N, T, I) and g (N, T, O), got {tuple(a.shape)} and {tuple(g.shape)}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import is_compiled, known
+from nettrace.kernels.launch import check_real, is_compiled, known, summing
 
 #: More columns do not fit what a program holds.
 _MOST = 128
@@ -40,7 +40,7 @@ def kron_sketch(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "
     """
     how = known(precision)
     _check(a, g, ra, rg)
-    wide = _wide(a, g, ra, rg)
+    wide = summing(a, g, ra, rg)
     k1, k2 = ra.shape[1], rg.shape[1]
     if not (a.numel() and g.numel() and k1 and k2):
         return a.new_zeros((len(a), k1 * k2), dtype=wide)
@@ -56,7 +56,7 @@ def kron_sketch(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "
 def _(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "tf32x3") -> Tensor:
     known(precision)
     _check(a, g, ra, rg)
-    return a.new_empty((a.shape[0], ra.shape[1] * rg.shape[1]), dtype=_wide(a, g, ra, rg))
+    return a.new_empty((a.shape[0], ra.shape[1] * rg.shape[1]), dtype=summing(a, g, ra, rg))
 
 
 def kron_signs(
@@ -99,13 +99,6 @@ def _signs(rows: int, columns: int, key: str) -> Tensor:
     return signs.view(rows, columns).div_(columns**0.5)
 
 
-def _wide(*given: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for x in given:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
-
-
 def _check(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor) -> None:
     if a.dim() != 3 or g.dim() != 3 or a.shape[:2] != g.shape[:2]:
         raise ValueError(
@@ -117,6 +110,4 @@ def _check(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor) -> None:
             raise ValueError(
                 f"expected {name} of {x.shape[2]} rows and some columns, got {tuple(r.shape)}"
             )
-    for name, x in (("a", a), ("g", g), ("ra", ra), ("rg", rg)):
-        if not x.is_floating_point():
-            raise ValueError(f"expected {name} of a real floating type, got {x.dtype}")
+    check_real(a=a, g=g, ra=ra, rg=rg)

@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from nettrace.kernels import Dense, Factor, Geometry, Outer, Patches, Still, dense, patches
+from nettrace.kernels import (
+    Dense,
+    Factor,
+    Geometry,
+    Outer,
+    Patches,
+    Still,
+    affine_psg,
+    dense,
+    patches,
+)
+from nettrace.kernels.launch import is_compiled
 from nettrace.ownership import Axis, Ownership
 from nettrace.tape import Use, metadata, pull, shape_of
 
@@ -327,8 +338,20 @@ def _lookup(flow: Flow, indices: Tensor, g: Tensor) -> Factor | None:
 def _layer_norm(flow: Flow) -> Factor | None:
     node, g = flow.node, flow.cotangent
     if flow.slot == 1:
-        g = g * ((node._saved_input - node._saved_result1) * node._saved_result2)
+        x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+        if is_compiled(x, g) and len(flow.shape) == 1:
+            sides = flow.rows(0, (x, 0), (mean, 0), (rstd, 0), (g.movedim(0, -1), 0))
+            if sides is not None:
+                return _by_token(*sides)
+        g = g * ((x - mean) * rstd)
     return _broadcast(flow, g)
+
+
+def _by_token(x: Tensor, mean: Tensor, rstd: Tensor, g: Tensor) -> Dense:
+    """Gradients of scales of x (N, ..., D), for g (N, ..., D, K), in one read of both."""
+    x, mean, rstd = x.flatten(1, -2), mean.flatten(1), rstd.flatten(1)
+    each = g.flatten(1, -3).unbind(-1)
+    return Dense(torch.stack([affine_psg(x, one, mean, rstd)[0] for one in each]))
 
 
 @rule("NativeGroupNorm", slots=(1, 2))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nettrace.kernels.configurations import AFFINE
-from nettrace.kernels.launch import configured, divided, split, widened
+from nettrace.kernels.launch import configured, divided, split, summed, widened
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -86,4 +86,4 @@ def launch(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return (scales[0], shifts[0]) if parts == 1 else (scales.sum(0), shifts.sum(0))
+    return summed(scales), summed(shifts)

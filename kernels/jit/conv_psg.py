@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nettrace.kernels.configurations import CONV_PSG, CONV_PSG_SQUARES
-from nettrace.kernels.jit.psg import TOGETHER, fitted, place, summed
-from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
+from nettrace.kernels.jit.psg import TOGETHER, fitted, place
+from nettrace.kernels.launch import Precision, configured, divided, products, split, summed, widened
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nettrace.kernels.configurations import EMBEDDING
 from nettrace.kernels.jit.ghost import corner, inner
-from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
+from nettrace.kernels.launch import Precision, configured, divided, products, split, summed, widened
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -128,4 +128,4 @@ def launch(ids: Tensor, g: Tensor, precision: Precision, norms: bool) -> Tensor:
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return out[0] if parts == 1 else out.sum(0)
+    return summed(out)

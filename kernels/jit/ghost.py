@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nettrace.kernels.configurations import GHOST, GHOST_NORM, GHOST_SHORT
-from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
+from nettrace.kernels.launch import Precision, configured, divided, products, split, summed, widened
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def launch_gram(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return out[0] if parts == 1 else out.sum(0)
+    return summed(out)
 
 
 def launch_sqnorm(a: Tensor, g: Tensor, precision: Precision) -> Tensor:
@@ -247,7 +247,7 @@ def launch_sqnorm(a: Tensor, g: Tensor, precision: Precision) -> Tensor:
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return out[0] if parts == 1 else out.sum(0)
+    return summed(out)
 
 
 def held(samples: int, tokens: int, rows: int) -> int:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nettrace.kernels.configurations import PSG, PSG_SQUARES
-from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
+from nettrace.kernels.launch import Precision, configured, divided, products, split, summed, widened
 
 #: How many rows of tiles are done together, so that what they read stays in the cache.
 TOGETHER = 8
@@ -146,11 +146,6 @@ def aligned(x: Tensor) -> Tensor:
     if x.stride(2) == 1 and not any(number % 16 for number in along):
         return x
     return F.pad(x, (0, -x.shape[2] % 16)).contiguous()
-
-
-def summed(parts: Tensor) -> Tensor:
-    """The sum over the first axis, which costs nothing if there is nothing to add."""
-    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def fitted(blocks: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nettrace.kernels.configurations import SKETCH, SKETCH_WIDE
-from nettrace.kernels.launch import Precision, configured, divided, products, split, widened
+from nettrace.kernels.launch import Precision, configured, divided, products, split, summed, widened
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -105,7 +105,7 @@ def launch(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: Precision) -
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    found = out[0] if parts == 1 else out.sum(0)
+    found = summed(out)
     for scale in (one, other):
         found = found if scale is None else found * scale
     return found
