@@ -30,10 +30,10 @@ class RepresentationStatistics(Look):
     @cached_property
     def activations(self) -> PerLayer:
         """(N, d) what layers make of the samples, by name."""
-        found = captured(
-            self._model, self._own, len(self._outputs), self._probe.layers, self._memory
-        )
-        return {name: self._ranks.join(_flat(one)) for name, one in found.items()}
+        # All processes look at all samples: each would find other layers for its own, such as
+        # experts that none of these takes.
+        found = captured(self._model, self._probe, self.samples, self._probe.layers, self._memory)
+        return {name: _flat(one) for name, one in found.items()}
 
     @cached_property
     def representation_kernels(self) -> PerLayer:

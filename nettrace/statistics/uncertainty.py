@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -48,10 +48,9 @@ class UncertaintyStatistics(Look):
     @cached_property
     def last_layer(self) -> LastLayer:
         """The last linear map, with its features (N, ..., d) and the outputs."""
+        # All processes look at all samples, as layers may be called for some of them alone.
         with torch.no_grad():
-            own = last_layer(self._model, self._own)
-        features, outputs = self._ranks.join(own.features), self._ranks.join(own.outputs)
-        return replace(own, features=features, outputs=outputs)
+            return last_layer(self._model, self._probe)
 
     @cached_property
     def cross_fitted(self) -> CrossFitted:
