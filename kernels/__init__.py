@@ -3,7 +3,6 @@
 from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms
 from nettrace.kernels.conv_psg import conv_psg
-from nettrace.kernels.convolution import Geometry, Patches, patches
 from nettrace.kernels.cost import gram_cost, is_written_out, repeated
 from nettrace.kernels.embedding import embedding_gram, embedding_sqnorm
 from nettrace.kernels.factors import (
@@ -24,7 +23,7 @@ from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.moments import WELFORD_SUMS, weight_welford_
 from nettrace.kernels.psg import psg_moments
 from nettrace.kernels.sketch import kron_signs, kron_sketch
-from nettrace.kernels.still import Still
+from nettrace.kernels.still import Geometry, Patches, Still, patches
 
 __all__ = [
     "WELFORD_SUMS",

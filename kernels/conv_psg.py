@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nettrace.kernels.convolution import Geometry, Patches
 from nettrace.kernels.launch import check_real, is_compiled, known, summing
 from nettrace.kernels.psg import HELD, alike
-from nettrace.kernels.still import tiles
+from nettrace.kernels.still import Geometry, Patches, tiles
 
 #: How many channels and filters a group has at least where kernels are compiled: fewer would leave
 #: most of a tensor core's block empty.

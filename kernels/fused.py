@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from nettrace.kernels.conv_psg import conv_psg
-from nettrace.kernels.convolution import Patches
 from nettrace.kernels.embedding import embedding_gram, embedding_sqnorm
 from nettrace.kernels.factors import Outer
 from nettrace.kernels.ghost import ghost_gram, ghost_sqnorm
 from nettrace.kernels.psg import psg_moments
-from nettrace.kernels.still import Still, tiles
+from nettrace.kernels.still import Patches, Still, tiles
 
 #: How many numbers of patches are made at a time.
 _MADE = 2**26
@@ -45,7 +44,7 @@ def gram_(out: Tensor, x: Outer, y: Outer, limit: int) -> None:
         for ids, g in zip(x.still.tokens().unbind(1), x.moving[0].unbind(1), strict=True):
             out += embedding_gram(ids, g)
         return
-    each = x.still.groups * x.still.width * max(x.still.length, y.still.length)
+    each = max(_made(x.still), _made(y.still))
     for ms in tiles(out.shape[1], each, limit):
         theirs = y.still.tokens(ms), y.moving[0, ms]
         for ns in tiles(ms.stop if x is y else len(out), each, limit):
@@ -59,9 +58,10 @@ def gram_(out: Tensor, x: Outer, y: Outer, limit: int) -> None:
 def _sqnorms(still: Still, moving: Tensor, by_tokens: bool) -> Tensor:
     """(N,) of moving (N, G, T, M)."""
     if not by_tokens and (given := _images(still, moving)):
-        return conv_psg(*given, dw=False)[0]
+        alone: Tensor = conv_psg(*given, dw=False)[0]
+        return alone
     found = moving.new_empty(moving.shape[:2])
-    for ns in tiles(len(moving), still.groups * still.length * still.width, _MADE):
+    for ns in tiles(len(moving), _made(still), _MADE):
         tokens, g = still.tokens(ns).flatten(0, 1), moving[ns].flatten(0, 1)
         if still.is_lookup:
             norms = embedding_sqnorm(tokens, g)
@@ -75,14 +75,21 @@ def _squares(still: Still, moving: Tensor) -> Tensor:
     """(G, M, D) of moving (N, G, T, M)."""
     _, groups, _, m = moving.shape
     if given := _images(still, moving):
-        return conv_psg(*given, dw=False, sq=True)[2].view(groups, m, -1)
+        alone: Tensor = conv_psg(*given, dw=False, sq=True)[2]
+        return alone.view(groups, m, -1)
     found = moving.new_zeros((groups, m, still.width))
-    for ns in tiles(len(moving), groups * still.length * still.width, _MADE):
+    for ns in tiles(len(moving), _made(still), _MADE):
         tokens = still.tokens(ns)
         for group in range(groups):
             sides = moving[ns, group], tokens[:, group]
             found[group] += psg_moments(*sides, dw=False, sq=True)[2]
     return found
+
+
+def _made(still: Still) -> int:
+    """How many numbers are made of each sample's tokens."""
+    patches = isinstance(still, Patches)
+    return still.groups * still.length * still.width if patches else 0
 
 
 def _images(still: Still, moving: Tensor) -> tuple[Any, ...] | None:

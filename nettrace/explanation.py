@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import nettrace.price_of_layers
-import nettrace.price_of_nodes
 import nettrace.price_of_windows  # noqa: F401
 from nettrace.freeze import frozen
 from nettrace.measures import Measure

@@ -12,11 +12,12 @@ from nettrace.kernels.launch import INTERPRETED
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is it")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(which):
     pytest.importorskip("triton")
     # The interpreter computes by NumPy, which warns of what is masked.
     options = ["-q", "-k", "interpreter", "-p", "no:xdist", "-W", "ignore::RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), *options]
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-m", which, *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
