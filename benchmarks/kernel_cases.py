@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -57,7 +57,8 @@ class Op:
         operations: floating point operations for a shape; 0 where memory alone is waited for.
         plain: a forward and backward pass of the layer, if it is one.
         goals: what is to be shown.
-        tables: names of those in `nettrace.kernels.configurations` that it is launched by.
+        tables: those in `nettrace.kernels.configurations` that it is launched by, and with which
+            options.
         types: of numbers.
     """
 
@@ -70,7 +71,7 @@ class Op:
     operations: Callable[[Shape], float]
     goals: str
     plain: Callable[..., object] | None = None
-    tables: tuple[str, ...] = ()
+    tables: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     types: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 
 
@@ -297,7 +298,7 @@ OPS = (
         "65 % of the bf16 ceiling at T >= 128; 1.3 times (ViT-B) and 1.6 times (GPT-2, ResNet-50) "
         "as fast as weight gradient and norms in torch",
         plain_linear,
-        ("PSG",),
+        {"PSG": {}, "PSG_SQUARES": {"sq": True}},
     ),
     Op(
         "ghost_sqnorm",
@@ -309,7 +310,7 @@ OPS = (
         lambda s: s[0] * s[1] ** 2 * (s[2] + s[3]),
         "none",
         plain_linear,
-        ("GHOST_NORM",),
+        {"GHOST_NORM": {}},
     ),
     Op(
         "ghost_gram",
@@ -321,7 +322,7 @@ OPS = (
         lambda s: (s[0] * s[1]) ** 2 * (s[2] + s[3]),
         "1.5 times as fast as torch at T of 8 to 64",
         plain_linear,
-        ("GHOST", "GHOST_SHORT"),
+        {"GHOST": {}, "GHOST_SHORT": {}},
     ),
     Op(
         "embedding_gram",
@@ -333,7 +334,7 @@ OPS = (
         lambda s: (s[0] * s[1]) ** 2 * s[2] / s[3],
         "none",
         None,
-        ("EMBEDDING",),
+        {"EMBEDDING": {}},
     ),
     Op(
         "kron_sketch",
@@ -345,19 +346,19 @@ OPS = (
         lambda s: 2 * s[0] * s[1] * COLUMNS * (s[2] + s[3] + COLUMNS),
         "1.6 times as fast as three products in torch",
         plain_linear,
-        ("SKETCH",),
+        {"SKETCH": {}},
     ),
     Op(
         "conv_psg",
         CONV,
-        (3, 4, 6, 5, 6, 3, 1, 1, 2),
+        (3, 32, 6, 5, 48, 3, 1, 1, 2),
         images,
         conv_truth,
         {"unfolded": conv_unfolded},
         _conv_operations,
         "twice as fast as unfold and products in torch",
         plain_conv,
-        ("CONV_PSG",),
+        {"CONV_PSG": {}, "CONV_PSG_SQUARES": {"sq": True}},
     ),
     Op(
         "affine_psg",
@@ -369,7 +370,7 @@ OPS = (
         lambda s: 0,
         "85 % of copy bandwidth, 3 times as fast as eager torch",
         plain_norm,
-        ("AFFINE",),
+        {"AFFINE": {}},
     ),
     Op(
         "weight_welford_",
@@ -381,6 +382,6 @@ OPS = (
         lambda s: 0,
         "85 % of copy bandwidth, 3 times as fast as eager torch",
         None,
-        ("MOMENTS",),
+        {"MOMENTS": {}},
     ),
 )

@@ -11,8 +11,9 @@ products of such matrices need not form them:
     <dW[k, n], dW[j, m]> = sum_ts (still_nt . still_ms) (moving_knt . moving_jms).
 
 Each contraction takes the cheaper of the two ways, by counts of multiplications and of numbers
-written to memory; norms and Gram matrices on CUDA, by `nettrace.kernels.plan`. Temporary results
-are made in pieces that a core's cache holds, whatever the sizes. All are plain sums.
+written to memory; norms and Gram matrices on CUDA, by `nettrace.kernels.plan`, and by the kernels
+of `nettrace.kernels.fused` where they compile. Temporary results are made in pieces that a core's
+cache holds, whatever the sizes. All are plain sums.
 
 Suffixes name axes: K cotangents, N samples, G groups, T tokens, D and M the columns of the still
 and the moving side.

@@ -53,6 +53,7 @@ def frozen(model: nn.Module, *, evaluating: bool = True) -> Iterator[None]:
         stack.enter_context(_attributes(model))
         stack.enter_context(_modes(model, evaluating))
         stack.enter_context(_no_checkpoints())
+        stack.enter_context(_cells_one_by_one(model))
         stack.enter_context(hooks.set_aside(model))
         stack.enter_context(hooks.noted())
         if "torch._dynamo" in sys.modules:  # compiled code keeps no tape that can be read
@@ -181,6 +182,18 @@ def _no_checkpoints() -> Iterator[None]:
         patch.object(checkpoint, "_checkpoint_without_reentrant_generator", around),
     ):
         yield
+
+
+@contextmanager
+def _cells_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Calls recurrent networks cell by cell: all at once, cuDNN has no derivative in eval mode."""
+    enabled = torch.backends.cudnn.enabled
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        torch.backends.cudnn.enabled = enabled and not recurrent
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

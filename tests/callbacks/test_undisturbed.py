@@ -249,6 +249,16 @@ def test_modules_are_evaluated_in_eval_mode(guarded: bool, monkeypatch: pytest.M
     assert {module.training for module in model.modules()} == {True}
 
 
+@pytest.mark.parametrize(("network", "is_used"), [(nn.LSTM(2, 3), False), (nn.Linear(2, 3), True)])
+def test_recurrent_networks_have_derivatives_in_eval_mode(
+    network: nn.Module, is_used: bool
+) -> None:
+    """cuDNN's have none, on GPUs."""
+    with freeze.frozen(nn.Sequential(network)):
+        assert torch.backends.cudnn.enabled is is_used
+    assert torch.backends.cudnn.enabled is True
+
+
 class Notes(nn.Module):
     """Keeps something, and changes it in place at each call."""
 

@@ -144,7 +144,7 @@ def test_it_is_an_operation_of_torch(where):
         ({"groups": 0}, "groups that divide 4 channels"),
         ({"x": torch.ones(2, 4, 6)}, r"expected x \(N, C, H, W\)"),
         ({"x": torch.ones(3, 4, 6, 5)}, r"expected x \(N, C, H, W\)"),
-        ({"x": torch.ones(2, 4, 6, 5, dtype=torch.long)}, "expected x of real"),
+        ({"x": torch.ones(2, 4, 6, 5, dtype=torch.long)}, "expected x of a real"),
         ({"precision": "half"}, "expected a precision of"),
     ],
 )

@@ -128,7 +128,9 @@ def true_contractions(member, outputs):
     "name", [pytest.param(n, marks=() if n in CALLED else pytest.mark.slow) for n in sorted(KINDS)]
 )
 def test_contractions_are_those_of_plain_autograd(name, where, monkeypatch):
-    # What is compared are sums of the same numbers: forward passes are not.
+    recurrent = any(isinstance(m, torch.nn.RNNBase) for m in built(name, "cpu").model.modules())
+    # Of recurrent networks cuDNN has no derivative in eval mode; elsewhere it rounds to tf32.
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", not recurrent)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     member, outputs = seen(name, where)
     tolerance = max(member.tolerance, TOLERANCE)  # more where plain autograd rounds to half

@@ -77,7 +77,7 @@ def written_out_if_need_be(x):
 @pytest.fixture(params=["tiles of any size", "small tiles"])
 def tiles(request, monkeypatch):
     if request.param == "small tiles":
-        monkeypatch.setattr(factors, "_TILE", 7)
+        monkeypatch.setattr(factors, "TILE", 7)
         monkeypatch.setattr(factors.tiles, "__defaults__", (7,))
         monkeypatch.setattr(Still, "at_once", 5)
 
