@@ -85,7 +85,8 @@ def known(precision: str) -> Precision:
     for one in get_args(Precision):
         if precision == one:
             return one  # type: ignore[no-any-return]
-    raise ValueError(f"expected a precision of {get_args(Precision)}, got {precision!r}")
+    words = ", ".join(get_args(Precision))
+    raise ValueError(f"expected a precision of {words}, got {precision!r}")
 
 
 def check_real(**tensors: Tensor) -> None:

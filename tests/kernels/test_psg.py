@@ -182,7 +182,7 @@ def test_numbers_that_do_not_fit():
     a = torch.ones(1, 2, 3)
     with pytest.raises(ValueError, match="expected g of a real floating type"):
         psg_moments(a, a.cfloat())
-    with pytest.raises(ValueError, match="expected weight of real"):
+    with pytest.raises(ValueError, match="expected weight of a real"):
         psg_moments(a, a, torch.ones(1, dtype=torch.long))
     with pytest.raises(ValueError, match="expected a precision of tf32, tf32x3, ieee, got 'tf64'"):
         psg_moments(a, a, precision="tf64")
