@@ -215,7 +215,8 @@ def spot_check(
 
 
 def _about(measure: Measure) -> dict[str, str]:
-    return {"convention": measure.convention, "source": measure.source}
+    about = {"convention": measure.convention, "source": measure.source}
+    return about if measure.view is None else {**about, "view": measure.view}
 
 
 def _array(value: Numbers) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,11 @@ from nettrace.statistics import Statistics
 
 #: A number or an array, as a measure gives it.
 Numbers: TypeAlias = Tensor | npt.NDArray[Any] | float
+
+#: How a measure can be seen along the steps: see `nettrace.dashboard`.
+View: TypeAlias = Literal[
+    "track", "eigenvalues", "distribution", "spectrum", "layers", "matrix", "curves"
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Measure:
         dims: names of the value's axes.
         source: the paper and equation that define it.
         grouped: whether the group's name stands for it too.
+        view: how it is best seen, if its axes do not tell.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Measure:
     dims: tuple[str, ...]
     source: str
     grouped: bool
+    view: View | None = None
 
     @property
     def is_own(self) -> bool:
@@ -168,6 +175,7 @@ def measure(
     dims: Iterable[str] = (),
     source: str = "",
     grouped: bool = True,
+    view: View | None = None,
 ) -> Callable[[F], F]:
     """Registers a function of statistics as a measure, to be asked for by name.
 
@@ -184,6 +192,10 @@ def measure(
         source: the paper and equation that define it.
         grouped: whether the group's name stands for it too; not for what is dear, or needs more
             than a network and a probe.
+        view: how it is best seen along the steps; as its axes suggest if left out. A number is a
+            "track"; values along one axis are a "spectrum" or "layers", each step a column of a
+            map, "curves", a "distribution", of which quantiles are drawn, or few "eigenvalues";
+            more axes are a "matrix" with a slider.
 
     Raises:
         ValueError: if the name is not of that form, or taken by another function; if a need is no
@@ -212,6 +224,8 @@ def measure(
         raise ValueError(f"expected a measure's name of the form 'group/quantity', got {name!r}")
     if name.endswith(ERROR):
         raise ValueError(f"expected a name that does not end in {ERROR}, of errors, got {name!r}")
+    if view is not None and view not in get_args(View):
+        raise ValueError(f"expected a view of {', '.join(get_args(View))}, got {view!r}")
     known = statistics()
     for need in needs:
         when, _, statistic = need.rpartition(".")
@@ -243,7 +257,7 @@ def measure(
                 "pass another name, @measure('group/quantity', ...)"
             )
         words = convention or _first_line(function)
-        _MEASURES[called] = Measure(called, needs, function, words, dims, source, grouped)
+        _MEASURES[called] = Measure(called, needs, function, words, dims, source, grouped, view)
         return function
 
     return register

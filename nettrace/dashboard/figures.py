@@ -1,0 +1,152 @@
+"""Which figures a trace has, and how each is drawn: for reports, live pages, loggers and notebooks.
+
+A measure is seen as the axes of its values suggest, or as it says itself, by
+`@nettrace.measure(view=...)`; some quantities are also seen against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import get_args
+
+import plotly.graph_objects as go
+import xarray as xr
+
+from nettrace.dashboard import maps, relations, tracks
+from nettrace.dashboard.style import Theme
+from nettrace.measures.registry import View
+from nettrace.record import ERROR
+
+_DRAWN: dict[str, Callable[[xr.Dataset, str, Theme], go.Figure]] = {
+    "track": tracks.track,
+    "eigenvalues": tracks.eigenvalues,
+    "distribution": tracks.distribution,
+    "spectrum": maps.spectrum,
+    "layers": maps.layers,
+    "matrix": maps.matrix,
+    "curves": maps.curves,
+}
+#: By a value's axes, or the last word of their names; of other single axes each has a name.
+_BY_AXES: dict[tuple[str, ...], View] = {
+    (): "track",
+    ("leading_mode",): "eigenvalues",
+    ("lowest_mode",): "eigenvalues",
+    ("parameter",): "distribution",
+    ("row",): "distribution",
+    ("sample",): "distribution",
+    ("gradient_sample",): "distribution",
+    ("bin",): "curves",
+    ("lag",): "curves",
+}
+#: Pairs of collective variables whose portraits are drawn.
+_PORTRAITS = (
+    ("ntk_trace", "ntk_entropy"),
+    ("fisher_trace", "ntk_entropy"),
+    ("fisher_trace", "loss"),
+)
+FLATNESS = "weights/variance against weights/flatness"
+AGAINST = " against "
+
+
+def figures(data: xr.Dataset) -> list[str]:
+    """The names of all figures of a trace, for `figure`.
+
+    Args:
+        data: as `nettrace.open` gives it, of one trace or several.
+
+    Returns:
+        Names of quantities, and of pairs of these such as "ntk/entropy against ntk/trace". Of
+        several runs, numbers alone are seen together; so these are what is named.
+    """
+    of_one = "run" not in data.dims
+    names = [
+        str(variable.attrs.get("name", name))
+        for name, variable in data.data_vars.items()
+        if _is_seen(data, str(name)) and (of_one or view(data, str(name)) == "track")
+    ]
+    for first, second in _PORTRAITS:
+        if first in data and second in data:
+            names.append(f"{_name(data, second)}{AGAINST}{_name(data, first)}")
+    if of_one and {"weights_variance", "weights_flatness"} <= set(data):
+        names.append(FLATNESS)
+    return names
+
+
+def figure(
+    data: xr.Dataset, name: str, *, theme: Theme = "light", groups: Mapping[str, str] | None = None
+) -> go.Figure:
+    """One figure of a trace.
+
+    Args:
+        data: as `nettrace.open` gives it, of one trace or several.
+        name: of a quantity, such as "ntk/trace", or of two numbers, "ntk/entropy against
+            ntk/trace"; `figures` lists those that are of use.
+        theme: "light" or "dark".
+        groups: by run, under which name it is put together with others; of three or more the
+            median is drawn, with a band from the 10 % to the 90 % quantile.
+
+    Raises:
+        KeyError: if the trace has no such quantity.
+        ValueError: if the theme is unknown, or several runs have arrays, which are not seen
+            together: select one by data.sel(run=...).
+
+    Example:
+        >>> import torch, nettrace as nt
+        >>> from nettrace.dashboard import figure, figures
+        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), ["ntk/trace", "ntk/spectrum"])
+        >>> records = [tracer(torch.nn.Linear(3, 2), step) for step in range(3)]
+        >>> data = tracer.dataset()
+        >>> figures(data)
+        ['ntk/spectrum', 'ntk/trace']
+        >>> figure(data, "ntk/trace").layout.xaxis.title.text
+        'optimizer step'
+    """
+    if theme not in get_args(Theme):
+        raise ValueError(f"expected a theme of {get_args(Theme)}, got {theme!r}")
+    if name == FLATNESS:
+        return relations.variance_flatness(data, theme)
+    if AGAINST in name:
+        second, first = (_variable(data, part) for part in name.split(AGAINST, 1))
+        return relations.portrait(data, first, second, theme)
+    variable = _variable(data, name)
+    kind = view(data, variable)
+    if kind == "track":
+        return tracks.track(data, variable, theme, groups)
+    if "run" in data[variable].dims:
+        raise ValueError(
+            f"{name} is an array at each step, which is seen of one run alone: select it by "
+            f"data.sel(run={str(data['run'].values[0])!r})"
+        )
+    return _DRAWN[kind](data, variable, theme)
+
+
+def view(data: xr.Dataset, variable: str) -> View:
+    """How a variable is best seen."""
+    for known in get_args(View):
+        if known == data[variable].attrs.get("view"):
+            return known  # type: ignore[no-any-return]
+    axes = tuple(str(dim) for dim in data[variable].dims if dim not in ("run", "step"))
+    if axes in _BY_AXES:
+        return _BY_AXES[axes]
+    if len(axes) > 1:
+        return "matrix"
+    return "spectrum" if axes[0].endswith("mode") or axes[0] not in data.coords else "layers"
+
+
+def _is_seen(data: xr.Dataset, name: str) -> bool:
+    """Whether it has a figure of its own, which is not that of another."""
+    base = name.removesuffix(ERROR)
+    if base != name and base in data:
+        return False
+    return not (name.endswith("_at") and name.removesuffix("_at") in data)
+
+
+def _variable(data: xr.Dataset, name: str) -> str:
+    for variable in data.data_vars:
+        if name in (variable, data[variable].attrs.get("name")):
+            return str(variable)
+    raise KeyError(f"the trace has no {name!r}: nettrace.dashboard.figures names what it has")
+
+
+def _name(data: xr.Dataset, variable: str) -> str:
+    return str(data[variable].attrs.get("name", variable))

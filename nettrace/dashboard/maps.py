@@ -1,0 +1,306 @@
+"""Maps and curves of arrays: spectra and layers along steps, matrices and curves by step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from nettrace.dashboard.style import (
+    DIVERGING,
+    SEQUENTIAL,
+    Array,
+    Steps,
+    Theme,
+    absent,
+    is_logarithmic,
+    label,
+    mark_absent,
+    new,
+    parts,
+    say,
+)
+from nettrace.record import ERROR
+
+#: How many columns and rows a map has, at most.
+_COLUMNS, _ROWS = 400, 300
+#: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
+_STOPS, _SIDE, _CURVES = 16, 128, 7
+
+
+def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """A spectrum along steps, by colour; by its logarithm where it is positive and wide."""
+    found = _seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, gone, why = found
+    modes = np.unique(np.geomspace(1, values.shape[1], _ROWS).astype(int)) - 1
+    _add_map(figure, steps, values[:, modes], modes + 1, data, variable)
+    figure.update_yaxes(title={"text": _axis(data, variable)}, autorange="reversed")
+    if len(modes) > 20:
+        figure.update_yaxes(type="log", dtick=1, exponentformat="power")
+    mark_absent(figure, steps, gone, why)
+    return figure
+
+
+def layers(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """A number for each layer, or whatever has names, along steps, by colour."""
+    found = _seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, gone, why = found
+    names = _names(data, variable, 0)
+    _add_map(figure, steps, values, names, data, variable)
+    figure.update_yaxes(
+        title={"text": _axis(data, variable)}, autorange="reversed", type="category"
+    )
+    figure.update_layout(height=max(260, min(900, 150 + 22 * len(names))))
+    mark_absent(figure, steps, gone, why)
+    return figure
+
+
+def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """A matrix at up to 16 steps, with a slider; samples in the order of their classes."""
+    found = _seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, _, _ = found
+    dims = data[variable].dims[1:]
+    if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
+        values = np.einsum("tncmc->tnm", values)
+        figure.update_layout(title={"text": f"{label(data, variable)}, summed over equal outputs"})
+    values = values.reshape(len(values), -1, values.shape[-1])
+    rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
+    if len(dims) == 3:
+        rows = [f"{a} {b}" for a in _names(data, variable, 0) for b in _names(data, variable, 1)]
+        columns = _names(data, variable, 2)
+    if order := _by_class(data, variable, values.shape):
+        values = values[:, order][:, :, order]
+        rows = columns = [str(i) for i in range(len(order))]
+    values, rows, columns = _smaller(values, rows, columns)
+    there = np.isfinite(values).any((1, 2))
+    values, at = values[there], steps.steps[there]
+    stops = np.unique(np.linspace(0, len(at) - 1, _STOPS).round().astype(int))
+    logarithmic = is_logarithmic(values)
+    shown = np.log10(values) if logarithmic else values
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
+    signed = low < 0 < high and not logarithmic
+    bound = max(-low, high)
+    for stop in stops:
+        figure.add_heatmap(
+            z=shown[stop].astype(np.float32),
+            x=columns,
+            y=rows,
+            zmin=-bound if signed else low,
+            zmax=bound if signed else high,
+            colorscale=DIVERGING if signed else SEQUENTIAL,
+            colorbar=_colorbar(low, high, logarithmic),
+            visible=bool(stop == stops[-1]),
+            hovertemplate="%{y}, %{x}: %{z:.4g}<extra></extra>",
+        )
+    figure.update_layout(
+        height=470,
+        sliders=[_slider([f"{at[stop]:,}" for stop in stops])] if len(stops) > 1 else [],
+        xaxis={"type": "category", "constrain": "domain", "title": {"text": _plain(dims[-1])}},
+        yaxis={"type": "category", "autorange": "reversed", "title": {"text": _plain(dims[0])}},
+    )
+    if values.shape[1] == values.shape[2]:
+        figure.update_yaxes(scaleanchor="x", constrain="domain")
+    for axis, names in (("xaxis", columns), ("yaxis", rows)):
+        if len(names) > 24:
+            figure.update_layout({axis: {"showticklabels": False, "ticks": ""}})
+    return figure
+
+
+def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """A curve at some steps, coloured by the step."""
+    found = _seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, _, _ = found
+    kept = np.isin(data["step"].values, steps.steps)
+    places, title = _places(data, variable, kept, values.shape)
+    errors = data[variable + ERROR].values[kept] if variable + ERROR in data else None
+    there = np.flatnonzero(np.isfinite(values).any(1))
+    chosen = there[np.unique(np.linspace(0, len(there) - 1, _CURVES).round().astype(int))]
+    colours = _sampled(len(chosen))
+    for colour, row in zip(colours, chosen, strict=True):
+        figure.add_scatter(
+            x=places[row],
+            y=values[row],
+            name=f"step {steps.steps[row]:,}",
+            mode="lines",
+            line={"color": colour, "width": 2},
+            error_y=None if errors is None else {"array": errors[row], "thickness": 1, "width": 0},
+        )
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
+    figure.update_yaxes(
+        title={"text": label(data, variable)}, type="log" if is_logarithmic(values) else None
+    )
+    return figure
+
+
+_Seen = tuple[go.Figure, Steps, Array, Array, list[str]]
+
+
+def _seen(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure | _Seen:
+    """A new figure, with the steps at which there is something; or one that says there is not."""
+    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
+    values = data[variable].values
+    if np.iscomplexobj(values):
+        values = np.abs(values)
+    gone, why = absent(data, variable)
+    there = np.isfinite(values).reshape(len(values), -1).any(1)
+    if not there.any():
+        say(figure, why[0] if why else "nothing was recorded")
+        return figure
+    kept = there | gone
+    return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
+
+
+def _add_map(
+    figure: go.Figure,
+    steps: Steps,
+    values: Array,
+    rows: Array | list[str],
+    data: xr.Dataset,
+    variable: str,
+) -> None:
+    """Adds values (S, K) as a map; columns are means over ranges of steps, if these are many."""
+    ranges = parts(len(values), _COLUMNS)
+    with np.errstate(invalid="ignore"):
+        known = np.isfinite(values)
+        counts = np.stack([known[part].sum(0) for part in ranges])
+        sums = np.stack([np.where(known[part], values[part], 0).sum(0) for part in ranges])
+        values = np.where(counts, sums / np.maximum(counts, 1), np.nan)
+    places = np.array([steps.places[part].mean() for part in ranges])
+    at = np.array([steps.steps[part].mean() for part in ranges])
+    logarithmic = is_logarithmic(np.where(values > 0, values, np.nan)) and bool(
+        np.nanmin(values) > -1e-6 * np.nanmax(values)
+    )
+    if logarithmic:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            least = 1e-12 * np.nanmax(values)
+            shown = np.log10(np.where(values > least, values, np.nan))
+    else:
+        shown = values
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
+    signed = low < 0 < high and not logarithmic
+    bound = max(-low, high)
+    figure.add_heatmap(
+        z=shown.T.astype(np.float32),
+        x=places,
+        y=rows,
+        zmin=-bound if signed else low,
+        zmax=bound if signed else high,
+        colorscale=DIVERGING if signed else SEQUENTIAL,
+        colorbar=_colorbar(low, high, logarithmic),
+        customdata=np.broadcast_to(at, shown.T.shape),
+        hovertemplate="step %{customdata:,.0f}, %{y}: "
+        + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
+        + "<extra></extra>",
+    )
+    figure.update_layout(xaxis=steps.axis)
+
+
+def _colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
+    found: dict[str, object] = {"thickness": 12, "outlinewidth": 0, "tickfont": {"size": 10}}
+    if logarithmic:
+        gap = max(1, math.ceil((high - low) / 6))
+        ticks = range(math.ceil(low), math.floor(high) + 1, gap)
+        found |= {"tickvals": list(ticks), "ticktext": [f"10<sup>{t}</sup>" for t in ticks]}
+        if not len(ticks):
+            found = {**found, "tickvals": [low, high], "ticktext": _powers(low, high)}
+    return found
+
+
+def _powers(*logs: float) -> list[str]:
+    return [f"{10**log:.3g}" for log in logs]
+
+
+def _slider(names: list[str]) -> dict[str, object]:
+    """One that shows a trace at a time, the last at first."""
+    stops = [
+        {
+            "label": name,
+            "method": "restyle",
+            "args": [{"visible": [i == number for i in range(len(names))]}],
+        }
+        for number, name in enumerate(names)
+    ]
+    return {
+        "active": len(names) - 1,
+        "currentvalue": {"prefix": "step ", "font": {"size": 12, "color": "#808080"}},
+        "pad": {"t": 34, "b": 4},
+        "ticklen": 3,
+        "font": {"size": 1, "color": "rgba(0,0,0,0)"},
+        "steps": stops,
+    }
+
+
+def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:
+    """The labels along an axis after that of steps, made different from each other."""
+    dim = str(data[variable].dims[1 + axis])
+    if dim in data.coords:
+        return [str(name) for name in data[dim].values]
+    first = 0 if dim.startswith("class") else 1  # as targets number them
+    return [str(i + first) for i in range(data.sizes[dim])]
+
+
+def _by_class(data: xr.Dataset, variable: str, shape: tuple[int, ...]) -> list[int]:
+    """The order of samples by class, if the trace knows classes and it is a matrix of samples."""
+    classes = str(data[variable].attrs.get("classes", "")).split()
+    if len(classes) != shape[1] or shape[1] != shape[2]:
+        return []
+    return sorted(range(len(classes)), key=lambda n: int(classes[n]))
+
+
+def _smaller(
+    values: Array, rows: list[str], columns: list[str]
+) -> tuple[Array, list[str], list[str]]:
+    """Means over blocks of matrices that are larger than can be seen."""
+    for axis, names in ((1, rows), (2, columns)):
+        if values.shape[axis] <= _SIDE:
+            continue
+        edges = np.linspace(0, values.shape[axis], _SIDE + 1).astype(int)[:-1]
+        counts = np.diff(np.append(edges, values.shape[axis]))
+        shape = [1, 1, 1]
+        shape[axis] = _SIDE
+        values = np.add.reduceat(values, edges, axis=axis) / counts.reshape(shape)
+        names[:] = [names[edge] for edge in edges]
+    return values, rows, columns
+
+
+def _places(
+    data: xr.Dataset, variable: str, kept: Array, shape: tuple[int, ...]
+) -> tuple[Array, str]:
+    """Where the points of curves lie, (S, K), and what that is."""
+    if variable + "_at" in data:  # where a density is told
+        return data[variable + "_at"].values[kept], label(data, variable + "_at")
+    dim = str(data[variable].dims[1])
+    if dim in data.coords:
+        texts = [str(name) for name in data[dim].values]
+        with np.errstate(invalid="ignore"):
+            try:
+                return np.broadcast_to(np.array(texts, float), shape), _plain(dim)
+            except ValueError:
+                pass
+    return np.broadcast_to(np.arange(1.0, shape[1] + 1), shape), _plain(dim)
+
+
+def _axis(data: xr.Dataset, variable: str) -> str:
+    return _plain(str(data[variable].dims[1]))
+
+
+def _plain(dim: object) -> str:
+    return str(dim).removesuffix("_2").replace("_", " ")
+
+
+def _sampled(count: int) -> list[str]:
+    from plotly.colors import sample_colorscale
+
+    # Both ends of the scale are hard to see, on black or on white.
+    return list(sample_colorscale("Viridis", np.linspace(0.25, 0.85, max(count, 1)).tolist()))

@@ -1,0 +1,186 @@
+"""Figures of two quantities against each other, and of densities of states."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from nettrace.dashboard.style import COLOURS, SEQUENTIAL, Theme, is_logarithmic, label, new, say
+
+#: How many temperatures the slider of a density of states has.
+_TEMPERATURES = 24
+#: How many points a portrait has, at most.
+_POINTS = 3000
+
+
+def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
+    """Variance of weights against flatness along the directions in which they fluctuate.
+
+    At the last step that has both, with the exponent that was fitted: Feng and Tu 2021.
+    """
+    figure = new("Variance of weights against flatness", "by direction, at the last step", theme)
+    variance, flatness = data["weights_variance"].values, data["weights_flatness"].values
+    both = np.isfinite(variance) & np.isfinite(flatness) & (variance > 0) & (flatness > 0)
+    rows = np.flatnonzero(both.any(1))
+    if not len(rows):
+        say(figure, "no step has both weights/variance and weights/flatness")
+        return figure
+    row = rows[-1]
+    x, y = flatness[row, both[row]], variance[row, both[row]]
+    at = int(data["step"].values[row])
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        name=f"step {at:,}",
+        marker={"size": 7, "color": COLOURS[0]},
+        hovertemplate="F = %{x:.3g}, variance %{y:.3g}<extra></extra>",
+    )
+    if "weights_flatness_exponent" in data:
+        psi = float(data["weights_flatness_exponent"].values[row])
+        error = data.get("weights_flatness_exponent_standard_error")
+        if np.isfinite(psi):
+            ends = np.array([x.min(), x.max()])
+            through = np.log(y).mean() + psi * np.log(x).mean()
+            said = f"psi = {psi:.2f}" + (
+                "" if error is None else f" ± {float(error.values[row]):.2f}"
+            )
+            figure.add_scatter(
+                x=ends,
+                y=np.exp(through) * ends**-psi,
+                mode="lines",
+                name=f"fitted, {said}",
+                line={"color": COLOURS[1], "dash": "dash"},
+            )
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(type="log", title={"text": "flatness F"}, exponentformat="power")
+    figure.update_yaxes(
+        type="log", title={"text": "variance along the direction"}, exponentformat="power"
+    )
+    return figure
+
+
+def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figure:
+    """Two numbers against each other along the training, coloured by the step."""
+    figure = new(f"{label(data, second)} against {label(data, first)}", "coloured by step", theme)
+    x, y = (np.atleast_2d(data[name].values) for name in (first, second))
+    steps = data["step"].values
+    drawn = False
+    for row, (a, b) in enumerate(zip(x, y, strict=True)):
+        there = np.flatnonzero(np.isfinite(a) & np.isfinite(b))
+        if not len(there):
+            continue
+        there = there[np.unique(np.linspace(0, len(there) - 1, _POINTS).astype(int))]
+        run = str(data["run"].values[row]) if "run" in data[first].dims else ""
+        figure.add_scatter(
+            x=a[there],
+            y=b[there],
+            mode="lines+markers",
+            name=run,
+            line={"color": "rgba(128,128,128,0.5)", "width": 1},
+            marker={
+                "size": 6,
+                "color": np.log10(1 + steps[there]),
+                "colorscale": SEQUENTIAL,
+                "showscale": not drawn,
+                "colorbar": _steps_bar(int(steps[-1])),
+                "cmin": 0,
+                "cmax": float(np.log10(1 + steps[-1])),
+            },
+            customdata=steps[there],
+            hovertemplate="step %{customdata:,}: %{x:.4g}, %{y:.4g}<extra>" + run + "</extra>",
+        )
+        drawn = True
+    if not drawn:
+        say(figure, "no step has both quantities")
+        return figure
+    figure.update_layout(showlegend=False)
+    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
+    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
+    return figure
+
+
+def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
+    """The entropy of a density of states, and which energies count at a temperature, by a slider.
+
+    Args:
+        found: as `nettrace.landscape.density_of_states` gives it.
+        theme: light or dark.
+    """
+    figure = new("Density of states", "S(E), nats; weights of energies at a temperature", theme)
+    energy, entropy = found["energy"].values.astype(float), found["entropy"].values
+    there = np.isfinite(entropy)
+    if there.sum() < 2:
+        say(figure, "fewer than two energies were visited")
+        return figure
+    energy, entropy = energy[there], entropy[there]
+    error = found["entropy_standard_error"].values[there]
+    figure.add_scatter(
+        x=energy,
+        y=entropy,
+        mode="lines+markers" if len(energy) < 60 else "lines",
+        name="entropy S(E)",
+        line={"color": COLOURS[0]},
+        error_y={"array": np.where(np.isfinite(error), error, 0), "thickness": 1, "width": 0},
+    )
+    spread = float(np.ptp(energy))
+    temperatures = np.geomspace(spread / 200, spread, _TEMPERATURES)
+    shown = _TEMPERATURES // 2
+    for number, temperature in enumerate(temperatures):
+        logs = entropy - energy / temperature
+        weights = np.exp(logs - logs.max())
+        figure.add_bar(
+            x=energy,
+            y=weights / weights.sum(),
+            yaxis="y2",
+            name="share at T",
+            marker={"color": COLOURS[1], "opacity": 0.55, "line": {"width": 0}},
+            visible=number == shown,
+        )
+    steps = [
+        {
+            "label": f"{temperature:.3g}",
+            "method": "restyle",
+            "args": [{"visible": [True, *(i == number for i in range(_TEMPERATURES))]}],
+        }
+        for number, temperature in enumerate(temperatures)
+    ]
+    figure.update_layout(
+        height=440,
+        showlegend=True,
+        sliders=[
+            {
+                "active": shown,
+                "currentvalue": {
+                    "prefix": "temperature ",
+                    "font": {"size": 12, "color": "#808080"},
+                },
+                "pad": {"t": 34, "b": 4},
+                "ticklen": 3,
+                "font": {"size": 1, "color": "rgba(0,0,0,0)"},
+                "steps": steps,
+            }
+        ],
+        xaxis={"title": {"text": "energy"}},
+        yaxis={"title": {"text": "entropy S(E) (nats)"}},
+        yaxis2={
+            **{"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False},
+            "title": {"text": "share of networks"},
+        },
+    )
+    return figure
+
+
+def _type(values: np.ndarray) -> str | None:
+    return "log" if is_logarithmic(values) else None
+
+
+def _steps_bar(last: int) -> dict[str, object]:
+    ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
+    return {
+        **{"thickness": 12, "outlinewidth": 0, "tickfont": {"size": 10}},
+        "tickvals": [float(np.log10(1 + tick)) for tick in ticks],
+        "ticktext": [f"{tick:,}" for tick in ticks],
+        "title": {"text": "step", "font": {"size": 11}},
+    }

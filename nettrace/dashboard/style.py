@@ -1,0 +1,210 @@
+"""The house style of figures: colours, axes, what is missing, and fewer points than there are."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+import xarray as xr
+
+Array: TypeAlias = npt.NDArray[Any]
+Theme: TypeAlias = Literal["light", "dark"]
+#: Hues of Okabe and Ito, which the colour-blind tell apart, at a lightness that is seen on white
+#: and on black: contrasts with both are above 3.
+COLOURS = ("#2F86C8", "#D9601A", "#0B9B70", "#B565A7", "#A88400", "#3A98A8", "#808080", "#A8506A")
+#: Told apart in black and white too.
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SEQUENTIAL = "Cividis"
+DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
+#: The ratio of the largest to the smallest from which an axis is logarithmic.
+_WIDE = 100
+#: How many places along steps a curve or a map has, at most.
+MOST = 2000
+
+
+def template(theme: Theme) -> go.layout.Template:
+    """Backgrounds, text and grids of a theme; what lies on them is the same in both."""
+    text, paper, plot, grid = {
+        "light": ("#22262B", "#FFFFFF", "#FFFFFF", "#E4E7EB"),
+        "dark": ("#DDE1E6", "#16191D", "#16191D", "#2C3138"),
+    }[theme]
+    axis = {
+        "gridcolor": grid,
+        "linecolor": grid,
+        "zerolinecolor": grid,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": grid,
+        "automargin": True,
+        "title": {"standoff": 6, "font": {"size": 12}},
+    }
+    return go.layout.Template(
+        layout={
+            "font": {
+                "family": "system-ui, Helvetica, Arial, sans-serif",
+                "size": 12,
+                "color": text,
+            },
+            "paper_bgcolor": paper,
+            "plot_bgcolor": plot,
+            "colorway": COLOURS,
+            "xaxis": axis,
+            "yaxis": axis,
+            "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 15}},
+            "margin": {"l": 12, "r": 12, "t": 64, "b": 12},
+            "hoverlabel": {"bgcolor": paper, "font": {"color": text}},
+            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            "colorscale": {"sequential": SEQUENTIAL, "diverging": DIVERGING},
+        }
+    )
+
+
+def new(title: str, about: str, theme: Theme) -> go.Figure:
+    """An empty figure with a title, and a line or two below it."""
+    lines = textwrap.wrap(about, 68)
+    if len(lines) > 2:
+        lines = [lines[0], textwrap.shorten(" ".join(lines[1:]), 68, placeholder=" ...")]
+    subtitle = "<br>".join(map(escape, lines))
+    figure = go.Figure(layout={"template": template(theme), "height": 380})
+    figure.update_layout(
+        title={
+            "text": escape(title),
+            "subtitle": {"text": subtitle, "font": {"size": 11}},
+            "yref": "container",
+            "y": 0.98,
+            "yanchor": "top",
+        },
+        margin={"t": 58 + 15 * len(lines)},
+    )
+    return figure
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Where steps lie on a horizontal axis: evenly, or by ln(1 + step) if they lie so themselves.
+
+    Args:
+        steps: (S,) ascending.
+        logarithmic: whether distances grow along the steps.
+    """
+
+    steps: Array
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, steps: Array) -> Steps:
+        """The axis for some steps."""
+        gaps = np.diff(steps)
+        wide = len(gaps) > 4 and gaps[-len(gaps) // 4 :].mean() > 8 * gaps[: len(gaps) // 4].mean()
+        return cls(steps, bool(wide))
+
+    @property
+    def places(self) -> Array:
+        """(S,) on the axis."""
+        return self.steps + 1 if self.logarithmic else self.steps
+
+    @property
+    def axis(self) -> dict[str, Any]:
+        """What Plotly is told of it."""
+        if not self.logarithmic:
+            return {"title": {"text": "optimizer step"}}
+        last = int(self.steps[-1])
+        ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
+        return {
+            "title": {"text": "optimizer step (logarithmic)"},
+            "type": "log",
+            "tickvals": [tick + 1 for tick in ticks],
+            "ticktext": [f"{tick:,}" for tick in ticks],
+        }
+
+
+def label(data: xr.Dataset, variable: str) -> str:
+    """The quantity's name and units."""
+    attributes = data[variable].attrs
+    units = attributes.get("units", "")
+    return str(attributes.get("name", variable)) + (f" ({units})" if units else "")
+
+
+def is_logarithmic(values: Array) -> bool:
+    """Whether numbers are positive and so far apart that they are seen by their logarithms."""
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min())
+
+
+def absent(data: xr.Dataset, variable: str, run: str = "") -> tuple[Array, list[str]]:
+    """At which steps (S,) a quantity was to be recorded but is missing, and why."""
+    said = json.loads(data[variable].attrs.get("missing", "{}"))
+    said = said.get(run, {}) if "run" in data[variable].dims else said
+    steps = data["step"].values
+    found = np.zeros(len(steps), bool)
+    for span in said:
+        first, _, last = str(span).partition("..")
+        found |= (steps >= int(first)) & (steps <= int(last or first))
+    return found, [f"{span}: {reason}" for span, reason in said.items()]
+
+
+def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]) -> None:
+    """Shades the steps (S,) at which a quantity is missing, and says why."""
+    if not gone.any():
+        return
+    if gone.all():
+        say(figure, f"missing at all steps. {why[0]}")
+        return
+    places = steps.places.astype(float)
+    edges = np.concatenate([places[:1], (places[1:] + places[:-1]) / 2, places[-1:]])
+    bounds = np.flatnonzero(np.diff(np.concatenate([[0], gone, [0]]))).reshape(-1, 2)
+    for first, last in bounds[:100]:
+        figure.add_vrect(
+            x0=edges[first], x1=edges[last], fillcolor="#808080", opacity=0.22, line_width=0
+        )
+    text = f"grey: missing at {gone.sum():,} of {len(gone):,} steps. {why[0]}"
+    figure.add_annotation(
+        text=escape(textwrap.shorten(text, 76, placeholder=" ...")),
+        hovertext="<br>".join(escape(line) for line in textwrap.wrap("; ".join(why), 80)[:12]),
+        font={"size": 10},
+        showarrow=False,
+        **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
+        **{"xanchor": "left", "yanchor": "bottom"},
+    )
+
+
+def say(figure: go.Figure, text: str) -> None:
+    """Writes in the middle of a figure that has nothing to show why that is so."""
+    figure.add_annotation(
+        text="<br>".join(escape(line) for line in textwrap.wrap(text, 52)[:8]),
+        showarrow=False,
+        x=0.5,
+        y=0.5,
+        xref="paper",
+        yref="paper",
+    )
+    figure.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
+
+
+def parts(count: int, most: int = MOST) -> list[slice]:
+    """Ranges of so many points, of which a figure draws one each: at most `most`."""
+    edges = np.linspace(0, count, min(count, most) + 1).astype(int)
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+def envelope(values: Array, most: int = MOST) -> tuple[Array, Array, Array]:
+    """Least, mean and largest (M,) of values (S,) in each of at most `most` ranges; NaN of none."""
+    if len(values) <= most:
+        return values, values, values
+    edges = np.linspace(0, len(values), most + 1).astype(int)[:-1]
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known, edges)
+    sums = np.add.reduceat(np.where(known, values, 0.0), edges)
+    with np.errstate(invalid="ignore"):
+        mean = sums / counts
+    least = np.minimum.reduceat(np.where(known, values, np.inf), edges)
+    most_ = np.maximum.reduceat(np.where(known, values, -np.inf), edges)
+    return np.where(counts, least, np.nan), mean, np.where(counts, most_, np.nan)

@@ -1,0 +1,227 @@
+"""Curves along steps: of numbers, of several runs, of leading eigenvalues, of distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from nettrace.dashboard.style import (
+    COLOURS,
+    DASHES,
+    Array,
+    Steps,
+    Theme,
+    absent,
+    envelope,
+    is_logarithmic,
+    label,
+    mark_absent,
+    new,
+    say,
+)
+from nettrace.record import ERROR
+
+#: How many runs have a curve each; of more, quantiles are drawn.
+_FEW = 6
+#: How many points are marked, rather than joined alone.
+_MARKED = 40
+
+
+def track(
+    data: xr.Dataset, variable: str, theme: Theme, groups: Mapping[str, str] | None = None
+) -> go.Figure:
+    """A number along steps with its standard error, or of several runs.
+
+    Few runs have a curve each; of more, and of those that `groups` puts together, the median is
+    drawn with a band from the 10 % to the 90 % quantile. More than 2,000 steps are drawn as the
+    mean of ranges, with a band from the least value in them to the largest.
+    """
+    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
+    values = data[variable].values
+    if "run" not in data[variable].dims:
+        _one(figure, data, variable, values)
+    else:
+        _several(figure, data, variable, values, groups)
+    figure.update_yaxes(title={"text": label(data, variable)})
+    if is_logarithmic(values):
+        figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """Some eigenvalues along steps, and 2 / eta, above which gradient descent is unstable."""
+    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
+    values = data[variable].values
+    gone, why = absent(data, variable)
+    kept = np.isfinite(values).any(1) | gone
+    if not kept.any():
+        say(figure, "nothing was recorded")
+        return figure
+    steps = Steps.of(data["step"].values[kept])
+    for mode in range(min(values.shape[1], 10)):
+        curve(figure, steps, values[kept, mode], f"number {mode + 1}", mode)
+    edge = _edge(data, variable)
+    if edge is not None:
+        curve(figure, steps, edge[kept], "2 / eta", None)
+    mark_absent(figure, steps, gone[kept], why)
+    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_yaxes(title={"text": label(data, variable)})
+    if is_logarithmic(values):
+        figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """How many numbers lie along steps: their median, quartiles, and extremes."""
+    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
+    values = data[variable].values
+    values = values.reshape(len(values), -1)
+    gone, why = absent(data, variable)
+    kept = np.isfinite(values).any(1) | gone
+    if not kept.any():
+        say(figure, "nothing was recorded")
+        return figure
+    steps = Steps.of(data["step"].values[kept])
+    quantiles = np.full((5, kept.sum()), np.nan)
+    there = np.isfinite(values[kept]).any(1)
+    quantiles[:, there] = np.nanquantile(values[kept][there], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    band(figure, steps, quantiles[0], quantiles[4], COLOURS[0], 0.15, "least to largest")
+    band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
+    curve(figure, steps, quantiles[2], "median", 0)
+    mark_absent(figure, steps, gone[kept], why)
+    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_yaxes(title={"text": label(data, variable)})
+    if is_logarithmic(quantiles):
+        figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def curve(
+    figure: go.Figure, steps: Steps, values: Array, name: str, number: int | None, size: float = 2
+) -> None:
+    """Adds a curve (S,); without a number it is a grey dashed one, for reference."""
+    _, mean, _ = envelope(values)
+    _, places, _ = envelope(steps.places.astype(float))
+    _, at, _ = envelope(steps.steps.astype(float))
+    one = 6 if number is None else number
+    figure.add_scatter(
+        x=places,
+        y=mean,
+        name=name,
+        mode="lines+markers" if len(mean) <= _MARKED and number is not None else "lines",
+        line={
+            "color": COLOURS[one % len(COLOURS)],
+            "width": size,
+            "dash": "dash" if number is None else DASHES[one // len(COLOURS) % len(DASHES)],
+        },
+        marker={"size": 4},
+        customdata=at,
+        hovertemplate="step %{customdata:,.0f}: %{y:.5g}<extra>" + name + "</extra>",
+    )
+
+
+def band(
+    figure: go.Figure,
+    steps: Steps,
+    low: Array,
+    high: Array,
+    colour: str,
+    opacity: float,
+    name: str = "",
+) -> None:
+    """Adds a band from one curve to another, in parts where either is not known."""
+    low, high = envelope(low)[0], envelope(high)[2]
+    _, places, _ = envelope(steps.places.astype(float))
+    known = np.isfinite(low) & np.isfinite(high)
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    bounds = np.flatnonzero(np.diff(np.concatenate([[0], known, [0]]))).reshape(-1, 2)
+    for number, (first, last) in enumerate(bounds):
+        x, part = places[first:last], slice(first, last)
+        figure.add_scatter(
+            x=np.concatenate([x, x[::-1]]),
+            y=np.concatenate([high[part], low[part][::-1]]),
+            fill="toself",
+            fillcolor=f"rgba({red},{green},{blue},{opacity})",
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            name=name,
+            legendgroup=name,
+            showlegend=bool(name) and number == 0,
+        )
+
+
+def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
+    gone, why = absent(data, variable)
+    kept = np.isfinite(values) | gone
+    if not kept.any():
+        say(figure, "nothing was recorded")
+        return
+    steps = Steps.of(data["step"].values[kept])
+    low, _, high = envelope(values[kept])
+    if variable + ERROR in data and len(low) == kept.sum():
+        error = data[variable + ERROR].values[kept]
+        low, high = values[kept] - error, values[kept] + error
+        band(figure, steps, low, high, COLOURS[0], 0.25, "standard error")
+    elif len(low) < kept.sum():
+        band(figure, steps, values[kept], values[kept], COLOURS[0], 0.25, "least to largest")
+    curve(figure, steps, values[kept], label(data, variable), 0)
+    mark_absent(figure, steps, gone[kept], why)
+    figure.update_layout(xaxis=steps.axis, showlegend=False)
+
+
+def _several(
+    figure: go.Figure,
+    data: xr.Dataset,
+    variable: str,
+    values: Array,
+    groups: Mapping[str, str] | None,
+) -> None:
+    runs = [str(run) for run in data["run"].values]
+    kept = np.isfinite(values).any(0)
+    if not kept.any():
+        why = [reason for run in runs for reason in absent(data, variable, run)[1]]
+        say(figure, why[0] if why else "nothing was recorded")
+        return
+    steps = Steps.of(data["step"].values[kept])
+    if groups is None and len(runs) > _FEW:
+        groups = dict.fromkeys(runs, f"{len(runs)} runs")
+    members: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        members.setdefault(run if groups is None else groups.get(run, run), []).append(number)
+    for number, (name, rows) in enumerate(members.items()):
+        found = values[np.array(rows)][:, kept]
+        if len(rows) < 3:
+            for row in found:
+                there = np.isfinite(row)
+                own = Steps(steps.steps[there], steps.logarithmic)
+                curve(figure, own, row[there], name, number)
+            continue
+        there = np.isfinite(found).sum(0) * 2 >= len(rows)
+        own = Steps(steps.steps[there], steps.logarithmic)
+        low, median, high = np.nanquantile(found[:, there], (0.1, 0.5, 0.9), axis=0)
+        colour = COLOURS[number % len(COLOURS)]
+        band(figure, own, low, high, colour, 0.22, f"{name}, 10 to 90 % of {len(rows)} runs")
+        curve(figure, own, median, f"{name}, median", number)
+    gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
+    if gone:
+        figure.add_annotation(
+            text=f"missing at some steps of {gone} of {len(runs)} runs",
+            font={"size": 10},
+            showarrow=False,
+            **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
+            **{"xanchor": "left", "yanchor": "bottom"},
+        )
+    figure.update_layout(xaxis=steps.axis, showlegend=True)
+
+
+def _edge(data: xr.Dataset, variable: str) -> Array | None:
+    """2 / eta along steps, if the trace knows eta."""
+    if variable != "hessian_eigenvalues" or "hessian_stability_gd" not in data:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = data[variable].values[:, 0] / data["hessian_stability_gd"].values
+    return found
