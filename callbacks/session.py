@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from nettrace import Probe, Record, Tracer
 from nettrace.batch import tensors
 from nettrace.budget import Budget, left_out, synchronise
+from nettrace.callbacks.figures import Figures
 from nettrace.callbacks.first_batch import FirstBatch
 from nettrace.callbacks.lightning import bound_to, loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
@@ -39,6 +40,7 @@ _UNLOGGED = (
     "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
     "logs nothing"
 )
+_UNDRAWN = "numbers are logged as ever; log=False logs nothing"
 _LONG = 1.0  # seconds, as expected, after which people wonder what is going on
 
 
@@ -81,6 +83,8 @@ class Session:
         self._attempt = uuid.uuid4().hex
         #: By folder and the fingerprint of the probe, None for the training's own steps.
         self._writers: dict[tuple[Path, str | None], Journal] = {}
+        #: By prefix, what loggers get beside numbers.
+        self._figures: dict[str, Figures] = {}
         #: Callbacks that share a probe, with the tracer that measures for them.
         self._groups: dict[object, tuple[Tracer, list[Trace]]] = {}
         self._ranks = ranks(purpose("Session"), module)
@@ -246,6 +250,7 @@ class Session:
         due = [c for c in self._probing if self._is_due(c, step) and self._ready(c)]
         last = [c for c in self._probing if has_last_after(self._due[c], step)]
         self._measure(step, self._affordable(step, due, reserve=last))
+        self._show(lambda figures: figures.due, Figures.send)
 
     def measure_last(self, step: int) -> None:
         """Measures for the callbacks whose schedules have the last step, and that have not yet.
@@ -330,7 +335,8 @@ class Session:
             return False
 
     def close(self) -> None:
-        """Says which callbacks never measured."""
+        """Sends the last figures, and says which callbacks never measured."""
+        self._show(lambda figures: True, Figures.conclude)
         for callback in self._unfired:
             spent = f"at each step of its schedule, all of budget={self._budget.limit:g} was spent"
             reason = spent if callback in self._skipped else ""
@@ -396,7 +402,9 @@ class Session:
             if callback.logs:
                 prefixes.setdefault(callback.prefix, []).append(callback)
         for prefix, sharing in prefixes.items():
-            found = [r for r in self._of(sharing, records) if r.missing is None]
+            records_ = self._of(sharing, records)
+            self._keep(sharing[0], records_)
+            found = [r for r in records_ if r.missing is None]
             if found:
                 monitor(self._trainer, found, prefix)
             for logger in self._trainer.loggers if found else ():
@@ -405,6 +413,28 @@ class Session:
                 except Exception as error:
                     what = f"cannot log to {type(logger).__name__}"
                     self._report(callbacks[0], what, error, _UNLOGGED)
+
+    def _keep(self, callback: Trace, records: Sequence[Record]) -> None:
+        """Keeps records for figures, where there are loggers that take these."""
+        if not self._trainer.is_global_zero:
+            return
+        prefix = callback.prefix
+        if prefix not in self._figures:
+            self._figures[prefix] = Figures(self._trainer.loggers, prefix)
+        self._figures[prefix].add(records, self._position)
+
+    def _show(
+        self, wanted: Callable[[Figures], bool], send: Callable[[Figures, int], None]
+    ) -> None:
+        """Sends figures; what that takes is spent on measuring, but is no measurement's."""
+        for figures in filter(wanted, self._figures.values()):
+            with self._budget.measuring():
+                try:
+                    begun = self._position["batches"] > 0
+                    send(figures, loggers_step(self._trainer) + begun)
+                except Exception as error:
+                    callback = next(iter(self._due))
+                    self._report(callback, "cannot log figures", error, _UNDRAWN)
 
     def _of(self, callbacks: Sequence[Trace], records: Sequence[Record]) -> list[Record]:
         """The records that callbacks asked for, and those about the measurement itself."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nettrace import locate
-from nettrace.cli import analyze, completion, explain, export, measures
+from nettrace.cli import analyze, completion, explain, export, measures, wandb_workspace
 from nettrace.cli.configuration import configured
 from nettrace.cli.texts import UsageError, formatter, wrapped
 
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for one in (measures, explain, analyze, export, completion):
+    for one in (measures, explain, analyze, export, wandb_workspace, completion):
         one.add(commands)
     return parser
 

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from xarray.core import indexing
 
+import nettrace.accessor  # noqa: F401  registers data.nt
 from nettrace.record import ERROR
 from nettrace.store.layout import Layout
 from nettrace.store.parts import SUFFIX, part_files, parts

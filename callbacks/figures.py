@@ -1,0 +1,247 @@
+"""Figures of arrays for loggers that show them, and a table of final values."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nettrace.callbacks.loggers import STEP
+from nettrace.record import Record
+from nettrace.store.kept import Kept
+from nettrace.summary import summary
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    import xarray as xr
+
+#: Where figures and the table of final values are logged.
+FIGURES, FINAL = "figures/", "nettrace/final_values"
+#: At most so many figures at a time, of so many numbers in all, made in so many seconds.
+_MOST, _NUMBERS, _SECONDS = 12, 200_000, 5.0
+#: How many bytes and steps are kept for them, and how many steps a matrix is shown at.
+_BYTES, _STEPS, _MATRICES = 2**25, 64, 4
+#: The first record at which they are made; then at each twice as many, and at the end.
+_FIRST = 4
+_DRAWING = 30.0  # seconds
+_log = logging.getLogger("nettrace")
+_said: set[str] = set()
+
+
+class Figures:
+    """What loggers that show figures get beside numbers: at records 4, 8, 16, ... and at the end.
+
+    W&B gets Plotly figures then, under "figures/", and at the end a table of final values,
+    "nettrace/final_values". TensorBoard and MLflow get images of the same figures at the end, if
+    Kaleido and Chromium are there to draw them. What is missing for that is said once, by the log
+    "nettrace" at level INFO.
+
+    Each time there are at most 12 figures, of arrays and of numbers against each other, those of
+    different kinds first, with 200,000 numbers in all (about 4 MB), and none is begun after 5
+    seconds; drawing images ends after 30. For them, at most 64 steps in 32 MiB of memory are kept,
+    evenly spaced.
+
+    Args:
+        loggers: of a Lightning trainer.
+        prefix: put before every name.
+    """
+
+    def __init__(self, loggers: Sequence[Any], prefix: str) -> None:
+        self._wandb = [one for one in loggers if _is(one, "WandbLogger")]
+        self._tensorboard = [one for one in loggers if _is(one, "TensorBoardLogger")]
+        self._mlflow = [one for one in loggers if _is(one, "MLFlowLogger")]
+        #: Whether any logger takes figures.
+        self.wanted = bool(self._wandb or self._tensorboard or self._mlflow)
+        self._prefix = prefix
+        self._kept = Kept(_BYTES, _STEPS)
+        self._next = _FIRST
+        self._last = 0
+        self._failed: Exception | None = None
+
+    def add(self, records: Sequence[Record], coordinates: Mapping[str, float]) -> None:
+        """Keeps the records of a step; those on several probes apart, as they are logged."""
+        if self.wanted and records:
+            self._last = records[0].step
+            self._kept.add([part for record in records for part in _apart(record)], coordinates)
+
+    @property
+    def due(self) -> bool:
+        """Whether as many records have been kept as the next figures wait for."""
+        return bool(self._wandb) and self._kept.count >= self._next
+
+    def send(self, step: int) -> None:
+        """Sends figures to W&B.
+
+        Args:
+            step: under which Lightning itself logs at this moment.
+
+        Raises:
+            Exception: whatever went wrong with a figure or a logger; other figures are sent.
+        """
+        self._next = 2 * self._kept.count
+        figures = self._figures(self._kept.dataset())
+        for logger in self._wandb if figures else ():
+            self._send(logger.experiment, figures, {}, step)
+        self._raise()
+
+    def conclude(self, step: int) -> None:
+        """Sends figures and final values where a training ends.
+
+        Args:
+            step: as in `send`.
+
+        Raises:
+            Exception: as in `send`.
+        """
+        if not self._kept.count:
+            return
+        data = self._kept.dataset()
+        figures = self._figures(data)
+        for logger in self._wandb:
+            self._send(logger.experiment, figures, {FINAL: _table(data)}, step)
+        if figures and (self._tensorboard or self._mlflow):
+            self._draw(figures, step)
+        self._raise()
+
+    def _raise(self) -> None:
+        """Raises what kept a figure from being made, once the others are sent."""
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _figures(self, data: xr.Dataset) -> dict[str, go.Figure]:
+        """By name, as many as there may be."""
+        try:
+            import plotly  # noqa: F401
+        except ImportError:
+            _say_once(
+                "loggers get no figures, which need Plotly: pip install 'nettrace[dashboard]'"
+            )
+            return {}
+        from nettrace.dashboard import figure
+        from nettrace.dashboard.figures import AGAINST, view
+
+        found: dict[str, go.Figure] = {}
+        left, until = _NUMBERS, time.monotonic() + _SECONDS
+        for name in _in_order(data):
+            if len(found) == _MOST or time.monotonic() > until:
+                break
+            seen = data
+            if AGAINST not in name and view(data, _variable(data, name)) == "matrix":
+                places = np.linspace(0, data.sizes["step"] - 1, _MATRICES).round().astype(int)
+                seen = data.isel(step=np.unique(places))
+            try:
+                made = figure(seen, name)
+            except Exception as error:  # others may do
+                self._failed = self._failed or error
+                continue
+            numbers = sum(map(_count, made.data))
+            if 0 < numbers <= left:
+                found[name] = made
+                left -= numbers
+        return found
+
+    def _send(
+        self, run: Any, figures: Mapping[str, go.Figure], more: Mapping[str, Any], step: int
+    ) -> None:
+        import wandb
+
+        made = {FIGURES + name: wandb.Plotly(figure) for name, figure in figures.items()}
+        row = {self._prefix + name: value for name, value in (*made.items(), *more.items())}
+        for name in row:
+            run.define_metric(name, step_metric=STEP)
+        run.log({**row, STEP: self._last, "trainer/global_step": step})
+
+    def _draw(self, figures: Mapping[str, go.Figure], step: int) -> None:
+        from nettrace.dashboard.images import images
+
+        drawn, why = images(list(figures.values()), _DRAWING)
+        if why:
+            _say_once(f"TensorBoard and MLflow get no images of figures: {why}")
+        found = {n: png for n, png in zip(figures, drawn, strict=True) if png is not None}
+        for logger in self._tensorboard if found else ():
+            from PIL import Image
+
+            for name, png in found.items():
+                pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+                tag = f"{self._prefix}{FIGURES}{name}"
+                logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+        for logger in self._mlflow if found else ():
+            with TemporaryDirectory(prefix="nettrace-") as folder:
+                for name, png in found.items():
+                    file = Path(folder, f"{self._prefix}{name}".replace("/", "_") + ".png")
+                    file.write_bytes(png)
+                    logger.experiment.log_artifact(logger.run_id, os.fspath(file), "figures")
+
+
+def _is(logger: Any, name: str) -> bool:
+    """Whether a logger is of a class by that name, in either of Lightning's namespaces."""
+    return any(kind.__name__ == name for kind in type(logger).__mro__)
+
+
+def _apart(record: Record) -> Iterator[Record]:
+    """What was found on each of several probes; what is missing on all of them is one."""
+    return iter([record]) if record.missing is not None else record.apart()
+
+
+def _in_order(data: xr.Dataset) -> list[str]:
+    """Figures of arrays, and of numbers against each other: first one of each kind.
+
+    Of a kind, those in the conventions of other packages come last, as they repeat others.
+    """
+    from nettrace.dashboard.figures import AGAINST, figures, view
+
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(figures(data), key=lambda name: name.startswith(("collective", "nettrace"))):
+        kind = AGAINST if AGAINST in name else view(data, _variable(data, name))
+        if kind != "track":
+            kinds.setdefault(kind, []).append(name)
+    return [name for several in zip_longest(*kinds.values()) for name in several if name]
+
+
+def _variable(data: xr.Dataset, name: str) -> str:
+    """The variable of a quantity."""
+    return next(str(n) for n, one in data.data_vars.items() if one.attrs.get("name", n) == name)
+
+
+def _count(trace: Any) -> int:
+    """How many numbers a trace of a figure holds."""
+    return sum(np.size(trace[key]) for key in ("x", "y", "z", "customdata") if key in trace)
+
+
+def _table(data: xr.Dataset) -> Any:
+    """The last value of each number, with why others are missing, as W&B's table."""
+    import wandb
+
+    columns: list[str | int] = [
+        "quantity",
+        "value",
+        "standard error",
+        "step",
+        "units",
+        "convention",
+        "missing",
+    ]
+    rows = []
+    for one in summary(data):
+        if not one.axes:
+            parts = [(one.name, one.value and one.value.real)]
+            if one.value is not None and one.value.imag:  # named as the numbers are
+                parts = [(f"{one.name}.re", one.value.real), (f"{one.name}.im", one.value.imag)]
+            about = (one.standard_error, one.step, one.units, one.convention, one.missing)
+            rows += [[name, value, *about] for name, value in parts]
+    return wandb.Table(columns=columns, data=rows)
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        _log.info(text)
