@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +47,7 @@ class Figures:
     "nettrace" at level INFO.
 
     Each time there are at most 12 figures, of arrays and of numbers against each other, those of
-    different kinds first, with 200,000 numbers in all (about 4 MB), and none is begun after 5
+    different kinds first, with 200,000 numbers in all (about 2 MB), and none is begun after 5
     seconds; drawing images ends after 30. For them, at most 64 steps in 32 MiB of memory are kept,
     evenly spaced.
 
@@ -63,13 +65,20 @@ class Figures:
         self._prefix = prefix
         self._kept = Kept(_BYTES, _STEPS)
         self._next = _FIRST
-        self._last = 0
+        #: The last step that was recorded, and that of Lightning's own.
+        self._last = self._step = 0
         self._failed: Exception | None = None
 
-    def add(self, records: Sequence[Record], coordinates: Mapping[str, float]) -> None:
-        """Keeps the records of a step; those on several probes apart, as they are logged."""
+    def add(self, records: Sequence[Record], coordinates: Mapping[str, float], step: int) -> None:
+        """Keeps the records of a step; those on several probes apart, as they are logged.
+
+        Args:
+            records: of one step.
+            coordinates: of that step, such as the epoch.
+            step: under which Lightning itself logs at this moment.
+        """
         if self.wanted and records:
-            self._last = records[0].step
+            self._last, self._step = records[0].step, step
             self._kept.add([part for record in records for part in _apart(record)], coordinates)
 
     @property
@@ -77,11 +86,8 @@ class Figures:
         """Whether as many records have been kept as the next figures wait for."""
         return bool(self._wandb) and self._kept.count >= self._next
 
-    def send(self, step: int) -> None:
+    def send(self) -> None:
         """Sends figures to W&B.
-
-        Args:
-            step: under which Lightning itself logs at this moment.
 
         Raises:
             Exception: whatever went wrong with a figure or a logger; other figures are sent.
@@ -89,14 +95,11 @@ class Figures:
         self._next = 2 * self._kept.count
         figures = self._figures(self._kept.dataset())
         for logger in self._wandb if figures else ():
-            self._send(logger.experiment, figures, {}, step)
+            self._send(logger.experiment, figures, {})
         self._raise()
 
-    def conclude(self, step: int) -> None:
+    def conclude(self) -> None:
         """Sends figures and final values where a training ends.
-
-        Args:
-            step: as in `send`.
 
         Raises:
             Exception: as in `send`.
@@ -106,9 +109,9 @@ class Figures:
         data = self._kept.dataset()
         figures = self._figures(data)
         for logger in self._wandb:
-            self._send(logger.experiment, figures, {FINAL: _table(data)}, step)
+            self._send(logger.experiment, figures, {FINAL: _table(data)})
         if figures and (self._tensorboard or self._mlflow):
-            self._draw(figures, step)
+            self._draw(figures)
         self._raise()
 
     def _raise(self) -> None:
@@ -149,18 +152,16 @@ class Figures:
                 left -= numbers
         return found
 
-    def _send(
-        self, run: Any, figures: Mapping[str, go.Figure], more: Mapping[str, Any], step: int
-    ) -> None:
+    def _send(self, run: Any, figures: Mapping[str, go.Figure], more: Mapping[str, Any]) -> None:
         import wandb
 
-        made = {FIGURES + name: wandb.Plotly(figure) for name, figure in figures.items()}
+        made = {FIGURES + name: wandb.Plotly(_listed(one)) for name, one in figures.items()}
         row = {self._prefix + name: value for name, value in (*made.items(), *more.items())}
         for name in row:
             run.define_metric(name, step_metric=STEP)
-        run.log({**row, STEP: self._last, "trainer/global_step": step})
+        run.log({**row, STEP: self._last, "trainer/global_step": self._step})
 
-    def _draw(self, figures: Mapping[str, go.Figure], step: int) -> None:
+    def _draw(self, figures: Mapping[str, go.Figure]) -> None:
         from nettrace.dashboard.images import images
 
         drawn, why = images(list(figures.values()), _DRAWING)
@@ -173,7 +174,7 @@ class Figures:
             for name, png in found.items():
                 pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
                 tag = f"{self._prefix}{FIGURES}{name}"
-                logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+                logger.experiment.add_image(tag, pixels, self._step, dataformats="HWC")
         for logger in self._mlflow if found else ():
             with TemporaryDirectory(prefix="nettrace-") as folder:
                 for name, png in found.items():
@@ -212,6 +213,29 @@ def _variable(data: xr.Dataset, name: str) -> str:
     return next(str(n) for n, one in data.data_vars.items() if one.attrs.get("name", n) == name)
 
 
+def _listed(figure: go.Figure) -> go.Figure:
+    """The same with lists in place of arrays, in seven digits, and None where there is no number.
+
+    W&B draws nothing of arrays that Plotly encodes as bytes (wandb/wandb#9563).
+    """
+    import plotly.graph_objects as go
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict) and "bdata" in value:
+            data = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
+            shape = [int(length) for length in str(value.get("shape", len(data))).split(",")]
+            return plain(data.reshape(shape).tolist())
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple, np.ndarray)):
+            return [plain(one) for one in value]
+        if isinstance(value, float):  # of NumPy too
+            return float(f"{value:.7g}") if math.isfinite(value) else None
+        return value
+
+    return go.Figure(plain(figure.to_dict()))
+
+
 def _count(trace: Any) -> int:
     """How many numbers a trace of a figure holds."""
     return sum(np.size(trace[key]) for key in ("x", "y", "z", "customdata") if key in trace)
@@ -233,7 +257,7 @@ def _table(data: xr.Dataset) -> Any:
     rows = []
     for one in summary(data):
         if not one.axes:
-            parts = [(one.name, one.value and one.value.real)]
+            parts = [(one.name, None if one.value is None else one.value.real)]
             if one.value is not None and one.value.imag:  # named as the numbers are
                 parts = [(f"{one.name}.re", one.value.real), (f"{one.name}.im", one.value.imag)]
             about = (one.standard_error, one.step, one.units, one.convention, one.missing)

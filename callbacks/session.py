@@ -403,7 +403,7 @@ class Session:
                 prefixes.setdefault(callback.prefix, []).append(callback)
         for prefix, sharing in prefixes.items():
             records_ = self._of(sharing, records)
-            self._keep(sharing[0], records_)
+            self._keep(sharing[0], records_, step)
             found = [r for r in records_ if r.missing is None]
             if found:
                 monitor(self._trainer, found, prefix)
@@ -414,24 +414,21 @@ class Session:
                     what = f"cannot log to {type(logger).__name__}"
                     self._report(callbacks[0], what, error, _UNLOGGED)
 
-    def _keep(self, callback: Trace, records: Sequence[Record]) -> None:
+    def _keep(self, callback: Trace, records: Sequence[Record], step: int) -> None:
         """Keeps records for figures, where there are loggers that take these."""
         if not self._trainer.is_global_zero:
             return
         prefix = callback.prefix
         if prefix not in self._figures:
             self._figures[prefix] = Figures(self._trainer.loggers, prefix)
-        self._figures[prefix].add(records, self._position)
+        self._figures[prefix].add(records, self._position, step)
 
-    def _show(
-        self, wanted: Callable[[Figures], bool], send: Callable[[Figures, int], None]
-    ) -> None:
+    def _show(self, wanted: Callable[[Figures], bool], send: Callable[[Figures], None]) -> None:
         """Sends figures; what that takes is spent on measuring, but is no measurement's."""
         for figures in filter(wanted, self._figures.values()):
             with self._budget.measuring():
                 try:
-                    begun = self._position["batches"] > 0
-                    send(figures, loggers_step(self._trainer) + begun)
+                    send(figures)
                 except Exception as error:
                     callback = next(iter(self._due))
                     self._report(callback, "cannot log figures", error, _UNDRAWN)

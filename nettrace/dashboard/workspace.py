@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ _LABELLED_ABOUT = {
     "nettrace/step_seconds_per_measure": "wall time of each measure (s)",
 }
 #: Axes whose places have names: each is a curve of its own, "group/quantity/label".
-_LABELLED = ("layer", "representation")
+_LABELLED = ("layer", "nodes", "representation")
 #: Those of `nettrace.landscape` that give numbers, as "landscape/function/number".
 _PROBES = ("learning_coefficient", "langevin", "loss_density")
 #: Where figures are logged, and the table of final values.
@@ -124,8 +125,10 @@ def packages() -> tuple[Any, Any]:
         ImportError: if its package is missing.
     """
     try:
-        import wandb_workspaces.reports.v2 as wr
-        import wandb_workspaces.workspaces as ws
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on its own use of pydantic
+            import wandb_workspaces.reports.v2 as wr
+            import wandb_workspaces.workspaces as ws
     except ImportError as error:
         raise ImportError(
             "workspaces need wandb-workspaces: pip install 'nettrace[workspace]'"

@@ -133,7 +133,9 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     plain = {key for key in ours if not any(key.startswith(name + ".") for name in media)}
     kernel = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
     kernel += ["rotation_first", "rotation_previous"]
-    assert media == {
+    beside = {name for name in media if "figures/" in name or "final_values" in name}
+    assert beside  # of which tests/dashboard/test_logged.py tells
+    assert media - beside == {
         "probe/collective/magnitude_distribution_papyrus",
         *(f"ntk/{name}" for name in kernel),
     }
