@@ -8,6 +8,8 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
@@ -33,7 +35,9 @@ _MOST, _NUMBERS, _SECONDS = 12, 200_000, 5.0
 _BYTES, _STEPS, _MATRICES = 2**25, 64, 4
 #: The first record at which they are made; then at each twice as many, and at the end.
 _FIRST = 4
-_DRAWING = 30.0  # seconds
+_DRAWING = 15.0  # seconds
+#: What is seen first of its kind.
+_TELLING = ("ntk/spectrum", "ntk/gram", "ntk/trace_per_layer", "hessian/eigenvalues")
 _log = logging.getLogger("nettrace")
 _said: set[str] = set()
 
@@ -48,7 +52,7 @@ class Figures:
 
     Each time there are at most 12 figures, of arrays and of numbers against each other, those of
     different kinds first, with 200,000 numbers in all (about 2 MB), and none is begun after 5
-    seconds; drawing images ends after 30. For them, at most 64 steps in 32 MiB of memory are kept,
+    seconds; drawing images ends after 15. For them, at most 64 steps in 32 MiB of memory are kept,
     evenly spaced.
 
     Args:
@@ -67,7 +71,6 @@ class Figures:
         self._next = _FIRST
         #: The last step that was recorded, and that of Lightning's own.
         self._last = self._step = 0
-        self._failed: Exception | None = None
 
     def add(self, records: Sequence[Record], coordinates: Mapping[str, float], step: int) -> None:
         """Keeps the records of a step; those on several probes apart, as they are logged.
@@ -86,39 +89,37 @@ class Figures:
         """Whether as many records have been kept as the next figures wait for."""
         return bool(self._wandb) and self._kept.count >= self._next
 
-    def send(self) -> None:
+    def send(self) -> list[tuple[str, Exception]]:
         """Sends figures to W&B.
 
-        Raises:
-            Exception: whatever went wrong with a figure or a logger; other figures are sent.
+        Returns:
+            What could not be done, and why; all else is.
         """
         self._next = 2 * self._kept.count
-        figures = self._figures(self._kept.dataset())
-        for logger in self._wandb if figures else ():
-            self._send(logger.experiment, figures, {})
-        self._raise()
+        return self._sent(last=False)
 
-    def conclude(self) -> None:
-        """Sends figures and final values where a training ends.
+    def conclude(self) -> list[tuple[str, Exception]]:
+        """Sends figures and final values where a training ends; returns as `send`."""
+        return self._sent(last=True) if self._kept.count else []
 
-        Raises:
-            Exception: as in `send`.
-        """
-        if not self._kept.count:
-            return
-        data = self._kept.dataset()
-        figures = self._figures(data)
-        for logger in self._wandb:
-            self._send(logger.experiment, figures, {FINAL: _table(data)})
-        if figures and (self._tensorboard or self._mlflow):
-            self._draw(figures)
-        self._raise()
+    def _sent(self, last: bool) -> list[tuple[str, Exception]]:
+        self._failed: list[tuple[str, Exception]] = []
+        with self._noted("cannot make figures"):
+            data = self._kept.dataset()
+            figures = self._figures(data)
+            for logger in self._wandb if figures or last else ():
+                with self._noted(f"cannot log to {type(logger).__name__}"):
+                    self._send(logger.experiment, figures, {FINAL: _table(data)} if last else {})
+            if last and figures and (self._tensorboard or self._mlflow):
+                self._draw(figures)
+        return self._failed
 
-    def _raise(self) -> None:
-        """Raises what kept a figure from being made, once the others are sent."""
-        failed, self._failed = self._failed, None
-        if failed is not None:
-            raise failed
+    @contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed.append((what, error))
 
     def _figures(self, data: xr.Dataset) -> dict[str, go.Figure]:
         """By name, as many as there may be."""
@@ -141,15 +142,12 @@ class Figures:
             if AGAINST not in name and view(data, _variable(data, name)) == "matrix":
                 places = np.linspace(0, data.sizes["step"] - 1, _MATRICES).round().astype(int)
                 seen = data.isel(step=np.unique(places))
-            try:
+            with self._noted("cannot make a figure"):
                 made = figure(seen, name)
-            except Exception as error:  # others may do
-                self._failed = self._failed or error
-                continue
-            numbers = sum(map(_count, made.data))
-            if 0 < numbers <= left:
-                found[name] = made
-                left -= numbers
+                numbers = sum(map(_count, made.data))
+                if 0 < numbers <= left:
+                    found[name] = made
+                    left -= numbers
         return found
 
     def _send(self, run: Any, figures: Mapping[str, go.Figure], more: Mapping[str, Any]) -> None:
@@ -168,15 +166,24 @@ class Figures:
         if why:
             _say_once(f"TensorBoard and MLflow get no images of figures: {why}")
         found = {n: png for n, png in zip(figures, drawn, strict=True) if png is not None}
+        if self._tensorboard and find_spec("PIL") is None:
+            _say_once(
+                "TensorBoard gets no images of figures, which need Pillow: pip install pillow"
+            )
+            self._tensorboard = []
         for logger in self._tensorboard if found else ():
-            from PIL import Image
+            with self._noted(f"cannot log to {type(logger).__name__}"):
+                from PIL import Image
 
-            for name, png in found.items():
-                pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
-                tag = f"{self._prefix}{FIGURES}{name}"
-                logger.experiment.add_image(tag, pixels, self._step, dataformats="HWC")
+                for name, png in found.items():
+                    pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+                    tag = f"{self._prefix}{FIGURES}{name}"
+                    logger.experiment.add_image(tag, pixels, self._step, dataformats="HWC")
         for logger in self._mlflow if found else ():
-            with TemporaryDirectory(prefix="nettrace-") as folder:
+            with (
+                self._noted(f"cannot log to {type(logger).__name__}"),
+                TemporaryDirectory(prefix="nettrace-") as folder,
+            ):
                 for name, png in found.items():
                     file = Path(folder, f"{self._prefix}{name}".replace("/", "_") + ".png")
                     file.write_bytes(png)
@@ -201,7 +208,11 @@ def _in_order(data: xr.Dataset) -> list[str]:
     from nettrace.dashboard.figures import AGAINST, figures, view
 
     kinds: dict[str, list[str]] = {}
-    for name in sorted(figures(data), key=lambda name: name.startswith(("collective", "nettrace"))):
+
+    def rank(name: str) -> int:
+        return 2 * name.startswith(("collective/", "nettrace/")) - name.startswith(_TELLING)
+
+    for name in sorted(figures(data), key=rank):
         kind = AGAINST if AGAINST in name else view(data, _variable(data, name))
         if kind != "track":
             kinds.setdefault(kind, []).append(name)

@@ -32,8 +32,10 @@ class Request:
             data set; the trainer's loaders are never iterated.
         to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         log: whether to send numbers to the trainer's loggers, or to all that transformers reports
-            to, and to Lightning's `callback_metrics`, so that they can be monitored; kernels and
-            spectra too where a Lightning logger is W&B's.
+            to, and to Lightning's `callback_metrics`, so that they can be monitored. Where a
+            Lightning logger is W&B's, kernels and spectra too, and at records 4, 8, 16, ... and
+            at the end figures, as `nettrace.callbacks.figures.Figures` says; TensorBoard's and
+            MLflow's get images of these at the end, if they can be drawn.
         prefix: put before every name in loggers.
         samples: how many samples a default probe takes.
         layers: of which layers measures of representations look at the activations, as in

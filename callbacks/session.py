@@ -40,7 +40,6 @@ _UNLOGGED = (
     "each record is tried anew, and the trace in to= and other loggers get all of them; log=False "
     "logs nothing"
 )
-_UNDRAWN = "numbers are logged as ever; log=False logs nothing"
 _LONG = 1.0  # seconds, as expected, after which people wonder what is going on
 
 
@@ -423,15 +422,16 @@ class Session:
             self._figures[prefix] = Figures(self._trainer.loggers, prefix)
         self._figures[prefix].add(records, self._position, step)
 
-    def _show(self, wanted: Callable[[Figures], bool], send: Callable[[Figures], None]) -> None:
+    def _show(
+        self,
+        wanted: Callable[[Figures], bool],
+        send: Callable[[Figures], list[tuple[str, Exception]]],
+    ) -> None:
         """Sends figures; what that takes is spent on measuring, but is no measurement's."""
         for figures in filter(wanted, self._figures.values()):
             with self._budget.measuring():
-                try:
-                    send(figures)
-                except Exception as error:
-                    callback = next(iter(self._due))
-                    self._report(callback, "cannot log figures", error, _UNDRAWN)
+                for what, error in send(figures):
+                    self._report(next(iter(self._due)), what, error, _UNLOGGED)
 
     def _of(self, callbacks: Sequence[Trace], records: Sequence[Record]) -> list[Record]:
         """The records that callbacks asked for, and those about the measurement itself."""

@@ -23,7 +23,7 @@ class Kept:
     """The records of a run, within limits: once there are more, every second step is let go of.
 
     So what is kept is evenly spaced among the steps that were recorded, and the last is always
-    there.
+    there; of steps that are too large for two, it alone.
 
     Args:
         most_bytes: what the records may take, about.
@@ -52,16 +52,18 @@ class Kept:
         of_step.update((record.name, record) for record in records)
         at.update({"wall_time": time(), **coordinates})
         self._bytes[step] = sum(map(_size, of_step.values()))
-        while len(self._steps) > 2 and (
+        while len(self._steps) > 1 and (
             len(self._steps) > self._most_steps or sum(self._bytes.values()) > self._most_bytes
         ):
             self._stride *= 2
             self._thin(but=step)
+            if len(self._steps) == 2 and sum(self._bytes.values()) > self._most_bytes:
+                self._drop(min(self._steps))
 
     def supersede(self, step: int) -> None:
         """Lets go of what was recorded after a step, as another attempt begins there."""
         for later in [one for one in self._steps if one > step]:
-            del self._steps[later], self._bytes[later]
+            self._drop(later)
 
     def dataset(self) -> xr.Dataset:
         """What is kept, as `nettrace.open` gives it; all of it is in memory."""
@@ -85,7 +87,10 @@ class Kept:
     def _thin(self, but: int | None = None) -> None:
         for step, (number, *_) in list(self._steps.items()):
             if number % self._stride and step != but:
-                del self._steps[step], self._bytes[step]
+                self._drop(step)
+
+    def _drop(self, step: int) -> None:
+        del self._steps[step], self._bytes[step]
 
 
 def _size(record: Record) -> int:
