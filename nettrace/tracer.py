@@ -9,9 +9,8 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +20,6 @@ from nettrace.budget import Budget, check_budget, left_out, synchronise
 from nettrace.certificate import SpotChecks
 from nettrace.explanation import Explanation, PriceList
 from nettrace.measures import Measure, resolve
-from nettrace.missing import told
 from nettrace.observer import Observer
 from nettrace.past import Past
 from nettrace.probe import Probe, check_probes, fingerprint
@@ -30,17 +28,11 @@ from nettrace.record import Record
 from nettrace.recording import OnError
 from nettrace.schedule import Every, has_last_after, schedule
 from nettrace.several import Several, of_pairs
-from nettrace.store import open as read
 from nettrace.store.journal import UNWRITTEN, Journal
-from nettrace.store.kept import Kept
-from nettrace.store.parts import part_files
 from nettrace.store.provenance import of_model
 from nettrace.unwrapped import plain_model, plain_optimizers
 from nettrace.waiting import Waiting, reads_window, settings
 from nettrace.window import WeightWindow
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
 
@@ -72,8 +64,7 @@ class Tracer(Observer):
         measures: names of measures or of groups of them.
         every: when to measure: a period in steps, "log", the steps themselves, or a function from a
             step to yes or no.
-        to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk, and
-            for `dataset` at most 64 MiB in memory.
+        to: a folder for the trace, which `nettrace.open` reads; None keeps nothing on disk.
         on_error: "record" notes why a measure is missing, warns once and goes on; "raise" raises.
         memory_budget: as in `nettrace.jacobian`.
         max_seconds: how long one measure may take at one record, as predicted; None for any time,
@@ -127,17 +118,15 @@ class Tracer(Observer):
         self.fingerprint = fingerprint(probe)
         self.due = schedule(every)
         self.budget = None if budget is None else check_budget(budget)
-        self._every, self._probes = str(every), str(probe)
         self._skipped = 0
         self._waiting = Waiting(window)
         self._writer = None if to is None else Journal(to, probe=self.fingerprint)
-        self._kept = Kept()
         if self._writer is not None:
             self._writer.provenance["configuration"] = json.dumps(
                 {
                     "measures": names,
-                    "every": self._every,
-                    "probe": self._probes,
+                    "every": str(every),
+                    "probe": str(probe),
                     "memory_budget": memory_budget,
                     "max_seconds": max_seconds,
                     "budget": budget,
@@ -256,9 +245,6 @@ class Tracer(Observer):
         self, model: nn.Module, records: Sequence[Record], coordinates: Mapping[str, float]
     ) -> None:
         writer = self._writer
-        if writer is None and records:
-            self._kept.supersede(records[0].step)
-            self._kept.add(records, coordinates)
         if writer is None or not records or not leads(self._purpose, str(writer.folder)):
             return
         try:
@@ -270,32 +256,6 @@ class Tracer(Observer):
                 raise
             text = f"cannot write the trace to {writer.folder}: {error}; {UNWRITTEN}"
             self._warn("cannot write", text)
-
-    def dataset(self) -> xr.Dataset:
-        """What was recorded until now, as `nettrace.open` gives it: with `to=`, what is there.
-
-        Without, what is kept in memory: once that takes more than 64 MiB, every second step is let
-        go of.
-        """
-        if self._writer is None:
-            return self._kept.dataset()
-        folder = self._writer.folder
-        return read(folder) if part_files(folder) else Kept().dataset()
-
-    def _repr_html_(self) -> str:
-        """In a notebook, what it measures, and what it found last."""
-        from nettrace.accessor import table  # which imports xarray
-        from nettrace.summary import summary
-
-        about = [
-            f"Tracer of {len(self.measures)} measures, every={self._every}, on {self._probes}",
-            *([] if self._writer is None else [f"to {self._writer.folder}"]),
-        ]
-        head = "".join(f"<div>{escape(line)}</div>" for line in about)
-        try:
-            return head + table(summary(self.dataset()))
-        except (OSError, ValueError, KeyError) as error:  # of a folder that is gone, or others'
-            return f"{head}<div>{escape(told(error))}</div>"
 
     @cached_property
     def _ledger(self) -> Budget:
