@@ -15,6 +15,7 @@ from nettrace.dashboard.style import (
     Steps,
     Theme,
     absent,
+    escape,
     is_logarithmic,
     label,
     mark_absent,
@@ -70,7 +71,8 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     dims = data[variable].dims[1:]
     if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
-        figure.update_layout(title={"text": f"{label(data, variable)}, summed over equal outputs"})
+        title = escape(label(data, variable))
+        figure.update_layout(title={"text": f"{title}, summed over equal outputs"})
     values = values.reshape(len(values), -1, values.shape[-1])
     rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
     if len(dims) == 3:
@@ -138,7 +140,8 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": label(data, variable)}, type="log" if is_logarithmic(values) else None
+        title={"text": escape(label(data, variable))},
+        type="log" if is_logarithmic(values) else None,
     )
     return figure
 
@@ -245,7 +248,7 @@ def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:
     """The labels along an axis after that of steps, made different from each other."""
     dim = str(data[variable].dims[1 + axis])
     if dim in data.coords:
-        return [str(name) for name in data[dim].values]
+        return [escape(name) for name in data[dim].values]
     first = 0 if dim.startswith("class") else 1  # as targets number them
     return [str(i + first) for i in range(data.sizes[dim])]
 
@@ -279,7 +282,7 @@ def _places(
 ) -> tuple[Array, str]:
     """Where the points of curves lie, (S, K), and what that is."""
     if variable + "_at" in data:  # where a density is told
-        return data[variable + "_at"].values[kept], label(data, variable + "_at")
+        return data[variable + "_at"].values[kept], escape(label(data, variable + "_at"))
     dim = str(data[variable].dims[1])
     if dim in data.coords:
         texts = [str(name) for name in data[dim].values]
@@ -296,7 +299,7 @@ def _axis(data: xr.Dataset, variable: str) -> str:
 
 
 def _plain(dim: object) -> str:
-    return str(dim).removesuffix("_2").replace("_", " ")
+    return escape(str(dim).removesuffix("_2").replace("_", " "))
 
 
 def _sampled(count: int) -> list[str]:

@@ -6,7 +6,16 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from nettrace.dashboard.style import COLOURS, SEQUENTIAL, Theme, is_logarithmic, label, new, say
+from nettrace.dashboard.style import (
+    COLOURS,
+    SEQUENTIAL,
+    Theme,
+    escape,
+    is_logarithmic,
+    label,
+    new,
+    say,
+)
 
 #: How many temperatures the slider of a density of states has.
 _TEMPERATURES = 24
@@ -77,7 +86,7 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
             x=a[there],
             y=b[there],
             mode="lines+markers",
-            name=run,
+            name=escape(run),
             line={"color": "rgba(128,128,128,0.5)", "width": 1},
             marker={
                 "size": 6,
@@ -89,15 +98,17 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
                 "cmax": float(np.log10(1 + steps[-1])),
             },
             customdata=steps[there],
-            hovertemplate="step %{customdata:,}: %{x:.4g}, %{y:.4g}<extra>" + run + "</extra>",
+            hovertemplate="step %{customdata:,}: %{x:.4g}, %{y:.4g}<extra>"
+            + escape(run)
+            + "</extra>",
         )
         drawn = True
     if not drawn:
         say(figure, "no step has both quantities")
         return figure
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
-    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
+    figure.update_xaxes(title={"text": escape(label(data, first))}, type=_type(x))
+    figure.update_yaxes(title={"text": escape(label(data, second))}, type=_type(y))
     return figure
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -26,8 +26,18 @@ SEQUENTIAL = "Cividis"
 DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
 #: The ratio of the largest to the smallest from which an axis is logarithmic.
 _WIDE = 100
+#: What axes of steps are called.
+STEPS = "optimizer step"
 #: How many places along steps a curve or a map has, at most.
 MOST = 2000
+
+
+def escape(text: object) -> str:
+    """Text as figures show it: they take it for a kind of HTML, and for templates where they hover.
+
+    Quotes stay, whose entities figures do not know.
+    """
+    return html.escape(str(text), quote=False).replace("%{", "%&#123;")
 
 
 def template(theme: Theme) -> go.layout.Template:
@@ -115,11 +125,11 @@ class Steps:
     def axis(self) -> dict[str, Any]:
         """What Plotly is told of it."""
         if not self.logarithmic:
-            return {"title": {"text": "optimizer step"}}
+            return {"title": {"text": STEPS}}
         last = int(self.steps[-1])
         ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
         return {
-            "title": {"text": "optimizer step (logarithmic)"},
+            "title": {"text": f"{STEPS} (logarithmic)"},
             "type": "log",
             "tickvals": [tick + 1 for tick in ticks],
             "ticktext": [f"{tick:,}" for tick in ticks],
