@@ -25,6 +25,8 @@ from nettrace.dashboard.style import (
 )
 from nettrace.record import ERROR
 
+#: What maps say of themselves, whose z are logarithms to base 10.
+LOGARITHMIC = "log10"
 #: How many columns and rows a map has, at most.
 _COLUMNS, _ROWS = 400, 300
 #: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
@@ -100,7 +102,10 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             colorscale=DIVERGING if signed else SEQUENTIAL,
             colorbar=_colorbar(low, high, logarithmic),
             visible=bool(stop == stops[-1]),
-            hovertemplate="%{y}, %{x}: %{z:.4g}<extra></extra>",
+            hovertemplate="%{y}, %{x}: "
+            + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
+            + "<extra></extra>",
+            meta=LOGARITHMIC if logarithmic else None,
         )
     figure.update_layout(
         height=470,
@@ -201,6 +206,7 @@ def _add_map(
         zmax=bound if signed else high,
         colorscale=DIVERGING if signed else SEQUENTIAL,
         colorbar=_colorbar(low, high, logarithmic),
+        meta=LOGARITHMIC if logarithmic else None,
         customdata=np.broadcast_to(at, shown.T.shape),
         hovertemplate="step %{customdata:,.0f}, %{y}: "
         + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
