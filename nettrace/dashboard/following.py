@@ -19,6 +19,9 @@ from nettrace.store.parts import SUFFIX, Kept, part_files
 
 #: Files are looked at no more often than this, in seconds.
 _PAUSE = 0.2
+#: How long traces are read before those that are read by then are shown, in seconds.
+_PATIENCE = 0.7
+_BEING_READ = "it is being read"
 #: How deep traces lie below a folder that is given, at most.
 _BELOW = ("*", "*/*", "*/*/*")
 
@@ -59,16 +62,23 @@ class Following:
         self._kept: Kept = {}
         self._looked = float("-inf")
         self._read: dict[Path, tuple[str, xr.Dataset | None, str]] = {}
+        #: When each was read last: those that waited longest come first.
+        self._when: dict[Path, float] = {}
         self._runs: list[Followed] = []
         self._together: xr.Dataset | None = None
 
     def runs(self) -> list[Followed]:
         """All traces, those that cannot be read too."""
         with self._turn:
-            if time.monotonic() - self._looked >= _PAUSE:
+            if self.is_reading or time.monotonic() - self._looked >= _PAUSE:
                 self._look()
                 self._looked = time.monotonic()
             return list(self._runs)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there are traces that have not been read yet."""
+        return any(run.problem == _BEING_READ for run in self._runs)
 
     def readable(self) -> list[str]:
         """The labels of those that can be read."""
@@ -105,15 +115,25 @@ class Following:
     def _look(self) -> None:
         folders = _found(self._paths)
         known, self._read = self._read, {}
-        for folder in folders:
+        end = time.monotonic() + _PATIENCE
+        opened = 0
+        for folder in sorted(folders, key=lambda one: self._when.get(one, 0.0)):
             version = _version(folder)
             before = known.get(folder)
-            same = before is not None and before[0] == version
-            self._read[folder] = before if same and before else (version, *self._open(folder))
+            if before is not None and before[0] == version:
+                self._read[folder] = before
+            elif time.monotonic() < end or not opened:
+                self._read[folder] = version, *self._open(folder)
+                self._when[folder] = time.monotonic()
+                opened += 1
+            else:  # next time; until then as it was
+                self._read[folder] = before or ("", None, _BEING_READ)
         if self._read == known and self._runs:
             return
         self._together = None
-        readable = [f for f in folders if self._read[f][1] is not None]
+        readable = [
+            f for f in folders if self._read[f][1] is not None or self._read[f][2] == _BEING_READ
+        ]
         called = dict(zip(readable, labels(readable), strict=True)) if readable else {}
         if len(readable) == 1:  # nothing to tell it from; its name alone is often "trace"
             called = {readable[0]: "/".join(readable[0].absolute().parts[-2:])}

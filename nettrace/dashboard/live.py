@@ -15,6 +15,7 @@ import re
 import secrets
 import socketserver
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -198,8 +199,11 @@ class LiveServer(ThreadingHTTPServer):
         return self.following.data(asked.get("run", self.following.readable())[:1])
 
     def _prepare(self) -> None:
-        self.following.runs()
         _plotly()
+        self.following.runs()
+        while self.following.is_reading:
+            time.sleep(0.02)  # lets requests have their turn
+            self.following.runs()
 
 
 def _kind(data: xr.Dataset, name: str) -> str:

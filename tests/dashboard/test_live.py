@@ -481,6 +481,21 @@ def test_two_steps_are_compared(ask, tmp_path):
     assert "cannot be compared" in ask.json("/figure", name="loss/mean", at=[0, 1])["problem"]
 
 
+def test_what_is_read_by_then_is_shown(tmp_path, monkeypatch):
+    from nettrace.dashboard import following
+
+    for seed in range(3):
+        make_run(tmp_path / f"seed-{seed}", seed=seed)
+    monkeypatch.setattr(following, "_PATIENCE", 0)
+    its = Following([str(tmp_path)])
+    for number in range(1, 4):
+        runs = sorted(its.runs(), key=lambda run: run.label)
+        assert [run.label for run in runs] == ["seed-0", "seed-1", "seed-2"]
+        assert [run.data is not None for run in runs] == [i < number for i in range(3)]
+        assert its.is_reading == (number < 3)
+    assert its.data([]).sizes["run"] == 3
+
+
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     from nettrace.dashboard import following
 
