@@ -20,7 +20,7 @@ from nettrace.store.parts import SUFFIX, Kept, part_files
 #: Files are looked at no more often than this, in seconds.
 _PAUSE = 0.2
 #: How long traces are read before those that are read by then are shown, in seconds.
-_PATIENCE = 0.7
+_PATIENCE = 0.4
 _BEING_READ = "it is being read"
 #: How deep traces lie below a folder that is given, at most.
 _BELOW = ("*", "*/*", "*/*/*")
@@ -61,24 +61,25 @@ class Following:
         self._turn = threading.RLock()
         self._kept: Kept = {}
         self._looked = float("-inf")
+        #: Whether there are traces that have not been read yet.
+        self.is_reading = False
         self._read: dict[Path, tuple[str, xr.Dataset | None, str]] = {}
+        self._shown: dict[Path, tuple[str, xr.Dataset | None, str]] = {}
         #: When each was read last: those that waited longest come first.
         self._when: dict[Path, float] = {}
         self._runs: list[Followed] = []
         self._together: xr.Dataset | None = None
 
-    def runs(self) -> list[Followed]:
-        """All traces, those that cannot be read too."""
+    def look(self) -> None:
+        """Reads what has changed, for less than a second: what is left is read the next time."""
         with self._turn:
             if self.is_reading or time.monotonic() - self._looked >= _PAUSE:
                 self._look()
                 self._looked = time.monotonic()
-            return list(self._runs)
 
-    @property
-    def is_reading(self) -> bool:
-        """Whether there are traces that have not been read yet."""
-        return any(run.problem == _BEING_READ for run in self._runs)
+    def runs(self) -> list[Followed]:
+        """All traces as they were found by `look`, those that cannot be read too."""
+        return list(self._runs)
 
     def readable(self) -> list[str]:
         """The labels of those that can be read."""
@@ -95,7 +96,7 @@ class Following:
             ValueError: if none can be read.
         """
         with self._turn:
-            there = {run.label: run for run in self.runs() if run.data is not None}
+            there = {run.label: run for run in self._runs if run.data is not None}
             if unknown := [label for label in chosen if label not in there]:
                 raise KeyError(f"there is no run {unknown[0]!r} that can be read")
             chosen = chosen or list(there)
@@ -128,8 +129,11 @@ class Following:
                 opened += 1
             else:  # next time; until then as it was
                 self._read[folder] = before or ("", None, _BEING_READ)
-        if self._read == known and self._runs:
+        self.is_reading = any(why == _BEING_READ for _, _, why in self._read.values())
+        # What is read first is shown at once, the rest together: each time costs a drawing.
+        if self._runs and (self.is_reading or self._read == self._shown):
             return
+        self._shown = dict(self._read)
         self._together = None
         readable = [
             f for f in folders if self._read[f][1] is not None or self._read[f][2] == _BEING_READ

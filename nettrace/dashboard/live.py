@@ -84,7 +84,9 @@ class LiveServer(ThreadingHTTPServer):
         self._turn = threading.Lock()
         self._figures: OrderedDict[tuple[Any, ...], go.Figure | str] = OrderedDict()
         super().__init__((HOST, port), _Handler)
-        # So that it is there when the browser is.
+        self._prepared = threading.Event()
+        # What is read quickly is there when the browser is, and the rest soon.
+        self.following.look()
         threading.Thread(target=self._prepare, daemon=True).start()
 
     @property
@@ -121,6 +123,8 @@ class LiveServer(ThreadingHTTPServer):
 
     def state(self) -> dict[str, Any]:
         """Which runs there are, and how far they have come."""
+        if self._prepared.is_set():
+            self.following.look()
         runs = []
         for run in self.following.runs():
             count = 0 if run.data is None else run.data.sizes["step"]
@@ -199,11 +203,13 @@ class LiveServer(ThreadingHTTPServer):
         return self.following.data(asked.get("run", self.following.readable())[:1])
 
     def _prepare(self) -> None:
-        _plotly()
-        self.following.runs()
-        while self.following.is_reading:
-            time.sleep(0.02)  # lets requests have their turn
-            self.following.runs()
+        try:
+            _plotly()
+            while self.following.is_reading:
+                time.sleep(0.05)  # lets requests have their turn
+                self.following.look()
+        finally:
+            self._prepared.set()
 
 
 def _kind(data: xr.Dataset, name: str) -> str:
