@@ -23,7 +23,7 @@ examples:
   nettrace analyze checkpoints --model model.py:build --data model.py:probe \\
       --measures ntk,loss --to runs/x        measure what was trained before
   nettrace export runs/x --to netcdf         for other programs, as x.nc
-  nettrace dashboard runs/*                  a page that follows runs while they train
+  nettrace dashboard runs/*                  a page of runs, while they train
 
 A name such as model.py:build is that of something in a file, and
 package.module:build that of something that can be imported.

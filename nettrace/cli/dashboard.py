@@ -14,10 +14,10 @@ from nettrace.cli.configuration import require
 from nettrace.cli.texts import UsageError, add_shared, new_parser, print_json
 
 _EXAMPLES = """
-nettrace dashboard runs/x                 a page of one run, at an address that is printed
-nettrace dashboard "runs/*"               of several, and of those that come later
-nettrace dashboard runs --port 8765       at this port; from elsewhere, by
-                                          ssh -L 8765:localhost:8765 HOST
+nettrace dashboard runs/x             prints the address of a page of one run
+nettrace dashboard 'runs/*'           of several, and of those that come later
+nettrace dashboard runs --port 8765   at this port; then it is also seen from
+                                      afar, by ssh -L 8765:localhost:8765 HOST
 """
 
 

@@ -107,5 +107,5 @@ def _matrices(both: go.Figure, chosen: list[int], theme: Theme, rows: int) -> go
         if "scaleanchor" in y:
             y["scaleanchor"] = f"x{end}"
         found.update_layout({f"xaxis{end}": x, f"yaxis{end}": y})
-    found.update_layout(height=400 if rows == 1 else 760)
+    found.update_layout(height=470 if rows == 1 else 760)
     return found

@@ -16,7 +16,7 @@ from nettrace.store import TraceWriter
 
 pytest.importorskip("plotly", reason="the live page needs plotly")
 
-from nettrace.dashboard.live import LiveServer  # noqa: E402
+from nettrace.dashboard.live import LiveServer
 
 
 @pytest.fixture

@@ -14,12 +14,14 @@ import nettrace as nt
 from nettrace.store import TraceWriter
 
 pytest.importorskip("plotly", reason="the live page needs plotly")
-playwright = pytest.importorskip(
+pytest.importorskip(
     "playwright.sync_api",
     reason="NO BROWSER TESTS: playwright is not installed (pip install playwright)",
 )
 
-from nettrace.dashboard.live import LiveServer  # noqa: E402
+from playwright.sync_api import sync_playwright
+
+from nettrace.dashboard.live import LiveServer
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -57,7 +59,7 @@ def make_run(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with playwright.sync_playwright() as its:
+    with sync_playwright() as its:
         browser = its.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -104,6 +106,12 @@ def test_a_record_shows_within_two_seconds_of_being_written(chromium, tmp_path):
         drawn(page, "loss/mean")
         assert "token" not in page.url
         assert page.locator(".card").count() == 6
+        page.locator(".card[data-name='ntk/gram']").scroll_into_view_if_needed()
+        drawn(page, "ntk/gram")
+        card = page.locator(".card[data-name='ntk/gram']").bounding_box()
+        figure = page.locator(f"{plot('ntk/gram')} .main-svg").first.bounding_box()
+        assert figure["y"] + figure["height"] <= card["y"] + card["height"]
+        drawn(page, "loss/mean").scroll_into_view_if_needed()
         begin = time.monotonic()
         step(writer, 100)
         page.wait_for_function(
@@ -137,8 +145,8 @@ def test_runs_measures_slider_brush_and_export(chromium, tmp_path):
         assert page.locator(".card").count() == 6
         page.keyboard.press("Escape")
 
+        page.locator(".card[data-name='ntk/gram']").scroll_into_view_if_needed()
         gram = drawn(page, "ntk/gram")
-        gram.scroll_into_view_if_needed()
         slider = gram.locator(".slider-container .slider-rail-touch-rect")
         slider.click(position={"x": 3, "y": 3}, force=True)
         page.wait_for_function(

@@ -320,7 +320,7 @@ function address(card) {
   const pair = chosen.pairs[card.name];
   if (pair) {
     pair.forEach((step) => said.append("at", step));
-    if ($("figures").clientWidth < 620) said.set("rows", 2);
+    if ($("figures").clientWidth < 620) said.set("rows", 2); // one below the other
   } else {
     if (chosen.from !== null) said.set("from", chosen.from);
     if (chosen.to !== null) said.set("to", chosen.to);
@@ -330,7 +330,9 @@ function address(card) {
 
 async function refresh(card) {
   const pair = chosen.pairs[card.name];
-  card.compare.hidden = !(known.find((one) => one.name === card.name) || {}).compared;
+  const { kind, compared } = known.find((one) => one.name === card.name) || {};
+  card.compare.hidden = !compared;
+  card.element.classList.toggle("wide", Boolean(pair) && kind === "matrix");
   card.compare.setAttribute("aria-pressed", Boolean(pair));
   card.pair.hidden = !pair;
   if (pair) card.inputs.forEach((input, number) => document.activeElement === input || (input.value = pair[number]));
@@ -379,6 +381,7 @@ async function draw(card) {
   if (steps) addSteps(layout, steps);
   keepSlider(card, layout, data);
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "autoScale2d"] };
+  card.plot.style.height = layout.height + "px";
   const isNew = !card.plot.data;
   await Plotly.react(card.plot, data, layout, config);
   if (isNew) {
@@ -398,14 +401,16 @@ function addSteps(layout, steps) {
   if (chosen.from !== null || chosen.to !== null) {
     layout.xaxis = { ...layout.xaxis, range: [onAxis(first), onAxis(last)], autorange: false };
   }
+  const ground = layout.template.layout.paper_bgcolor + "B0";
   const stages = chosen.stages.filter((one) => one.step >= first && one.step <= last);
   layout.shapes = [...(layout.shapes || []), ...stages.map((one) => ({ type: "line", x0: place(one.step), x1: place(one.step), yref: "paper", y0: 0, y1: 1, line: { dash: "dot", width: 1.5, color: "#808080" } }))];
-  layout.annotations = [...(layout.annotations || []), ...stages.map((one) => ({ x: onAxis(one.step), yref: "paper", y: 1, yanchor: "top", xanchor: "left", showarrow: false, text: escaped(one.name || `step ${one.step}`), font: { size: 11 } }))];
+  layout.annotations = [...(layout.annotations || []), ...stages.map((one) => ({ x: onAxis(one.step), yref: "paper", y: 1, yanchor: "top", xanchor: "left", showarrow: false, text: escaped(one.name || `step ${one.step}`), font: { size: 11 }, bgcolor: ground, borderpad: 1 }))];
 }
 
 // Titles begin at the left edge, and what is said below them is wrapped to the width.
 function fitTitle(layout, width) {
   Object.assign(layout.title, { xref: "container", x: 0, pad: { l: 10 } });
+  layout.title.font = { size: Math.max(9, Math.min(15, Math.floor((1.75 * width) / (layout.title.text || "").length))) };
   const subtitle = layout.title.subtitle;
   if (!subtitle?.text || width > 480) return;
   const lines = [""];
