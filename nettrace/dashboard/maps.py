@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -70,7 +71,9 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     dims = data[variable].dims[1:]
     if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
-        figure.update_layout(title={"text": f"{label(data, variable)}, summed over equal outputs"})
+        figure.update_layout(
+            title={"text": f"{escape(label(data, variable))}, summed over equal outputs"}
+        )
     values = values.reshape(len(values), -1, values.shape[-1])
     rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
     if len(dims) == 3:
@@ -138,7 +141,8 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": label(data, variable)}, type="log" if is_logarithmic(values) else None
+        title={"text": escape(label(data, variable))},
+        type="log" if is_logarithmic(values) else None,
     )
     return figure
 
@@ -177,7 +181,6 @@ def _add_map(
         sums = np.stack([np.where(known[part], values[part], 0).sum(0) for part in ranges])
         values = np.where(counts, sums / np.maximum(counts, 1), np.nan)
     places = np.array([steps.places[part].mean() for part in ranges])
-    at = np.array([steps.steps[part].mean() for part in ranges])
     logarithmic = is_logarithmic(np.where(values > 0, values, np.nan)) and bool(
         np.nanmin(values) > -1e-6 * np.nanmax(values)
     )
@@ -198,8 +201,8 @@ def _add_map(
         zmax=bound if signed else high,
         colorscale=DIVERGING if signed else SEQUENTIAL,
         colorbar=_colorbar(low, high, logarithmic),
-        customdata=np.broadcast_to(at, shown.T.shape),
-        hovertemplate="step %{customdata:,.0f}, %{y}: "
+        hovertemplate=("step + 1 = " if steps.logarithmic else "step ")
+        + "%{x:,.0f}, %{y}: "
         + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
         + "<extra></extra>",
     )
@@ -245,7 +248,7 @@ def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:
     """The labels along an axis after that of steps, made different from each other."""
     dim = str(data[variable].dims[1 + axis])
     if dim in data.coords:
-        return [str(name) for name in data[dim].values]
+        return [escape(str(name)) for name in data[dim].values]  # Plotly reads text as HTML
     first = 0 if dim.startswith("class") else 1  # as targets number them
     return [str(i + first) for i in range(data.sizes[dim])]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -11,7 +13,7 @@ from nettrace.dashboard.style import COLOURS, SEQUENTIAL, Theme, is_logarithmic,
 #: How many temperatures the slider of a density of states has.
 _TEMPERATURES = 24
 #: How many points a portrait has, at most.
-_POINTS = 3000
+_POINTS = 600
 
 
 def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
@@ -72,7 +74,7 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         if not len(there):
             continue
         there = there[np.unique(np.linspace(0, len(there) - 1, _POINTS).astype(int))]
-        run = str(data["run"].values[row]) if "run" in data[first].dims else ""
+        run = escape(str(data["run"].values[row])) if "run" in data[first].dims else ""
         figure.add_scatter(
             x=a[there],
             y=b[there],
@@ -80,7 +82,7 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
             name=run,
             line={"color": "rgba(128,128,128,0.5)", "width": 1},
             marker={
-                "size": 6,
+                "size": 6 if len(there) < 100 else 3,
                 "color": np.log10(1 + steps[there]),
                 "colorscale": SEQUENTIAL,
                 "showscale": not drawn,
@@ -96,8 +98,8 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         say(figure, "no step has both quantities")
         return figure
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
-    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
+    figure.update_xaxes(title={"text": escape(label(data, first))}, type=_type(x))
+    figure.update_yaxes(title={"text": escape(label(data, second))}, type=_type(y))
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 
 import numpy as np
 import plotly.graph_objects as go
@@ -45,7 +46,7 @@ def track(
         _one(figure, data, variable, values)
     else:
         _several(figure, data, variable, values, groups)
-    figure.update_yaxes(title={"text": label(data, variable)})
+    figure.update_yaxes(title={"text": escape(label(data, variable))})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -68,7 +69,7 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         curve(figure, steps, edge[kept], "2 / eta", None)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": label(data, variable)})
+    figure.update_yaxes(title={"text": escape(label(data, variable))})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -93,7 +94,7 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": label(data, variable)})
+    figure.update_yaxes(title={"text": escape(label(data, variable))})
     if is_logarithmic(quantiles):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -168,7 +169,7 @@ def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> N
         band(figure, steps, low, high, COLOURS[0], 0.25, "standard error")
     elif len(low) < kept.sum():
         band(figure, steps, values[kept], values[kept], COLOURS[0], 0.25, "least to largest")
-    curve(figure, steps, values[kept], label(data, variable), 0)
+    curve(figure, steps, values[kept], escape(label(data, variable)), 0)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=False)
 
@@ -188,10 +189,11 @@ def _several(
         return
     steps = Steps.of(data["step"].values[kept])
     if groups is None and len(runs) > _FEW:
-        groups = dict.fromkeys(runs, f"{len(runs)} runs")
+        groups = dict.fromkeys(runs, "")
     members: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
-        members.setdefault(run if groups is None else groups.get(run, run), []).append(number)
+        group = run if groups is None else groups.get(run, run)
+        members.setdefault(escape(group), []).append(number)
     for number, (name, rows) in enumerate(members.items()):
         found = values[np.array(rows)][:, kept]
         if len(rows) < 3:
@@ -204,8 +206,9 @@ def _several(
         own = Steps(steps.steps[there], steps.logarithmic)
         low, median, high = np.nanquantile(found[:, there], (0.1, 0.5, 0.9), axis=0)
         colour = COLOURS[number % len(COLOURS)]
-        band(figure, own, low, high, colour, 0.22, f"{name}, 10 to 90 % of {len(rows)} runs")
-        curve(figure, own, median, f"{name}, median", number)
+        of = f"{name}, " if name else ""
+        band(figure, own, low, high, colour, 0.22, f"{of}10 to 90 % of {len(rows)} runs")
+        curve(figure, own, median, f"{of}median", number)
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         figure.add_annotation(
