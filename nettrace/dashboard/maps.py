@@ -21,7 +21,7 @@ from nettrace.dashboard.style import (
     mark_absent,
     new,
     parts,
-    say,
+    say_absent,
 )
 from nettrace.record import ERROR
 
@@ -71,9 +71,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     dims = data[variable].dims[1:]
     if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
-        figure.update_layout(
-            title={"text": f"{escape(label(data, variable))}, summed over equal outputs"}
-        )
+        figure.update_layout(title={"text": f"{label(data, variable)}, summed over equal outputs"})
     values = values.reshape(len(values), -1, values.shape[-1])
     rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
     if len(dims) == 3:
@@ -141,7 +139,7 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": escape(label(data, variable))},
+        title={"text": label(data, variable)},
         type="log" if is_logarithmic(values) else None,
     )
     return figure
@@ -159,7 +157,7 @@ def _seen(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure | _Seen:
     gone, why = absent(data, variable)
     there = np.isfinite(values).reshape(len(values), -1).any(1)
     if not there.any():
-        say(figure, why[0] if why else "nothing was recorded")
+        say_absent(figure, why)
         return figure
     kept = there | gone
     return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why

@@ -98,8 +98,8 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         say(figure, "no step has both quantities")
         return figure
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title={"text": escape(label(data, first))}, type=_type(x))
-    figure.update_yaxes(title={"text": escape(label(data, second))}, type=_type(y))
+    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
+    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
     return figure
 
 

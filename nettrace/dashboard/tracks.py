@@ -21,7 +21,7 @@ from nettrace.dashboard.style import (
     label,
     mark_absent,
     new,
-    say,
+    say_absent,
 )
 from nettrace.record import ERROR
 
@@ -46,7 +46,7 @@ def track(
         _one(figure, data, variable, values)
     else:
         _several(figure, data, variable, values, groups)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -57,10 +57,11 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
     gone, why = absent(data, variable)
-    kept = np.isfinite(values).any(1) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    there = np.isfinite(values).any(1)
+    if not there.any():
+        say_absent(figure, why)
         return figure
+    kept = there | gone
     steps = Steps.of(data["step"].values[kept])
     for mode in range(min(values.shape[1], 10)):
         curve(figure, steps, values[kept, mode], f"number {mode + 1}", mode)
@@ -69,7 +70,7 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         curve(figure, steps, edge[kept], "2 / eta", None)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -81,20 +82,20 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     values = data[variable].values
     values = values.reshape(len(values), -1)
     gone, why = absent(data, variable)
-    kept = np.isfinite(values).any(1) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    there = np.isfinite(values).any(1)
+    if not there.any():
+        say_absent(figure, why)
         return figure
+    kept = there | gone
     steps = Steps.of(data["step"].values[kept])
     quantiles = np.full((5, kept.sum()), np.nan)
-    there = np.isfinite(values[kept]).any(1)
-    quantiles[:, there] = np.nanquantile(values[kept][there], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    quantiles[:, there[kept]] = np.nanquantile(values[there], (0, 0.25, 0.5, 0.75, 1), axis=1)
     band(figure, steps, quantiles[0], quantiles[4], COLOURS[0], 0.15, "least to largest")
     band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(quantiles):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -157,10 +158,10 @@ def band(
 
 def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     gone, why = absent(data, variable)
-    kept = np.isfinite(values) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    if not np.isfinite(values).any():
+        say_absent(figure, why)
         return
+    kept = np.isfinite(values) | gone
     steps = Steps.of(data["step"].values[kept])
     low, _, high = envelope(values[kept])
     if variable + ERROR in data and len(low) == kept.sum():
@@ -169,7 +170,7 @@ def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> N
         band(figure, steps, low, high, COLOURS[0], 0.25, "standard error")
     elif len(low) < kept.sum():
         band(figure, steps, values[kept], values[kept], COLOURS[0], 0.25, "least to largest")
-    curve(figure, steps, values[kept], escape(label(data, variable)), 0)
+    curve(figure, steps, values[kept], label(data, variable), 0)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=False)
 
@@ -185,7 +186,7 @@ def _several(
     kept = np.isfinite(values).any(0)
     if not kept.any():
         why = [reason for run in runs for reason in absent(data, variable, run)[1]]
-        say(figure, why[0] if why else "nothing was recorded")
+        say_absent(figure, why)
         return
     steps = Steps.of(data["step"].values[kept])
     if groups is None and len(runs) > _FEW:
