@@ -90,7 +90,7 @@ def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
     runs = [str(run) for run in data["run"].values]
     found = {run: _known(_of_run(data, run), key) for run in runs}
     if not any(value is not None for value in found.values()):
-        known = sorted({k for run in runs for k in _keys(_of_run(data, run))})
+        known = sorted({key for run in runs for key, _ in _leaves(_of_run(data, run))})
         raise KeyError(f"no run says what its {key!r} is: they know {', '.join(known)}")
     return {run: f"{key}={'unknown' if value is None else value}" for run, value in found.items()}
 
@@ -316,19 +316,17 @@ def _of_run(data: xr.Dataset, run: str) -> dict[str, Any]:
 
 
 def _known(about: Mapping[str, Any], key: str) -> Any:
-    if key in about:
-        return about[key]
-    for value in about.values():
-        inner = _parsed(value)
-        if isinstance(inner, dict) and key in inner:
-            return inner[key]
-    return None
+    return dict(_leaves(about)).get(key)
 
 
-def _keys(about: Mapping[str, Any]) -> Iterator[str]:
+def _leaves(about: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a provenance says, with what is within a configuration or its hyperparameters."""
     for key, value in about.items():
         inner = _parsed(value)
-        yield from inner if isinstance(inner, dict) else [key]
+        if isinstance(inner, dict):
+            yield from _leaves(inner)
+        else:
+            yield key, inner
 
 
 def _parsed(value: Any) -> Any:

@@ -100,7 +100,11 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_runs_are_compared_and_grouped(tmp_path):
     for i in range(6):
-        written(tmp_path / f"run{i}", shift=i, configuration=json.dumps({"eta": i % 2}))
+        written(
+            tmp_path / f"run{i}",
+            shift=i,
+            configuration=json.dumps({"hyperparameters": {"eta": i % 2}}),
+        )
     data = nt.open(str(tmp_path / "run*"))
     assert grouped(data, "eta") == {f"run{i}": f"eta={i % 2}" for i in range(6)}
     page = Page(report(data, group="eta"))
