@@ -104,7 +104,11 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(
         height=470,
         sliders=[_slider([f"{at[stop]:,}" for stop in stops])] if len(stops) > 1 else [],
-        xaxis={"type": "category", "constrain": "domain", "title": {"text": _plain(dims[-1])}},
+        xaxis={
+            "type": "category",
+            "constrain": "domain",
+            "title": {"text": _plain(dims[-1] if len(dims) < 4 else dims[2])},
+        },
         yaxis={"type": "category", "autorange": "reversed", "title": {"text": _plain(dims[0])}},
     )
     if values.shape[1] == values.shape[2]:
