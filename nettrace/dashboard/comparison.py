@@ -76,7 +76,7 @@ def _lines(
         )
     found.update_layout(showlegend=True)
     found.update_xaxes(title={"text": escape(dim.replace("_", " "))})
-    found.update_yaxes(title={"text": escape(label(data, variable))})
+    found.update_yaxes(title={"text": label(data, variable)})
     if not named and len(values[0]) > 20:
         found.update_xaxes(type="log")
     if is_logarithmic(np.concatenate(values)):

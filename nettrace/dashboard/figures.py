@@ -91,11 +91,12 @@ def figure(
             together: select one by data.sel(run=...).
 
     Example:
-        >>> import torch, nettrace as nt
+        >>> import tempfile, torch, nettrace as nt
         >>> from nettrace.dashboard import figure, figures
-        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), ["ntk/trace", "ntk/spectrum"])
+        >>> folder, names = tempfile.mkdtemp(), ["ntk/trace", "ntk/spectrum"]
+        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), names, to=folder)
         >>> records = [tracer(torch.nn.Linear(3, 2), step) for step in range(3)]
-        >>> data = tracer.dataset()
+        >>> data = nt.open(folder, names)
         >>> figures(data)
         ['ntk/spectrum', 'ntk/trace']
         >>> figure(data, "ntk/trace").layout.xaxis.title.text

@@ -21,7 +21,7 @@ from nettrace.dashboard.style import (
     mark_absent,
     new,
     parts,
-    say,
+    say_absent,
 )
 from nettrace.record import ERROR
 
@@ -73,7 +73,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     dims = data[variable].dims[1:]
     if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
-        title = escape(label(data, variable))
+        title = label(data, variable)
         figure.update_layout(title={"text": f"{title}, summed over equal outputs"})
     values = values.reshape(len(values), -1, values.shape[-1])
     rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
@@ -110,7 +110,11 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(
         height=470,
         sliders=[_slider([f"{at[stop]:,}" for stop in stops])] if len(stops) > 1 else [],
-        xaxis={"type": "category", "constrain": "domain", "title": {"text": _plain(dims[-1])}},
+        xaxis={
+            "type": "category",
+            "constrain": "domain",
+            "title": {"text": _plain(dims[-1] if len(dims) < 4 else dims[2])},
+        },
         yaxis={"type": "category", "autorange": "reversed", "title": {"text": _plain(dims[0])}},
     )
     if values.shape[1] == values.shape[2]:
@@ -145,7 +149,7 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": escape(label(data, variable))},
+        title={"text": label(data, variable)},
         type="log" if is_logarithmic(values) else None,
     )
     return figure
@@ -163,7 +167,7 @@ def _seen(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure | _Seen:
     gone, why = absent(data, variable)
     there = np.isfinite(values).reshape(len(values), -1).any(1)
     if not there.any():
-        say(figure, why[0] if why else "nothing was recorded")
+        say_absent(figure, why)
         return figure
     kept = there | gone
     return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
@@ -185,7 +189,6 @@ def _add_map(
         sums = np.stack([np.where(known[part], values[part], 0).sum(0) for part in ranges])
         values = np.where(counts, sums / np.maximum(counts, 1), np.nan)
     places = np.array([steps.places[part].mean() for part in ranges])
-    at = np.array([steps.steps[part].mean() for part in ranges])
     logarithmic = is_logarithmic(np.where(values > 0, values, np.nan)) and bool(
         np.nanmin(values) > -1e-6 * np.nanmax(values)
     )
@@ -207,8 +210,8 @@ def _add_map(
         colorscale=DIVERGING if signed else SEQUENTIAL,
         colorbar=_colorbar(low, high, logarithmic),
         meta=LOGARITHMIC if logarithmic else None,
-        customdata=np.broadcast_to(at, shown.T.shape),
-        hovertemplate="step %{customdata:,.0f}, %{y}: "
+        hovertemplate=("step + 1 = " if steps.logarithmic else "step ")
+        + "%{x:,.0f}, %{y}: "
         + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
         + "<extra></extra>",
     )
@@ -288,7 +291,7 @@ def _places(
 ) -> tuple[Array, str]:
     """Where the points of curves lie, (S, K), and what that is."""
     if variable + "_at" in data:  # where a density is told
-        return data[variable + "_at"].values[kept], escape(label(data, variable + "_at"))
+        return data[variable + "_at"].values[kept], label(data, variable + "_at")
     dim = str(data[variable].dims[1])
     if dim in data.coords:
         texts = [str(name) for name in data[dim].values]

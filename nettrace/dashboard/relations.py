@@ -20,7 +20,7 @@ from nettrace.dashboard.style import (
 #: How many temperatures the slider of a density of states has.
 _TEMPERATURES = 24
 #: How many points a portrait has, at most.
-_POINTS = 3000
+_POINTS = 600
 
 
 def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
@@ -81,15 +81,15 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         if not len(there):
             continue
         there = there[np.unique(np.linspace(0, len(there) - 1, _POINTS).astype(int))]
-        run = str(data["run"].values[row]) if "run" in data[first].dims else ""
+        run = escape(data["run"].values[row]) if "run" in data[first].dims else ""
         figure.add_scatter(
             x=a[there],
             y=b[there],
             mode="lines+markers",
-            name=escape(run),
+            name=run,
             line={"color": "rgba(128,128,128,0.5)", "width": 1},
             marker={
-                "size": 6,
+                "size": 6 if len(there) < 100 else 3,
                 "color": np.log10(1 + steps[there]),
                 "colorscale": SEQUENTIAL,
                 "showscale": not drawn,
@@ -98,17 +98,15 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
                 "cmax": float(np.log10(1 + steps[-1])),
             },
             customdata=steps[there],
-            hovertemplate="step %{customdata:,}: %{x:.4g}, %{y:.4g}<extra>"
-            + escape(run)
-            + "</extra>",
+            hovertemplate="step %{customdata:,}: %{x:.4g}, %{y:.4g}<extra>" + run + "</extra>",
         )
         drawn = True
     if not drawn:
         say(figure, "no step has both quantities")
         return figure
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title={"text": escape(label(data, first))}, type=_type(x))
-    figure.update_yaxes(title={"text": escape(label(data, second))}, type=_type(y))
+    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
+    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
     return figure
 
 

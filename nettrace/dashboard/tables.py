@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from nettrace.dashboard.maps import LOGARITHMIC
+from nettrace.dashboard.style import STEPS
 
 
 def table(figure: go.Figure) -> str:
@@ -24,16 +25,17 @@ def table(figure: go.Figure) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trace", "step", "x", "y", "z"])
     slider = figure.layout.sliders[0].steps if figure.layout.sliders else ()
+    is_along = (figure.layout.xaxis.title.text or "").startswith(STEPS)
+    first = int(figure.layout.xaxis.type == "log")  # where step 0 lies
     for number, one in enumerate(figure.data):
         name = _text(one.name or (slider[number].label if number < len(slider) else ""))
         if one.type == "heatmap":
-            steps = None if one.customdata is None else np.asarray(one.customdata)
             values = np.asarray(one.z, float)
             values = 10**values if one.meta == LOGARITHMIC else values
-            for row, (y, line) in enumerate(zip(one.y, values, strict=True)):
-                for column, (x, z) in enumerate(zip(one.x, line, strict=True)):
-                    step = "" if steps is None else steps[row, column]
-                    writer.writerow([name, _text(step), _text(x), _text(y), _text(z)])
+            for y, line in zip(one.y, values, strict=True):
+                for x, z in zip(one.x, line, strict=True):
+                    step = _text(x - first) if is_along else ""
+                    writer.writerow([name, step, _text(x), _text(y), _text(z)])
             continue
         known = () if one.customdata is None else one.customdata
         for x, y, step in zip_longest(one.x, one.y, known, fillvalue=""):

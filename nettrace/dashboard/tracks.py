@@ -21,7 +21,7 @@ from nettrace.dashboard.style import (
     label,
     mark_absent,
     new,
-    say,
+    say_absent,
 )
 from nettrace.record import ERROR
 
@@ -46,7 +46,7 @@ def track(
         _one(figure, data, variable, values)
     else:
         _several(figure, data, variable, values, groups)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -57,10 +57,11 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
     gone, why = absent(data, variable)
-    kept = np.isfinite(values).any(1) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    there = np.isfinite(values).any(1)
+    if not there.any():
+        say_absent(figure, why)
         return figure
+    kept = there | gone
     steps = Steps.of(data["step"].values[kept])
     for mode in range(min(values.shape[1], 10)):
         curve(figure, steps, values[kept, mode], f"number {mode + 1}", mode)
@@ -69,7 +70,7 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         curve(figure, steps, edge[kept], "2 / eta", None)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -81,20 +82,20 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     values = data[variable].values
     values = values.reshape(len(values), -1)
     gone, why = absent(data, variable)
-    kept = np.isfinite(values).any(1) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    there = np.isfinite(values).any(1)
+    if not there.any():
+        say_absent(figure, why)
         return figure
+    kept = there | gone
     steps = Steps.of(data["step"].values[kept])
     quantiles = np.full((5, kept.sum()), np.nan)
-    there = np.isfinite(values[kept]).any(1)
-    quantiles[:, there] = np.nanquantile(values[kept][there], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    quantiles[:, there[kept]] = np.nanquantile(values[there], (0, 0.25, 0.5, 0.75, 1), axis=1)
     band(figure, steps, quantiles[0], quantiles[4], COLOURS[0], 0.15, "least to largest")
     band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone[kept], why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": escape(label(data, variable))})
+    figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(quantiles):
         figure.update_yaxes(type="log", exponentformat="power")
     return figure
@@ -104,7 +105,6 @@ def curve(
     figure: go.Figure, steps: Steps, values: Array, name: str, number: int | None, size: float = 2
 ) -> None:
     """Adds a curve (S,); without a number it is a grey dashed one, for reference."""
-    name = escape(name)
     _, mean, _ = envelope(values)
     _, places, _ = envelope(steps.places.astype(float))
     _, at, _ = envelope(steps.steps.astype(float))
@@ -135,7 +135,6 @@ def band(
     name: str = "",
 ) -> None:
     """Adds a band from one curve to another, in parts where either is not known."""
-    name = escape(name)
     low, high = envelope(low)[0], envelope(high)[2]
     _, places, _ = envelope(steps.places.astype(float))
     known = np.isfinite(low) & np.isfinite(high)
@@ -159,10 +158,10 @@ def band(
 
 def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     gone, why = absent(data, variable)
-    kept = np.isfinite(values) | gone
-    if not kept.any():
-        say(figure, "nothing was recorded")
+    if not np.isfinite(values).any():
+        say_absent(figure, why)
         return
+    kept = np.isfinite(values) | gone
     steps = Steps.of(data["step"].values[kept])
     low, _, high = envelope(values[kept])
     if variable + ERROR in data and len(low) == kept.sum():
@@ -187,14 +186,15 @@ def _several(
     kept = np.isfinite(values).any(0)
     if not kept.any():
         why = [reason for run in runs for reason in absent(data, variable, run)[1]]
-        say(figure, why[0] if why else "nothing was recorded")
+        say_absent(figure, why)
         return
     steps = Steps.of(data["step"].values[kept])
     if groups is None and len(runs) > _FEW:
-        groups = dict.fromkeys(runs, f"{len(runs)} runs")
+        groups = dict.fromkeys(runs, "")
     members: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
-        members.setdefault(run if groups is None else groups.get(run, run), []).append(number)
+        group = run if groups is None else groups.get(run, run)
+        members.setdefault(escape(group), []).append(number)
     for number, (name, rows) in enumerate(members.items()):
         found = values[np.array(rows)][:, kept]
         if len(rows) < 3:
@@ -207,8 +207,9 @@ def _several(
         own = Steps(steps.steps[there], steps.logarithmic)
         low, median, high = _quantiles(found[:, there], (0.1, 0.5, 0.9))
         colour = COLOURS[number % len(COLOURS)]
-        band(figure, own, low, high, colour, 0.22, f"{name}, 10 to 90 % of {len(rows)} runs")
-        curve(figure, own, median, f"{name}, median", number)
+        of = f"{name}, " if name else ""
+        band(figure, own, low, high, colour, 0.22, f"{of}10 to 90 % of {len(rows)} runs")
+        curve(figure, own, median, f"{of}median", number)
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         figure.add_annotation(
