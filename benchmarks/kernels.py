@@ -8,9 +8,9 @@ the layer. Ceilings are measured in the same run. Results go to `benchmarks/resu
 and `kernels.md`. Without a GPU, every operation is checked on a small shape, and every line of
 `kernels.md` is marked "unmeasured".
 
-`--quick` takes the first shape of each operation alone. `--tune` looks for faster configurations
-for the GPU at hand before, and writes those to `kernels/configurations.py`; then
-`tests/kernels/test_compilation.py` tells whether they spill, and `ruff format` lays them out.
+`--quick` takes the first shape of each operation alone, and keeps no results. `--tune` looks for
+faster configurations for the GPU at hand before, and writes those to `kernels/configurations.py`;
+then `tests/kernels/test_compilation.py` tells whether they spill, and `ruff format` lays them out.
 """
 
 from __future__ import annotations
@@ -232,10 +232,14 @@ def steps(row: dict[str, float] | None) -> list[str]:
     return [f"{1e3 * row['plain']:.2f}", *others]
 
 
-def main(arguments: list[str] | None = None, folder: Path = RESULTS) -> None:
-    """Runs what is said above."""
+def main(arguments: list[str] | None = None, folder: Path | None = None) -> None:
+    """Runs what is said above, and writes the results to a folder, by default where they belong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first shape of each alone")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the first shape of each alone, and only print the results",
+    )
     parser.add_argument("--tune", action="store_true", help="look for faster configurations first")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -268,9 +272,14 @@ def main(arguments: list[str] | None = None, folder: Path = RESULTS) -> None:
     if has_gpu and checks["steps"] == "right":
         for name in kernel_steps.MODELS:
             found["steps"][name] = kernel_steps.overhead(name)
+    if options.quick and folder is None:
+        print(report(found))
+        return
+    folder = folder or RESULTS
     if has_gpu:
         (folder / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "kernels.md").write_text(report(found))
+    print(folder / "kernels.md")
 
 
 if __name__ == "__main__":

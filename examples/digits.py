@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nettrace as nt
 from nettrace.callbacks import CollectiveVariables, FisherTrace, NTKTrace, Trace
+from nettrace.dashboard.report import report
 
 
 class DigitNet(pl.LightningModule):
@@ -136,7 +137,10 @@ def main() -> None:
     )
     picture = args.out / "digits.png"
     draw(data, picture)
-    print(f"Figure: {picture}. W&B (offline): {args.out / 'wandb'}, to upload by `wandb sync`.")
+    page = args.out / "report.html"
+    page.write_text(report(data, title=str(args.out)), encoding="utf-8")
+    print(f"Figure: {picture}; all figures: {page}, to open in a browser.")
+    print(f"W&B (offline): {args.out / 'wandb'}, to upload by `wandb sync`.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Contractions of per-sample gradients held in factored form: tensors in, tensors out."""
+"""Contractions of per-sample gradients held in factored form: tensors in, tensors out.
+
+They have no derivatives themselves: give operations tensors that need none.
+"""
 
 from nettrace.kernels.affine import affine_psg
 from nettrace.kernels.columns import column_sqnorms

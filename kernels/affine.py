@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import is_compiled, summing
+from nettrace.kernels.launch import check_real, is_compiled, operation, summing
 
 
-@torch.library.custom_op("nettrace::affine_psg", mutates_args=())
+@operation("affine_psg")
 def affine_psg(
     x: Tensor, dy: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def affine_psg(
         (N, D) and (N, D), in float32 at least: sums over tokens.
 
     Raises:
-        ValueError: if shapes do not fit, or one of mean and rstd is missing.
+        ValueError: if shapes, types or devices do not fit, or one of mean and rstd is missing.
     """
     _check(x, dy, mean, rstd)
     if is_compiled(x, dy, *(t for t in (mean, rstd) if t is not None)) and x.numel():
@@ -60,6 +60,8 @@ def _check(x: Tensor, dy: Tensor, mean: Tensor | None, rstd: Tensor | None) -> N
         )
     if (mean is None) != (rstd is None):
         raise ValueError("expected both of mean and rstd, or neither")
+    given = {"x": x, "dy": dy, "mean": mean, "rstd": rstd}
+    check_real(**{name: one for name, one in given.items() if one is not None})
     for one in (mean, rstd):
         if one is not None and one.shape != x.shape[:2]:
             raise ValueError(

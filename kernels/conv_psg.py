@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.launch import check_real, is_compiled, known, operation, summing
 from nettrace.kernels.psg import HELD, alike
 from nettrace.kernels.still import Geometry, Patches, tiles
 
@@ -27,7 +26,7 @@ _LEAST = 16
 _MOST = 2**31
 
 
-@torch.library.custom_op("nettrace::conv_psg", mutates_args=())
+@operation("conv_psg")
 def conv_psg(
     x: Tensor,
     gy: Tensor,

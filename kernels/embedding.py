@@ -6,18 +6,17 @@ it looked up, so that products of tokens with one id are what two samples have i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nettrace.kernels.factors import Outer, gram_, mirror_, sqnorms
-from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.launch import check_device, check_real, is_compiled, known, operation, summing
 from nettrace.kernels.still import Still
 
 #: How many numbers temporary results of torch hold.
 _LIMIT = 2**24
 
 
-@torch.library.custom_op("nettrace::embedding_sqnorm", mutates_args=())
+@operation("embedding_sqnorm")
 def embedding_sqnorm(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     """Squared norms of samples' gradients, sum_ts [ids_nt = ids_ns] g_nt . g_ns.
 
@@ -44,7 +43,7 @@ def embedding_sqnorm(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tenso
     return sqnorms(_factor(ids, g))[0]
 
 
-@torch.library.custom_op("nettrace::embedding_gram", mutates_args=())
+@operation("embedding_gram")
 def embedding_gram(ids: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     """Inner products of samples' gradients, sum_ts [ids_nt = ids_ms] g_nt . g_ms.
 
@@ -104,3 +103,4 @@ def _check(ids: Tensor, g: Tensor) -> None:
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"expected ids of an integer type, got {ids.dtype}")
     check_real(g=g)
+    check_device(ids=ids, g=g)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from nettrace.kernels.factors import Outer, gram_, mirror_, sqnorms
-from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.launch import check_device, check_real, is_compiled, known, operation, summing
 from nettrace.kernels.still import Still
 
 #: How many numbers temporary results of torch hold.
 _LIMIT = 2**24
 
 
-@torch.library.custom_op("nettrace::ghost_sqnorm", mutates_args=())
+@operation("ghost_sqnorm")
 def ghost_sqnorm(a: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     """Squared norms of samples' gradients, sum_ts (a_nt . a_ns) (g_nt . g_ns).
 
@@ -48,7 +48,7 @@ def ghost_sqnorm(a: Tensor, g: Tensor, precision: str = "tf32x3") -> Tensor:
     return sqnorms(_factor(a, g, summing(a, g)))[0]
 
 
-@torch.library.custom_op("nettrace::ghost_gram", mutates_args=())
+@operation("ghost_gram")
 def ghost_gram(
     a: Tensor,
     g: Tensor,
@@ -134,6 +134,7 @@ def _check_pair(a: Tensor, g: Tensor, b: Tensor | None, h: Tensor | None) -> Non
         raise ValueError("expected both of b and h, or neither")
     if b is not None and h is not None:
         _check("b", b, "h", h)
+        check_device(a=a, b=b)
         if b.shape[2] != a.shape[2] or h.shape[2] != g.shape[2]:
             raise ValueError(
                 f"expected b and h as wide as a and g, ({a.shape[2]}, {g.shape[2]}), "

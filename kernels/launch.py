@@ -8,12 +8,15 @@ for these on all devices.
 from __future__ import annotations
 
 import os
-from functools import cache, reduce
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, reduce, update_wrapper, wraps
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 #: How products of float32 are made: "tf32" of 10 bits, "tf32x3" of three of these, nearly as exact
 #: as "ieee".
@@ -80,6 +83,27 @@ def products(x: Tensor, precision: Precision) -> str:
     return "bf16x3" if torch.version.hip and precision == "tf32x3" else precision
 
 
+def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Makes a function of tensors an operation of torch, "nettrace::name", without a derivative.
+
+    It has the function's signature and documentation, and is computed outside autocast.
+    """
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        @wraps(function)
+        def called(*arguments: Any, **options: Any) -> Any:
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return function(*arguments, **options)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        whole = f"nettrace::{name}"
+        made = torch.library.custom_op(whole, called, mutates_args=(), schema=schema)
+        update_wrapper(made, function)
+        return made
+
+    return register
+
+
 def known(precision: str) -> Precision:
     """The same, if it is one of the precisions; ValueError else."""
     for one in get_args(Precision):
@@ -90,10 +114,25 @@ def known(precision: str) -> Precision:
 
 
 def check_real(**tensors: Tensor) -> None:
-    """Raises ValueError if one of the tensors is not of real floating-point numbers."""
+    """Raises ValueError if tensors are not of real numbers, or on several devices."""
     for name, x in tensors.items():
         if not x.is_floating_point():
             raise ValueError(f"expected {name} of a real floating type, got {x.dtype}")
+    check_device(**tensors)
+
+
+def check_device(**tensors: Tensor) -> None:
+    """Raises ValueError if tensors are on several devices."""
+    if len({x.device for x in tensors.values()}) > 1:
+        told = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"expected all tensors on one device, got {told}")
+
+
+@contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Computes without derivatives, and in the types that numbers have, whatever is around."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def summing(*tensors: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -45,8 +46,8 @@ def weight_welford_(
 
     Args:
         weights: the snapshot, of real numbers; not changed.
-        means: of the snapshots before; of any value for the first. In the weights' shapes and
-            devices, and in their floating types or wider ones.
+        means: of the snapshots before; zero for the first. In the weights' shapes and
+            devices, and in their floating types or wider ones; no two tensors share memory.
         squares: as `means`; zero for the first.
         count: n, of which the first is 1.
         previous: the snapshot before, in the weights' shapes, types and devices, which this one
@@ -63,6 +64,7 @@ def weight_welford_(
     if not weights:
         _check(weights, means, squares, count, previous)
         return torch.zeros((0, len(WELFORD_SUMS)), dtype=torch.float64)
+    count = operator.index(count)
     several = [w.detach() for w in weights], list(means), list(squares), count, list(previous)
     if not (torch.compiler.is_compiling() or is_compiled(*weights[:1])):
         _check(*several)  # without what calling an operation of torch's takes, 80 us a step

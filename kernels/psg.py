@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import Precision, check_real, is_compiled, known, summing
+from nettrace.kernels.launch import Precision, check_real, is_compiled, known, operation, summing
 from nettrace.kernels.still import tiles
 
 #: How many numbers of per-sample gradients are held at a time where nothing is compiled.
 HELD = 2**22
 
 
-@torch.library.custom_op("nettrace::psg_moments", mutates_args=())
+@operation("psg_moments")
 def psg_moments(
     a: Tensor,
     g: Tensor,

@@ -7,18 +7,19 @@ leaves k1 x k2 of them (Choe et al., 2024, arXiv 2405.13954, without training th
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nettrace.kernels.launch import check_real, is_compiled, known, summing
+from nettrace.kernels.launch import check_real, is_compiled, known, operation, summing
 
 #: More columns do not fit what a program holds.
 _MOST = 128
 
 
-@torch.library.custom_op("nettrace::kron_sketch", mutates_args=())
+@operation("kron_sketch")
 def kron_sketch(a: Tensor, g: Tensor, ra: Tensor, rg: Tensor, precision: str = "tf32x3") -> Tensor:
     """Samples' gradients between two matrices, ra^T (sum_t a_nt g_nt^T) rg, each laid out flat.
 
@@ -80,11 +81,13 @@ def kron_signs(
         (I, k1) and (O, k2) in float32, on the CPU.
 
     Raises:
-        ValueError: if a number of columns is not positive.
+        ValueError: if a number of columns is not positive, or one of rows is negative.
     """
-    for k in (k1, k2):
-        if k < 1:
-            raise ValueError(f"expected at least one column, got {k}")
+    inputs, outputs, k1, k2, seed = map(operator.index, (inputs, outputs, k1, k2, seed))
+    if min(inputs, outputs) < 0 or min(k1, k2) < 1:
+        raise ValueError(
+            f"expected rows, and at least one column, got {inputs} x {k1} and {outputs} x {k2}"
+        )
     ra = _signs(inputs, k1, f"{seed} inputs {name}")
     rg = _signs(outputs, k2, f"{seed} outputs {name}")
     return ra, rg

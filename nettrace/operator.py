@@ -16,6 +16,7 @@ from torch import Tensor
 from nettrace.approximations import Approximations
 from nettrace.gradients import Gradients, Layer, Pulled, reals
 from nettrace.kernels import blocks, column_sqnorms, gram_, inner, mirror_, sqnorms, traced_gram_
+from nettrace.kernels.launch import plainly
 from nettrace.scaled import ScaledGradients
 
 PerLayer: TypeAlias = dict[str, Tensor]
@@ -74,7 +75,7 @@ class Jacobian(Approximations):
         shape = (n, n) if trace_outputs else (n, c, n, c)
         self._afford(shape, per_layer)
         shares = self._shares(shape, per_layer)
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             if trace_outputs:
                 self._add_traced_gram(shares)
             else:
@@ -96,7 +97,7 @@ class Jacobian(Approximations):
         shape = (self.samples, self.outputs, self.outputs)
         self._afford(shape, per_layer)
         shares = self._shares(shape, per_layer)
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             for layers in self._parts(per_layer, self.outputs):
                 for ks, pulled, js, others in self._pairs(layers):
                     self._add_blocks(shares, layers, ks, pulled, js, others)
@@ -114,7 +115,7 @@ class Jacobian(Approximations):
         self._afford((n, c, n, c), per_layer=False)
         self._afford((n, c, c), per_layer=True)
         gram, shares = self._shares((n, c, n, c), False), self._shares((n, c, c), True)
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             self._add_gram(gram, shares)
         self._gradients.complete({**gram, **shares})
         return gram[_ALL], shares
@@ -163,7 +164,7 @@ class Jacobian(Approximations):
         """
         parameters = self._gradients.parameters
         shares = {name: self._zeros((reals(p),)) for name, p in parameters.items()}
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             for layers in self._parts(apart=True):
                 for ks, pulled in self._chunks(layers):
                     for (name,) in layers:
@@ -198,7 +199,7 @@ class Jacobian(Approximations):
         """
         vectors = self._split(u)
         shares = self._shares((self.samples, self.outputs), per_layer)
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             for layers in self._parts(apart=True):
                 for ks, pulled in self._chunks(layers):
                     for (name,) in layers:
@@ -309,7 +310,7 @@ class Jacobian(Approximations):
 
     def _sqnorms(self, per_layer: bool) -> PerLayer:
         shares = self._shares((self.samples, self.outputs), per_layer)
-        with torch.no_grad():
+        with plainly(self._gradients.outputs.device):
             for layers in self._parts(per_layer):
                 for ks, pulled in self._chunks(layers):
                     for layer in layers:

@@ -412,7 +412,9 @@ def test_an_export_that_cannot_be_is_refused(run, checkpoints, command, says):
     assert says in err
 
 
-@pytest.mark.parametrize("command", ["measures", "explain", "analyze", "export", "completion", ""])
+@pytest.mark.parametrize(
+    "command", ["measures", "explain", "analyze", "export", "dashboard", "completion", ""]
+)
 def test_help_has_examples_that_parse_and_fits_the_terminal(run, capsys, command):
     with pytest.raises(SystemExit, match="0"):
         run(f"{command} --help")

@@ -368,3 +368,12 @@ def test_unusual_uses_of_weights_and_biases(use):
     ]:
         assert relative_error(value, true) < TOLERANCE
     nt.certify(found)
+
+
+def test_autocast_around_contractions_changes_nothing():
+    member = zoo.build("mlp", torch.float32)
+    found = jacobian(member)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = found.gram(), found.norms(), found.column_sqnorms(), found.blocks()
+    outside = found.gram(), found.norms(), found.column_sqnorms(), found.blocks()
+    assert all(torch.equal(a, b) for a, b in zip(within, outside, strict=True))

@@ -116,6 +116,6 @@ def test_measures_are_all_in_the_readme():
 
 def test_source_files_are_few_and_short():
     files = [p for part in ("nettrace", "callbacks", "kernels") for p in sources(part)]
-    assert len(files) < 250
+    assert len(files) < 290
     long = {p.name: n for p in files if (n := len(p.read_text().splitlines())) > 500}
     assert not long

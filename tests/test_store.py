@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import nettrace as nt
-from nettrace.store import DamagedTraceError, TraceWriter, parts
+from nettrace.store import DamagedTraceError, TraceWriter, format_2, parts
 
 
 def record(name, step, value, **options):
@@ -415,3 +415,37 @@ def test_where_a_trace_comes_from_is_kept(tmp_path):
     assert found["nettrace"] == nt.__version__
     assert found["torch_seed"] == str(torch.initial_seed())
     assert json.loads(found["configuration"])["seed"] == 3
+
+
+def test_a_part_that_grew_is_read_on_from_where_it_ended(tmp_path, monkeypatch):
+    kept = {}
+    writer = TraceWriter(tmp_path, "one")
+    read = []
+    scan = format_2.scan
+    monkeypatch.setattr(format_2, "scan", lambda *a: (read.append(f.at) or f for f in scan(*a)))
+    for step in range(4):
+        writer.write([record("a/b", step, [step] * (1 + step // 2))], {"epoch": step})
+        before = len(read)
+        (part,) = parts(tmp_path, kept)
+        (anew,) = parts(tmp_path)
+        assert part.steps.tolist() == anew.steps.tolist() == list(range(step + 1))
+        assert part.at.tolist() == anew.at.tolist()
+        assert part.layout.tolist() == anew.layout.tolist()
+        assert part.coordinates["epoch"].tolist() == anew.coordinates["epoch"].tolist()
+        assert min(read[before:]) < part.at[-1] if step == 0 else read[before] > part.at[-2]
+    before = len(read)
+    assert parts(tmp_path, kept)[0].steps.tolist() == [0, 1, 2, 3]
+    assert len(read) == before
+
+
+def test_what_was_kept_of_a_part_is_not_believed_of_another(tmp_path):
+    kept = {}
+    TraceWriter(tmp_path / "x", "one").write([record("a/b", 1, 1.0)], {})
+    TraceWriter(tmp_path / "y", "two").write([record("a/b", 2, [2.0] * 9)], {})
+    (path,) = (tmp_path / "x").iterdir()
+    assert parts(tmp_path / "x", kept)[0].steps.tolist() == [1]
+    shutil.copy(next((tmp_path / "y").iterdir()), path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+    assert parts(tmp_path / "x", kept)[0].steps.tolist() == [2]
+    os.truncate(path, path.stat().st_size - 1)
+    assert len(parts(tmp_path / "x", kept)[0].steps) == 0

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from nettrace import locate
-from nettrace.cli import analyze, completion, explain, export, measures, wandb_workspace
+from nettrace.cli import (
+    analyze,
+    completion,
+    dashboard,
+    explain,
+    export,
+    measures,
+    report,
+    wandb_workspace,
+)
 from nettrace.cli.configuration import configured
 from nettrace.cli.texts import UsageError, formatter, wrapped
 
@@ -23,6 +32,8 @@ examples:
   nettrace analyze checkpoints --model model.py:build --data model.py:probe \\
       --measures ntk,loss --to runs/x        measure what was trained before
   nettrace export runs/x --to netcdf         for other programs, as x.nc
+  nettrace report runs/*                     all figures, as a page
+  nettrace dashboard runs/*                  a page of runs, while they train
 
 A name such as model.py:build is that of something in a file, and
 package.module:build that of something that can be imported.
@@ -100,7 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for one in (measures, explain, analyze, export, wandb_workspace, completion):
+    every = (measures, explain, analyze, export, report, dashboard, wandb_workspace, completion)
+    for one in every:
         one.add(commands)
     return parser
 

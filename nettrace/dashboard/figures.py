@@ -91,11 +91,12 @@ def figure(
             together: select one by data.sel(run=...).
 
     Example:
-        >>> import torch, nettrace as nt
+        >>> import tempfile, torch, nettrace as nt
         >>> from nettrace.dashboard import figure, figures
-        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), ["ntk/trace", "ntk/spectrum"])
+        >>> folder, names = tempfile.mkdtemp(), ["ntk/trace", "ntk/spectrum"]
+        >>> tracer = nt.Tracer(nt.Probe(torch.randn(8, 3)), names, to=folder)
         >>> records = [tracer(torch.nn.Linear(3, 2), step) for step in range(3)]
-        >>> data = tracer.dataset()
+        >>> data = nt.open(folder, names)
         >>> figures(data)
         ['ntk/spectrum', 'ntk/trace']
         >>> figure(data, "ntk/trace").layout.xaxis.title.text
@@ -106,9 +107,9 @@ def figure(
     if name == FLATNESS:
         return relations.variance_flatness(data, theme)
     if AGAINST in name:
-        second, first = (_variable(data, part) for part in name.split(AGAINST, 1))
+        second, first = (variable_of(data, part) for part in name.split(AGAINST, 1))
         return relations.portrait(data, first, second, theme)
-    variable = _variable(data, name)
+    variable = variable_of(data, name)
     kind = view(data, variable)
     if kind == "track":
         return tracks.track(data, variable, theme, groups)
@@ -141,7 +142,12 @@ def _is_seen(data: xr.Dataset, name: str) -> bool:
     return not (name.endswith("_at") and name.removesuffix("_at") in data)
 
 
-def _variable(data: xr.Dataset, name: str) -> str:
+def variable_of(data: xr.Dataset, name: str) -> str:
+    """The variable of a quantity.
+
+    Raises:
+        KeyError: if the trace has no such quantity.
+    """
     for variable in data.data_vars:
         if name in (variable, data[variable].attrs.get("name")):
             return str(variable)

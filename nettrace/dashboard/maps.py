@@ -15,15 +15,18 @@ from nettrace.dashboard.style import (
     Steps,
     Theme,
     absent,
+    escape,
     is_logarithmic,
     label,
     mark_absent,
     new,
     parts,
-    say,
+    say_absent,
 )
 from nettrace.record import ERROR
 
+#: What maps say of themselves, whose z are logarithms to base 10.
+LOGARITHMIC = "log10"
 #: How many columns and rows a map has, at most.
 _COLUMNS, _ROWS = 400, 300
 #: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
@@ -70,7 +73,8 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     dims = data[variable].dims[1:]
     if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
-        figure.update_layout(title={"text": f"{label(data, variable)}, summed over equal outputs"})
+        title = label(data, variable)
+        figure.update_layout(title={"text": f"{title}, summed over equal outputs"})
     values = values.reshape(len(values), -1, values.shape[-1])
     rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
     if len(dims) == 3:
@@ -98,12 +102,19 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             colorscale=DIVERGING if signed else SEQUENTIAL,
             colorbar=_colorbar(low, high, logarithmic),
             visible=bool(stop == stops[-1]),
-            hovertemplate="%{y}, %{x}: %{z:.4g}<extra></extra>",
+            hovertemplate="%{y}, %{x}: "
+            + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
+            + "<extra></extra>",
+            meta=LOGARITHMIC if logarithmic else None,
         )
     figure.update_layout(
         height=470,
         sliders=[_slider([f"{at[stop]:,}" for stop in stops])] if len(stops) > 1 else [],
-        xaxis={"type": "category", "constrain": "domain", "title": {"text": _plain(dims[-1])}},
+        xaxis={
+            "type": "category",
+            "constrain": "domain",
+            "title": {"text": _plain(dims[-1] if len(dims) < 4 else dims[2])},
+        },
         yaxis={"type": "category", "autorange": "reversed", "title": {"text": _plain(dims[0])}},
     )
     if values.shape[1] == values.shape[2]:
@@ -138,7 +149,8 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": label(data, variable)}, type="log" if is_logarithmic(values) else None
+        title={"text": label(data, variable)},
+        type="log" if is_logarithmic(values) else None,
     )
     return figure
 
@@ -155,7 +167,7 @@ def _seen(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure | _Seen:
     gone, why = absent(data, variable)
     there = np.isfinite(values).reshape(len(values), -1).any(1)
     if not there.any():
-        say(figure, why[0] if why else "nothing was recorded")
+        say_absent(figure, why)
         return figure
     kept = there | gone
     return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
@@ -177,7 +189,6 @@ def _add_map(
         sums = np.stack([np.where(known[part], values[part], 0).sum(0) for part in ranges])
         values = np.where(counts, sums / np.maximum(counts, 1), np.nan)
     places = np.array([steps.places[part].mean() for part in ranges])
-    at = np.array([steps.steps[part].mean() for part in ranges])
     logarithmic = is_logarithmic(np.where(values > 0, values, np.nan)) and bool(
         np.nanmin(values) > -1e-6 * np.nanmax(values)
     )
@@ -198,8 +209,9 @@ def _add_map(
         zmax=bound if signed else high,
         colorscale=DIVERGING if signed else SEQUENTIAL,
         colorbar=_colorbar(low, high, logarithmic),
-        customdata=np.broadcast_to(at, shown.T.shape),
-        hovertemplate="step %{customdata:,.0f}, %{y}: "
+        meta=LOGARITHMIC if logarithmic else None,
+        hovertemplate=("step + 1 = " if steps.logarithmic else "step ")
+        + "%{x:,.0f}, %{y}: "
         + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
         + "<extra></extra>",
     )
@@ -245,7 +257,7 @@ def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:
     """The labels along an axis after that of steps, made different from each other."""
     dim = str(data[variable].dims[1 + axis])
     if dim in data.coords:
-        return [str(name) for name in data[dim].values]
+        return [escape(name) for name in data[dim].values]
     first = 0 if dim.startswith("class") else 1  # as targets number them
     return [str(i + first) for i in range(data.sizes[dim])]
 
@@ -296,7 +308,7 @@ def _axis(data: xr.Dataset, variable: str) -> str:
 
 
 def _plain(dim: object) -> str:
-    return str(dim).removesuffix("_2").replace("_", " ")
+    return escape(str(dim).removesuffix("_2").replace("_", " "))
 
 
 def _sampled(count: int) -> list[str]:

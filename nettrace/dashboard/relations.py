@@ -6,12 +6,21 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from nettrace.dashboard.style import COLOURS, SEQUENTIAL, Theme, is_logarithmic, label, new, say
+from nettrace.dashboard.style import (
+    COLOURS,
+    SEQUENTIAL,
+    Theme,
+    escape,
+    is_logarithmic,
+    label,
+    new,
+    say,
+)
 
 #: How many temperatures the slider of a density of states has.
 _TEMPERATURES = 24
 #: How many points a portrait has, at most.
-_POINTS = 3000
+_POINTS = 600
 
 
 def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
@@ -72,7 +81,7 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         if not len(there):
             continue
         there = there[np.unique(np.linspace(0, len(there) - 1, _POINTS).astype(int))]
-        run = str(data["run"].values[row]) if "run" in data[first].dims else ""
+        run = escape(data["run"].values[row]) if "run" in data[first].dims else ""
         figure.add_scatter(
             x=a[there],
             y=b[there],
@@ -80,7 +89,7 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
             name=run,
             line={"color": "rgba(128,128,128,0.5)", "width": 1},
             marker={
-                "size": 6,
+                "size": 6 if len(there) < 100 else 3,
                 "color": np.log10(1 + steps[there]),
                 "colorscale": SEQUENTIAL,
                 "showscale": not drawn,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -26,8 +26,18 @@ SEQUENTIAL = "Cividis"
 DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
 #: The ratio of the largest to the smallest from which an axis is logarithmic.
 _WIDE = 100
+#: What axes of steps are called.
+STEPS = "optimizer step"
 #: How many places along steps a curve or a map has, at most.
 MOST = 2000
+
+
+def escape(text: object) -> str:
+    """Text as figures show it: they take it for a kind of HTML, and for templates where they hover.
+
+    Quotes stay, whose entities figures do not know.
+    """
+    return html.escape(str(text), quote=False).replace("%{", "%&#123;")
 
 
 def template(theme: Theme) -> go.layout.Template:
@@ -76,7 +86,7 @@ def new(title: str, about: str, theme: Theme) -> go.Figure:
     figure = go.Figure(layout={"template": template(theme), "height": 380})
     figure.update_layout(
         title={
-            "text": escape(title),
+            "text": title,
             "subtitle": {"text": subtitle, "font": {"size": 11}},
             "yref": "container",
             "y": 0.98,
@@ -115,11 +125,11 @@ class Steps:
     def axis(self) -> dict[str, Any]:
         """What Plotly is told of it."""
         if not self.logarithmic:
-            return {"title": {"text": "optimizer step"}}
+            return {"title": {"text": STEPS}}
         last = int(self.steps[-1])
         ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
         return {
-            "title": {"text": "optimizer step (logarithmic)"},
+            "title": {"text": f"{STEPS} (logarithmic)"},
             "type": "log",
             "tickvals": [tick + 1 for tick in ticks],
             "ticktext": [f"{tick:,}" for tick in ticks],
@@ -127,16 +137,16 @@ class Steps:
 
 
 def label(data: xr.Dataset, variable: str) -> str:
-    """The quantity's name and units."""
+    """The quantity's name and units, as Plotly takes text, which it reads as HTML."""
     attributes = data[variable].attrs
     units = attributes.get("units", "")
-    return str(attributes.get("name", variable)) + (f" ({units})" if units else "")
+    return escape(str(attributes.get("name", variable)) + (f" ({units})" if units else ""))
 
 
 def is_logarithmic(values: Array) -> bool:
     """Whether numbers are positive and so far apart that they are seen by their logarithms."""
     finite = values[np.isfinite(values)]
-    return bool(finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min())
+    return bool(finite.size and finite.min() > 0 and finite.max() >= _WIDE * finite.min())
 
 
 def absent(data: xr.Dataset, variable: str, run: str = "") -> tuple[Array, list[str]]:
@@ -155,9 +165,6 @@ def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]
     """Shades the steps (S,) at which a quantity is missing, and says why."""
     if not gone.any():
         return
-    if gone.all():
-        say(figure, f"missing at all steps. {why[0]}")
-        return
     places = steps.places.astype(float)
     edges = np.concatenate([places[:1], (places[1:] + places[:-1]) / 2, places[-1:]])
     bounds = np.flatnonzero(np.diff(np.concatenate([[0], gone, [0]]))).reshape(-1, 2)
@@ -174,6 +181,11 @@ def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]
         **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
         **{"xanchor": "left", "yanchor": "bottom"},
     )
+
+
+def say_absent(figure: go.Figure, why: Sequence[str]) -> None:
+    """Writes that there is nothing to show, and why."""
+    say(figure, f"missing at all steps. {why[0]}" if why else "nothing was recorded")
 
 
 def say(figure: go.Figure, text: str) -> None:

@@ -221,6 +221,8 @@ class Look:
         to be, if it matters.
         """
         found = {"mode": "eval"} | ({"outputs": self.selected} if self.selected else {})
+        if "gram" in needs and (classes := self._told_classes):
+            found["classes"] = classes
         if not self.of_likelihood & set(needs):
             return found
         likelihood = self.assumed_likelihood
@@ -232,6 +234,15 @@ class Look:
     def _check_loss(self) -> None:
         if self.loss_check is not None and not self.loss_check.agrees:
             raise Unavailable(self.loss_check.text)
+
+    @property
+    def _told_classes(self) -> str:
+        """The class of each sample, by which figures put kernels in order, if there are classes."""
+        targets = self._probe.targets
+        if not isinstance(targets, Tensor) or targets.shape != (self.samples,):
+            return ""
+        is_class = not (targets.is_floating_point() or targets.is_complex())
+        return " ".join(map(str, targets.tolist())) if is_class else ""
 
     @property
     def _shapes(self) -> str:

@@ -17,7 +17,7 @@ from xarray.core import indexing
 import nettrace.accessor  # noqa: F401  registers data.nt
 from nettrace.record import ERROR
 from nettrace.store.layout import Layout
-from nettrace.store.parts import SUFFIX, part_files, parts
+from nettrace.store.parts import SUFFIX, Kept, part_files, parts
 from nettrace.store.rows import Integers, Rows, rows
 from nettrace.store.values import Axis, Values
 
@@ -43,13 +43,14 @@ def dataset(
     paths: str | Path | Iterable[str | Path],
     names: str | Iterable[str] | None = None,
     attempt: int | None = None,
+    kept: Kept | None = None,
 ) -> xr.Dataset:
-    """What `nettrace.open` gives."""
+    """What `nettrace.open` gives; `kept` is as for `parts`."""
     alone = isinstance(paths, (str, Path)) and not glob.has_magic(str(paths))
     folders = _folders([paths] if isinstance(paths, (str, Path)) else list(paths))
     runs = [
-        _run(folder, label, attempt)
-        for folder, label in zip(folders, _labels(folders), strict=True)
+        _run(folder, label, attempt, kept)
+        for folder, label in zip(folders, labels(folders), strict=True)
     ]
     known = {name for run in runs for name in run.rows.names()}
     wanted = sorted(known if names is None else quantities(names, known))
@@ -191,8 +192,8 @@ class _Builder:
         return found
 
 
-def _run(folder: Path, label: str, attempt: int | None) -> Run:
-    found = [part for part in parts(folder) if len(part.steps)]  # others were killed at once
+def _run(folder: Path, label: str, attempt: int | None, kept: Kept | None) -> Run:
+    found = [part for part in parts(folder, kept) if len(part.steps)]  # others were killed at once
     counted = rows(found, attempt)
     of_attempts: dict[str, dict[str, Any]] = {}
     for part in found:
@@ -325,7 +326,7 @@ def _folders(paths: Sequence[str | Path]) -> list[Path]:
     return folders
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def labels(folders: Sequence[Path]) -> list[str]:
     """What of their paths tells traces apart."""
     split = [folder.absolute().parts for folder in folders]
     if len(set(split)) < len(split):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from nettrace.store.frames import DamagedTraceError, Frame, scan
+from nettrace.store.frames import MAGIC, DamagedTraceError, Frame, scan
 from nettrace.store.layout import ROW, decode, read_json, whole
 from nettrace.store.part import Collected, Header
 
@@ -17,13 +17,13 @@ FORMAT = 2
 
 
 def read(path: Path, found: Collected) -> None:
-    """Collects what is in a part.
+    """Collects what is in a part, or what has come to it since that was done before.
 
     Raises:
         DamagedTraceError: where it is damaged; what stands before has been collected.
         ValueError: if it is of a newer format.
     """
-    for frame in scan(path):
+    for frame in scan(path, found.end or len(MAGIC)):
         if found.header is None:
             found.header = _header(path, frame)
         elif found.sealed:
@@ -41,6 +41,7 @@ def read(path: Path, found: Collected) -> None:
             if frame.head != b'{"rows":%d}' % len(found):
                 raise _damaged(path, frame, f"an end after {len(found)} rows")
             found.sealed = True
+        found.end = frame.at + len(frame.head) + frame.body
 
 
 def header(path: Path) -> Header | None:

@@ -65,10 +65,14 @@ def encode(frames: Iterable[tuple[bytes, Sequence[bytes], Sequence[bytes]]], at:
     return b"".join(pieces)
 
 
-def scan(path: Path) -> Iterator[Frame]:
+def scan(path: Path, begin: int = len(MAGIC)) -> Iterator[Frame]:
     """The frames of a part, up to the first that is cut off, as while it is being written.
 
     Memory: that of the longest head.
+
+    Args:
+        path: the part.
+        begin: the byte at which a frame begins, from which on they are wanted.
 
     Raises:
         DamagedTraceError: at the first that is damaged.
@@ -76,7 +80,7 @@ def scan(path: Path) -> Iterator[Frame]:
     """
     with path.open("rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
-        at = len(MAGIC)
+        at = begin
         block, start = b"", at
         while at + _PREFIX.size <= end:
             place = at - start

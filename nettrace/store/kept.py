@@ -60,11 +60,6 @@ class Kept:
             if len(self._steps) == 2 and sum(self._bytes.values()) > self._most_bytes:
                 self._drop(min(self._steps))
 
-    def supersede(self, step: int) -> None:
-        """Lets go of what was recorded after a step, as another attempt begins there."""
-        for later in [one for one in self._steps if one > step]:
-            self._drop(later)
-
     def dataset(self) -> xr.Dataset:
         """What is kept, as `nettrace.open` gives it; all of it is in memory."""
         import xarray as xr  # which takes long to import

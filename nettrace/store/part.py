@@ -81,6 +81,8 @@ class Collected:
     def __init__(self) -> None:
         self.header: Header | None = None
         self.sealed = False
+        #: The byte up to which the file was read; 0 where reading cannot go on from there.
+        self.end = 0
         self.layouts: list[Layout] = []
         self.attributes: dict[str, Mapping[str, Any]] = {}
         self._steps, self._layout, self._at = array("q"), array("q"), array("q")

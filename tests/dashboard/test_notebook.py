@@ -1,4 +1,4 @@
-"""What a notebook shows of traces and tracers."""
+"""What a notebook shows of traces."""
 
 from __future__ import annotations
 
@@ -40,15 +40,14 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def traced(folder: Path | None = None, steps: int = 4) -> nt.Tracer:
+def traced(folder: Path) -> None:
     probe = nt.Probe(torch.randn(6, 3), torch.randint(0, 2, (6,)))
     tracer = nt.Tracer(probe, ["ntk/trace", "ntk/spectrum", "loss/mean"], to=folder)
     model = torch.nn.Linear(3, 2)
-    for step in range(steps):
+    for step in range(4):
         tracer(model, step, epoch=step / 2)
         with torch.no_grad():
             model.weight.mul_(1.1)
-    return tracer
 
 
 def hostile() -> xr.Dataset:
@@ -68,39 +67,10 @@ def hostile() -> xr.Dataset:
     return kept.dataset()
 
 
-def test_a_tracers_data_set_is_that_of_its_trace(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    in_memory = traced().dataset()
-    torch.manual_seed(0)
-    tracer = traced(tmp_path / "run")
-    for name in ("ntk_trace", "ntk_trace_standard_error", "ntk_spectrum", "epoch"):
-        xr.testing.assert_identical(
-            in_memory[name].drop_vars("wall_time"),
-            nt.open(tmp_path / "run")[name].drop_vars("wall_time"),
-        )
-    assert tracer.dataset().sizes["step"] == 4
-    assert "folder" not in in_memory.attrs
-
-
-def test_a_tracer_that_recorded_nothing_has_an_empty_data_set(tmp_path: Path) -> None:
-    for to in (None, tmp_path / "run"):
-        tracer = traced(to, steps=0)
-        assert tracer.dataset().sizes == {"step": 0}
-        assert "nothing was recorded" in tracer._repr_html_()
-
-
-def test_another_run_of_a_tracer_takes_the_place_of_the_first() -> None:
-    tracer = traced(steps=5)
-    records = tracer(torch.nn.Linear(3, 2), 2)
-    data = tracer.dataset()
-    assert data.step.values.tolist() == [0, 1, 2]
-    assert data.ntk_trace.values[-1] == next(r for r in records if r.name == "ntk/trace").value
-
-
 def test_accessor_is_there_wherever_a_trace_is_opened(tmp_path: Path) -> None:
-    tracer = traced(tmp_path / "run")
+    traced(tmp_path / "run")
     nt.export(tmp_path / "run", tmp_path / "run.nc")
-    for data in (nt.open(tmp_path / "run"), nt.open(tmp_path / "run.nc"), tracer.dataset()):
+    for data in (nt.open(tmp_path / "run"), nt.open(tmp_path / "run.nc")):
         assert "ntk/trace" in data.nt.figures()
         assert data.nt.plot("ntk/trace", theme="dark").layout.xaxis.title.text == "optimizer step"
         assert data.nt.plot().layout.title.text == "loss/mean"
@@ -108,7 +78,7 @@ def test_accessor_is_there_wherever_a_trace_is_opened(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="no 'ntk/trac'"):
         data.nt.plot("ntk/trac")
     with pytest.raises(ValueError, match="no quantities"):
-        traced(steps=0).dataset().nt.plot()
+        Kept().dataset().nt.plot()
 
 
 def test_the_summary_has_the_last_value_that_is_known() -> None:
@@ -180,14 +150,6 @@ def test_small_curves_are_whole_and_within_their_frame(values: list[Any]) -> Non
         assert len(ys) == 48
     if values == [np.nan, 1, 2, np.inf, 3]:
         assert [one.tag for one in root] == ["polyline", "circle"]
-
-
-def test_a_tracer_says_what_it_measures_and_found(tmp_path: Path) -> None:
-    text = traced(tmp_path / "<run>")._repr_html_()
-    assert "Tracer of 3 measures, every=1, on Probe of 6 samples" in text
-    assert "&lt;run&gt;" in text
-    assert "<run>" not in text
-    assert "ntk/trace" in text
 
 
 def test_without_plotly_the_table_is_there_and_figures_say_what_they_need() -> None:

@@ -1,5 +1,7 @@
 """Inner products of gradients of linear maps, against gradients written out in float64."""
 
+import inspect
+
 import pytest
 import torch
 from kernel_truth import assert_near, cases, drawn
@@ -139,3 +141,23 @@ def test_one_of_the_others_alone():
     a, g = sides((3, 4, 8, 6))
     with pytest.raises(ValueError, match="both of b and h"):
         ghost_gram(a, g, a)
+
+
+def test_several_devices_are_refused():
+    a, g = drawn(2, 3, 4), drawn(2, 3, 5)
+    with pytest.raises(ValueError, match="on one device, got a on cpu, b on meta"):
+        ghost_gram(a, g, a.to("meta"), g.to("meta"))
+    with pytest.raises(ValueError, match="on one device, got a on cpu, g on meta"):
+        ghost_sqnorm(a, g.to("meta"))
+
+
+def test_autocast_around_changes_nothing():
+    a, g = drawn(2, 3, 4), drawn(2, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ghost_gram(a, g)
+    assert torch.equal(found, ghost_gram(a, g))
+
+
+def test_operations_tell_what_they_take():
+    assert "inner products of samples' gradients" in ghost_gram.__doc__.lower()
+    assert list(inspect.signature(ghost_gram).parameters) == ["a", "g", "b", "h", "precision"]

@@ -1,0 +1,382 @@
+"""A report: one page with all figures of a trace, or of several, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.offline
+import xarray as xr
+
+from nettrace.certificate import Certificate
+from nettrace.dashboard.figures import figure, figures
+from nettrace.dashboard.style import template
+from nettrace.record import ERROR
+
+#: Bytes of figures that a report takes, beside 5 MB for Plotly itself.
+LARGEST = 25_000_000
+#: Runs that have a column each in the table of final values; of more, quantiles are told.
+_COLUMNS = 4
+#: Groups of measures in the order in which they are looked at; others are in the middle.
+_ORDER = (
+    *("loss", "ntk", "fisher", "hessian", "ggn", "gradients", "weights", "geometry", "focus"),
+    *("uncertainty", "custom", "collective", "nettrace"),
+)
+#: What is said of a run at the top; the rest is folded away.
+_FIRST = ("created", "model", "parameters", "dtype", "device", "probe", "nettrace", "torch")
+
+
+def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
+    """A page of HTML with provenance, costs, what was checked, final values, and all figures.
+
+    Plotly is in the page, and nothing is loaded from elsewhere: its policy forbids it. Curves of
+    more than 2,000 steps are means of ranges, with the least and largest values in these. Where
+    figures together take more than 25 MB, the page names those that it leaves out.
+
+    Args:
+        data: as `nettrace.open` gives it, of one trace or several.
+        title: of the page; by default the folders of the traces.
+        group: of several runs, what in their provenance, configuration or hyperparameters puts them
+            together, such as "learning_rate": of runs with the same value medians and quantiles are
+            drawn.
+
+    Raises:
+        KeyError: if no run knows what `group` names.
+    """
+    groups = grouped(data, group) if group else None
+    title = title or _title(data)
+    made = _made(data, groups)
+    shown = json.dumps(
+        {
+            "templates": {theme: template(theme).to_plotly_json() for theme in ("light", "dark")},
+            "figures": [one for one in made if "data" in one],
+        },
+        default=_plain,
+    ).replace("<", "\\u003c")
+    assets = files("nettrace.dashboard") / "assets"
+    script = (assets / "report.js").read_text()
+    plotly_js = plotly.offline.get_plotlyjs()
+    allowed = " ".join(f"'sha256-{_digest(text)}'" for text in (plotly_js, script))
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    )
+    body = "".join([_header(data, title), *_sections(data, made)])
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{(assets / 'report.css').read_text()}</style></head>"
+        f'<body>{body}<script type="application/json" id="data">{shown}</script>'
+        f"<script>{plotly_js}</script><script>{script}</script></body></html>"
+    )
+
+
+def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
+    """By run, what its provenance, configuration or hyperparameters say of something.
+
+    Raises:
+        KeyError: if none of the runs knows it.
+    """
+    if "run" not in data.dims:
+        raise KeyError("one run alone cannot be grouped")
+    runs = [str(run) for run in data["run"].values]
+    found = {run: _known(_of_run(data, run), key) for run in runs}
+    if not any(value is not None for value in found.values()):
+        known = sorted({key for run in runs for key, _ in _leaves(_of_run(data, run))})
+        raise KeyError(f"no run says what its {key!r} is: they know {', '.join(known)}")
+    return {run: f"{key}={'unknown' if value is None else value}" for run, value in found.items()}
+
+
+def _made(data: xr.Dataset, groups: Mapping[str, str] | None) -> list[dict[str, Any]]:
+    """All figures without their templates, or why there is none."""
+    found: list[dict[str, Any]] = []
+    size = 0
+    for name, run, select in _wanted(data):
+        entry: dict[str, Any] = {"name": name, "run": run}
+        try:
+            one = figure(select, name, groups=groups)
+        except Exception as error:  # of one figure: the others are shown
+            found.append({**entry, "why": f"{type(error).__name__}: {error}"})
+            continue
+        one.layout.template = None
+        text = one.to_json()
+        size += len(text)
+        if size > LARGEST:
+            found.append({**entry, "why": "left out, since the page would be too large"})
+            size -= len(text)
+            continue
+        found.append({**entry, **json.loads(text)})
+    return found
+
+
+def _wanted(data: xr.Dataset) -> Iterator[tuple[str, str, xr.Dataset]]:
+    """Names of figures, with the run if it is of one among several, and its data."""
+    if "run" not in data.dims:
+        for name in figures(data):
+            yield name, "", data
+        return
+    for name in figures(data):
+        yield name, "", data
+    runs = [str(run) for run in data["run"].values]
+    together = set(figures(data))
+    for run in runs[:_COLUMNS]:
+        one = of_one(data, run)
+        for name in figures(one):
+            if name not in together:
+                yield name, run, one
+
+
+def of_one(data: xr.Dataset, run: str) -> xr.Dataset:
+    """The data of one of several runs, as if it had been opened alone."""
+    one = data.sel(run=run, drop=True)
+    for variable in one.variables.values():
+        if "missing" in variable.attrs:
+            own = json.loads(variable.attrs["missing"]).get(run, {})
+            variable.attrs = {**variable.attrs, "missing": json.dumps(own)}
+    one.attrs = _of_run(data, run)
+    return one
+
+
+def _header(data: xr.Dataset, title: str) -> str:
+    steps = data["step"].values
+    runs = [str(run) for run in data["run"].values] if "run" in data.dims else []
+    about = f"{len(steps):,} steps" + (
+        f" from {int(steps[0]):,} to {int(steps[-1]):,}" if len(steps) else ""
+    )
+    about += f", {len(data.data_vars):,} variables" + (f", {len(runs)} runs" if runs else "")
+    return (
+        f"<header><h1>{escape(title)}</h1><button id=theme type=button>dark</button>"
+        f'<p class="about">{escape(about)}</p>{_provenance(data, runs)}</header>'
+    )
+
+
+def _provenance(data: xr.Dataset, runs: Sequence[str]) -> str:
+    def told(value: Any) -> str:
+        by_run = _parsed(value)
+        if not isinstance(by_run, dict) or not runs or set(by_run) != set(runs):
+            return _short(value)
+        kinds = list(dict.fromkeys(str(one) for one in by_run.values()))
+        if len(kinds) > 6:
+            return f"{len(kinds)} different: {_short(kinds[0], 200)}, {_short(kinds[1], 200)}, ..."
+        return "; ".join(_short(kind, 200) for kind in kinds)
+
+    first = [(k, told(data.attrs[k])) for k in _FIRST if k in data.attrs]
+    rest = [(k, told(v)) for k, v in data.attrs.items() if k not in _FIRST]
+    found = _pairs(first)
+    if rest:
+        found += f"<details><summary>all provenance</summary>{_pairs(rest)}</details>"
+    return found
+
+
+def _pairs(items: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(
+        f'<tr><th>{escape(str(key))}</th><td class="text">{escape(value)}</td></tr>'
+        for key, value in items
+    )
+    return f'<div class="scrolls"><table>{rows}</table></div>'
+
+
+def _sections(data: xr.Dataset, made: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    numbers = {id(one): i for i, one in enumerate(one for one in made if "data" in one)}
+    groups = [(name, list(several)) for name, several in groupby(sorted(made, key=_place), _group)]
+    links = [
+        *((group, group) for group, _ in groups),
+        ("values", "final values"),
+        ("costs", "cost"),
+    ]
+    yield "<main><nav>" + "".join(
+        f'<a href="#{escape(_anchor(at))}">{escape(text)}</a>' for at, text in links
+    )
+    yield "</nav>"
+    if not made:
+        yield '<p class="notice">Nothing was recorded yet: no step has a value.</p>'
+    for group, several in groups:
+        yield f'<h2 id="{escape(_anchor(group))}">{escape(group)}</h2><div class="figures">'
+        for one in several:
+            caption = one["name"] + (f", run {one['run']}" if one["run"] else "")
+            if "data" in one:
+                height = int(one["layout"]["height"])
+                style = f"min-height:{height}px"
+                inside = f'<div data-figure="{numbers[id(one)]}" style="{style}"></div>'
+                convention = _convention(data, one["name"])
+                caption += f": {convention}" if convention else ""
+            else:
+                inside = f'<p class="notice">{escape(one["why"])}</p>'
+            yield f"<figure>{inside}<figcaption>{escape(caption)}</figcaption></figure>"
+        yield "</div>"
+    yield f'<h2 id="values">Final values</h2>{_finals(data)}'
+    yield f'<h2 id="costs">Cost and checks</h2>{_costs(data)}{_certificate(data)}</main>'
+
+
+def _costs(data: xr.Dataset) -> str:
+    if "nettrace_seconds" not in data:
+        return '<p class="about">The trace does not say what measuring cost.</p>'
+    seconds = float(np.nansum(data["nettrace_seconds"].values))
+    text = f"Measuring took {seconds:.3g} s in all"
+    if "wall_time" in data.coords and "run" not in data.dims:
+        wall = data["wall_time"].values
+        wall = wall[np.isfinite(wall)]
+        if len(wall) > 1 and wall[-1] > wall[0]:
+            whole = float(wall[-1] - wall[0])
+            text += f", of {whole:.3g} s from the first record to the last"
+    return f'<p class="about">{escape(text)}.</p>'
+
+
+def _certificate(data: xr.Dataset) -> str:
+    spot = data.get("nettrace_spot_check")
+    text = "" if spot is None else spot.attrs.get("certificate", "")
+    if not text:
+        return ""
+    try:
+        known = Certificate.from_json(str(text))
+    except (ValueError, TypeError, KeyError):  # of another version
+        return ""
+    routes = ", ".join(f"{100 * share:.3g} % {route}" for route, share in known.by_route().items())
+    line = (
+        f"Derivatives by parameter, as shares of the kernel's trace: {routes}. Largest difference "
+        f"from plain autograd in a few entries: {known.error:.1e}."
+    )
+    table = (
+        f"<details><summary>certificate</summary><pre>{escape(known.table(100))}</pre></details>"
+    )
+    return f'<p class="about">{escape(line)}</p>{table}'
+
+
+def _finals(data: xr.Dataset) -> str:
+    """The last value of each number."""
+    several = "run" in data.dims
+    runs = [str(run) for run in data["run"].values] if several else [""]
+    columns = runs if len(runs) <= _COLUMNS else [f"median of {len(runs)} runs", "10 to 90 %"]
+    head = "".join(f'<th class="number">{escape(c or "last value")}</th>' for c in columns)
+    rows = []
+    for name, variable in data.data_vars.items():
+        text = str(name)
+        if set(variable.dims) - {"run", "step"} or text.removesuffix(ERROR) in set(data) - {text}:
+            continue
+        values = variable.values if several else variable.values[None]
+        errors = (
+            data[text + ERROR].values if text + ERROR in data else np.full(values.shape, np.nan)
+        )
+        errors = errors if several else np.atleast_2d(errors)
+        last = [_last(row, error) for row, error in zip(values, errors, strict=True)]
+        if len(runs) <= _COLUMNS:
+            cells = [_cell(*one) for one in last]
+        else:
+            known = np.array([value for value, _ in last if np.isfinite(value)])
+            low, middle, high = np.quantile(known, (0.1, 0.5, 0.9)) if len(known) else (np.nan,) * 3
+            cells = [_cell(middle, np.nan), f"{low:.4g} to {high:.4g}" if len(known) else "missing"]
+        units = str(variable.attrs.get("units", ""))
+        convention = _short(variable.attrs.get("convention", ""), 160)
+        rows.append(
+            f"<tr><th>{escape(str(variable.attrs.get('name', name)))}</th>"
+            + "".join(
+                f'<td class="number{" missing" if cell == "missing" else ""}">{escape(cell)}</td>'
+                for cell in cells
+            )
+            + f'<td class="wide">{escape(units)}</td>'
+            f'<td class="text wide">{escape(convention)}</td></tr>'
+        )
+    if not rows:
+        return '<p class="about">No quantity is a number.</p>'
+    return (
+        f'<div class="scrolls finals"><table><tr><th>quantity</th>{head}<th class="wide">units</th>'
+        f'<th class="wide">convention</th></tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _last(values: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
+    known = np.flatnonzero(np.isfinite(values))
+    if not len(known):
+        return np.nan, np.nan
+    return float(np.real(values[known[-1]])), float(errors[known[-1]])
+
+
+def _cell(value: float, error: float) -> str:
+    if not np.isfinite(value):
+        return "missing"
+    return f"{value:.5g}" + (f" ± {float(f'{error:.2g}'):g}" if np.isfinite(error) else "")
+
+
+def _of_run(data: xr.Dataset, run: str) -> dict[str, Any]:
+    """What the provenance says of one of several runs."""
+    found = {}
+    for key, value in data.attrs.items():
+        by_run = _parsed(value)
+        is_own = isinstance(by_run, dict) and run in by_run
+        found[str(key)] = by_run[run] if is_own else value
+    return found
+
+
+def _known(about: Mapping[str, Any], key: str) -> Any:
+    return dict(_leaves(about)).get(key)
+
+
+def _leaves(about: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a provenance says, with what is within a configuration or its hyperparameters."""
+    for key, value in about.items():
+        inner = _parsed(value)
+        if isinstance(inner, dict):
+            yield from _leaves(inner)
+        else:
+            yield key, inner
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _title(data: xr.Dataset) -> str:
+    if "run" in data.dims:
+        return f"{data.sizes['run']} runs: " + ", ".join(map(str, data["run"].values[:4]))
+    return "/".join(Path(str(data.attrs.get("folder", "trace"))).parts[-2:])
+
+
+def _group(one: Mapping[str, Any]) -> str:
+    name = str(one["name"]).partition("/")[0].partition(" against")[0]
+    return f"{name}, run by run" if one["run"] else name
+
+
+def _place(one: Mapping[str, Any]) -> tuple[bool, int, str, str]:
+    """What is looked at first: numbers of all runs before what is of one."""
+    name, is_of_one = str(one["name"]), bool(one["run"])
+    group = name.partition("/")[0].partition(" ")[0]
+    place = _ORDER.index(group) if group in _ORDER else len(_ORDER) // 2
+    return is_of_one, place, group, name if is_of_one else ""
+
+
+def _anchor(text: str) -> str:
+    return text if text in ("costs", "values") else "group-" + text
+
+
+def _convention(data: xr.Dataset, name: str) -> str:
+    for variable in data.data_vars.values():
+        if variable.attrs.get("name") == name:
+            source = variable.attrs.get("source", "")
+            return str(variable.attrs.get("convention", "")) + (f" [{source}]" if source else "")
+    return ""
+
+
+def _short(value: Any, most: int = 700) -> str:
+    text = str(value)
+    return text if len(text) <= most else text[: most - 4] + " ..."
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _plain(value: Any) -> Any:
+    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else list(value)
