@@ -189,21 +189,22 @@ def _several(
         say_absent(figure, why)
         return
     steps = Steps.of(data["step"].values[kept])
-    if groups is None and len(runs) > _FEW:
+    having = [(n, run) for n, run in enumerate(runs) if np.isfinite(values[n]).any()]
+    if groups is None and len(having) > _FEW:
         groups = dict.fromkeys(runs, "")
     members: dict[str, list[int]] = {}
-    for number, run in enumerate(runs):
+    for number, run in having:
         group = run if groups is None else groups.get(run, run)
         members.setdefault(escape(group), []).append(number)
     for number, (name, rows) in enumerate(members.items()):
         found = values[np.array(rows)][:, kept]
-        if len(rows) < 3:
-            for row in found:
-                there = np.isfinite(row)
-                own = Steps(steps.steps[there], steps.logarithmic)
-                curve(figure, own, row[there], name, number)
-            continue
         there = np.isfinite(found).sum(0) * 2 >= len(rows)
+        if len(rows) < 3 or not there.any():  # or runs that were measured at other steps each
+            for place, row in zip(rows, found, strict=True):
+                its = np.isfinite(row)
+                own = Steps(steps.steps[its], steps.logarithmic)
+                curve(figure, own, row[its], name or escape(runs[place]), number)
+            continue
         own = Steps(steps.steps[there], steps.logarithmic)
         low, median, high = _quantiles(found[:, there], (0.1, 0.5, 0.9))
         colour = COLOURS[number % len(COLOURS)]

@@ -126,6 +126,20 @@ def test_runs_have_medians_and_quantiles_over_groups():
     assert set(scatters(figure(data, "ntk/trace"))) == {"median", "10 to 90 % of 8 runs"}
 
 
+def test_runs_without_a_quantity_do_not_count():
+    value = np.full((8, 12), np.nan)
+    value[3] = np.arange(12.0)
+    data = xr.Dataset(
+        {"a_b": (("run", "step"), value, {"name": "a/b"})},
+        {"run": [f"run{i}" for i in range(8)], "step": np.arange(12)},
+    )
+    (found,) = figure(data, "a/b").data
+    assert found.name == "run3"
+    apart = np.where(np.arange(12) % 8 == np.arange(8)[:, None], 1.0, np.nan)  # other steps each
+    found = figure(data.assign(a_b=(("run", "step"), apart, {"name": "a/b"})), "a/b").data
+    assert [one.name for one in found] == [f"run{i}" for i in range(8)]
+
+
 def test_a_spectrum_is_a_map_of_logarithms():
     value = np.exp(-np.arange(5.0) * 3)[None] * np.ones((12, 1))
     (found,) = figure(trace(ntk_spectrum=(("mode",), value, {})), "ntk/spectrum").data
