@@ -41,6 +41,8 @@ def conv_psg(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of per-sample gradients P_n of a convolution's filters, in one pass over `x`.
 
+    Kernels are compiled for groups of 16 channels and filters or more; for fewer, torch unfolds.
+
     Args:
         x: (N, C, H, W) images, in any memory format.
         gy: (N, O, H', W') the gradient by what the convolution returns.

@@ -98,6 +98,11 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         schema = torch.library.infer_schema(function, mutates_args=())
         whole = f"nettrace::{name}"
         made = torch.library.custom_op(whole, called, mutates_args=(), schema=schema)
+
+        def derived(*_: Any) -> None:
+            raise RuntimeError(f"{whole} has no derivative: detach what it is given")
+
+        made.register_autograd(derived)
         update_wrapper(made, function)
         return made
 

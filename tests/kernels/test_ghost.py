@@ -161,3 +161,9 @@ def test_autocast_around_changes_nothing():
 def test_operations_tell_what_they_take():
     assert "inner products of samples' gradients" in ghost_gram.__doc__.lower()
     assert list(inspect.signature(ghost_gram).parameters) == ["a", "g", "b", "h", "precision"]
+
+
+def test_there_is_no_derivative():
+    a, g = drawn(2, 3, 4).requires_grad_(), drawn(2, 3, 5)
+    with pytest.raises(RuntimeError, match="ghost_sqnorm has no derivative: detach"):
+        ghost_sqnorm(a, g).sum().backward()
