@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import zip_longest
@@ -45,7 +46,7 @@ _said: set[str] = set()
 class Figures:
     """What loggers that show figures get beside numbers: at records 4, 8, 16, ... and at the end.
 
-    W&B gets Plotly figures then, under "figures/", and at the end a table of final values,
+    W&B (from 0.31 on) gets Plotly figures then, under "figures/", and at the end a table of final values,
     "nettrace/final_values". TensorBoard and MLflow get images of the same figures at the end, if
     Kaleido and Chromium are there to draw them. What is missing for that is said once, by the log
     "nettrace" at level INFO.
@@ -61,7 +62,7 @@ class Figures:
     """
 
     def __init__(self, loggers: Sequence[Any], prefix: str) -> None:
-        self._wandb = [one for one in loggers if _is(one, "WandbLogger")]
+        self._wandb = [one for one in loggers if _is(one, "WandbLogger") and _is_recent()]
         self._tensorboard = [one for one in loggers if _is(one, "TensorBoardLogger")]
         self._mlflow = [one for one in loggers if _is(one, "MLFlowLogger")]
         #: Whether any logger takes figures.
@@ -193,6 +194,18 @@ class Figures:
 def _is(logger: Any, name: str) -> bool:
     """Whether a logger is of a class by that name, in either of Lightning's namespaces."""
     return any(kind.__name__ == name for kind in type(logger).__mro__)
+
+
+def _is_recent() -> bool:
+    """Whether W&B takes figures and tables without asking its server: old versions wait for that.
+
+    0.18 does so offline too, for minutes. 0.31 was tried.
+    """
+    major, minor = (int(part) for part in version("wandb").split(".")[:2])
+    if (major, minor) >= (0, 31):
+        return True
+    _say_once("W&B gets no figures: pip install 'wandb>=0.31', as older ones wait for its server")
+    return False
 
 
 def _apart(record: Record) -> Iterator[Record]:

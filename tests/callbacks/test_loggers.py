@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,7 +135,8 @@ def test_wandb_draws_each_of_our_keys_over_our_step(run: Run) -> None:
     kernel = "gram spectrum spectrum_traced class_blocks residual_modes decay_rates".split()
     kernel += ["rotation_first", "rotation_previous"]
     beside = {name for name in media if "figures/" in name or "final_values" in name}
-    assert beside  # of which tests/dashboard/test_logged.py tells
+    # Of which tests/dashboard/test_logged.py tells; old versions of W&B would wait for its server.
+    assert bool(beside) == (tuple(map(int, version("wandb").split(".")[:2])) >= (0, 31))
     assert media - beside == {
         "probe/collective/magnitude_distribution_papyrus",
         *(f"ntk/{name}" for name in kernel),
