@@ -46,10 +46,10 @@ _said: set[str] = set()
 class Figures:
     """What loggers that show figures get beside numbers: at records 4, 8, 16, ... and at the end.
 
-    W&B (from 0.31 on) gets Plotly figures then, under "figures/", and at the end a table of final values,
-    "nettrace/final_values". TensorBoard and MLflow get images of the same figures at the end, if
-    Kaleido and Chromium are there to draw them. What is missing for that is said once, by the log
-    "nettrace" at level INFO.
+    W&B, from 0.31 on, gets Plotly figures then, under "figures/", and at the end a table of final
+    values, "nettrace/final_values". TensorBoard and MLflow get images of the same figures at the
+    end, if Kaleido and Chromium are there to draw them. What is missing for that is said once, by
+    the log "nettrace" at level INFO.
 
     Each time there are at most 12 figures, of arrays and of numbers against each other, those of
     different kinds first, with 200,000 numbers in all (about 2 MB), and none is begun after 5
