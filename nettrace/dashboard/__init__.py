@@ -3,8 +3,8 @@
 from typing import Any
 
 try:
-    from nettrace.dashboard.figures import figure, figures
     from nettrace.dashboard.relations import density_of_states
+    from nettrace.dashboard.views import figure, figures
 except ModuleNotFoundError as error:  # workspaces do without Plotly
     if (error.name or "").partition(".")[0] != "plotly":
         raise

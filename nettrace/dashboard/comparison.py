@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from nettrace.dashboard import maps
-from nettrace.dashboard.figures import figure, variable_of, view
 from nettrace.dashboard.style import COLOURS, DASHES, Theme, escape, is_logarithmic, label, new
+from nettrace.dashboard.views import figure, variable_of, view
 
 #: How arrays are seen that can be compared.
 COMPARED = ("spectrum", "layers", "eigenvalues", "curves", "matrix")

@@ -30,10 +30,10 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from nettrace.dashboard.comparison import COMPARED, compare
-from nettrace.dashboard.figures import AGAINST, figure, figures, variable_of, view
 from nettrace.dashboard.following import Following
 from nettrace.dashboard.style import STEPS, Theme
 from nettrace.dashboard.tables import table
+from nettrace.dashboard.views import AGAINST, figure, figures, variable_of, view
 
 HOST = "127.0.0.1"
 #: What a request may have, at most: characters, parameters, and characters in each of these.

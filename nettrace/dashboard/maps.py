@@ -14,14 +14,13 @@ from nettrace.dashboard.style import (
     Array,
     Steps,
     Theme,
-    absent,
     escape,
     is_logarithmic,
     label,
     mark_absent,
-    new,
     parts,
-    say_absent,
+    seen,
+    slider,
 )
 from nettrace.record import ERROR
 
@@ -35,7 +34,7 @@ _STOPS, _SIDE, _CURVES = 16, 128, 7
 
 def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """A spectrum along steps, by colour; by its logarithm where it is positive and wide."""
-    found = _seen(data, variable, theme)
+    found = seen(data, variable, theme)
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, gone, why = found
@@ -50,7 +49,7 @@ def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
 
 def layers(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """A number for each layer, or whatever has names, along steps, by colour."""
-    found = _seen(data, variable, theme)
+    found = seen(data, variable, theme)
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, gone, why = found
@@ -66,7 +65,7 @@ def layers(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
 
 def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """A matrix at up to 16 steps, with a slider; samples in the order of their classes."""
-    found = _seen(data, variable, theme)
+    found = seen(data, variable, theme)
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, _, _ = found
@@ -109,7 +108,9 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         )
     figure.update_layout(
         height=470,
-        sliders=[_slider([f"{at[stop]:,}" for stop in stops])] if len(stops) > 1 else [],
+        sliders=[slider("step ", [f"{at[stop]:,}" for stop in stops], len(stops) - 1)]
+        if len(stops) > 1
+        else [],
         xaxis={
             "type": "category",
             "constrain": "domain",
@@ -127,7 +128,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
 
 def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """A curve at some steps, coloured by the step."""
-    found = _seen(data, variable, theme)
+    found = seen(data, variable, theme)
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, _, _ = found
@@ -153,24 +154,6 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         type="log" if is_logarithmic(values) else None,
     )
     return figure
-
-
-_Seen = tuple[go.Figure, Steps, Array, Array, list[str]]
-
-
-def _seen(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure | _Seen:
-    """A new figure, with the steps at which there is something; or one that says there is not."""
-    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
-    values = data[variable].values
-    if np.iscomplexobj(values):
-        values = np.abs(values)
-    gone, why = absent(data, variable)
-    there = np.isfinite(values).reshape(len(values), -1).any(1)
-    if not there.any():
-        say_absent(figure, why)
-        return figure
-    kept = there | gone
-    return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
 
 
 def _add_map(
@@ -231,26 +214,6 @@ def _colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
 
 def _powers(*logs: float) -> list[str]:
     return [f"{10**log:.3g}" for log in logs]
-
-
-def _slider(names: list[str]) -> dict[str, object]:
-    """One that shows a trace at a time, the last at first."""
-    stops = [
-        {
-            "label": name,
-            "method": "restyle",
-            "args": [{"visible": [i == number for i in range(len(names))]}],
-        }
-        for number, name in enumerate(names)
-    ]
-    return {
-        "active": len(names) - 1,
-        "currentvalue": {"prefix": "step ", "font": {"size": 12, "color": "#808080"}},
-        "pad": {"t": 34, "b": 4},
-        "ticklen": 3,
-        "font": {"size": 1, "color": "rgba(0,0,0,0)"},
-        "steps": stops,
-    }
 
 
 def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:

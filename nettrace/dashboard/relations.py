@@ -15,6 +15,7 @@ from nettrace.dashboard.style import (
     label,
     new,
     say,
+    slider,
 )
 
 #: How many temperatures the slider of a density of states has.
@@ -147,30 +148,10 @@ def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
             marker={"color": COLOURS[1], "opacity": 0.55, "line": {"width": 0}},
             visible=number == shown,
         )
-    steps = [
-        {
-            "label": f"{temperature:.3g}",
-            "method": "restyle",
-            "args": [{"visible": [True, *(i == number for i in range(_TEMPERATURES))]}],
-        }
-        for number, temperature in enumerate(temperatures)
-    ]
     figure.update_layout(
         height=440,
         showlegend=True,
-        sliders=[
-            {
-                "active": shown,
-                "currentvalue": {
-                    "prefix": "temperature ",
-                    "font": {"size": 12, "color": "#808080"},
-                },
-                "pad": {"t": 34, "b": 4},
-                "ticklen": 3,
-                "font": {"size": 1, "color": "rgba(0,0,0,0)"},
-                "steps": steps,
-            }
-        ],
+        sliders=[slider("temperature ", [f"{t:.3g}" for t in temperatures], shown, always=1)],
         xaxis={"title": {"text": "energy"}},
         yaxis={"title": {"text": "entropy S(E) (nats)"}},
         yaxis2={

@@ -17,8 +17,8 @@ import plotly.offline
 import xarray as xr
 
 from nettrace.certificate import Certificate
-from nettrace.dashboard.figures import figure, figures
 from nettrace.dashboard.style import template
+from nettrace.dashboard.views import figure, figures
 from nettrace.record import ERROR
 
 #: Bytes of figures that a report takes, beside 5 MB for Plotly itself.

@@ -173,14 +173,7 @@ def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]
             x0=edges[first], x1=edges[last], fillcolor="#808080", opacity=0.22, line_width=0
         )
     text = f"grey: missing at {gone.sum():,} of {len(gone):,} steps. {why[0]}"
-    figure.add_annotation(
-        text=escape(textwrap.shorten(text, 76, placeholder=" ...")),
-        hovertext="<br>".join(escape(line) for line in textwrap.wrap("; ".join(why), 80)[:12]),
-        font={"size": 10},
-        showarrow=False,
-        **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
-        **{"xanchor": "left", "yanchor": "bottom"},
-    )
+    note(figure, text, "; ".join(why))
 
 
 def say_absent(figure: go.Figure, why: Sequence[str]) -> None:
@@ -220,3 +213,63 @@ def envelope(values: Array, most: int = MOST) -> tuple[Array, Array, Array]:
     least = np.minimum.reduceat(np.where(known, values, np.inf), edges)
     most_ = np.maximum.reduceat(np.where(known, values, -np.inf), edges)
     return np.where(counts, least, np.nan), mean, np.where(counts, most_, np.nan)
+
+
+def seen(
+    data: xr.Dataset, variable: str, theme: Theme
+) -> go.Figure | tuple[go.Figure, Steps, Array, Array, list[str]]:
+    """A new figure of an array at each step, or one that says that there is nothing to see.
+
+    Returns:
+        The figure, the steps that it has, values (S, ...) and where they are missing (S,) at these,
+        and why.
+    """
+    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
+    values = data[variable].values
+    values = np.abs(values) if np.iscomplexobj(values) else values
+    gone, why = absent(data, variable)
+    there = np.isfinite(values).reshape(len(values), -1).any(1)
+    if not there.any():
+        say_absent(figure, why)
+        return figure
+    kept = there | gone
+    return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
+
+
+def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
+    """Names the vertical axis, which is logarithmic if values are far apart."""
+    figure.update_yaxes(title={"text": label(data, variable)})
+    if is_logarithmic(values):
+        figure.update_yaxes(type="log", exponentformat="power")
+
+
+def slider(prefix: str, names: Sequence[str], active: int, always: int = 0) -> dict[str, object]:
+    """A slider that shows one trace at a time, after the first ones that are always shown."""
+    stops = [
+        {
+            "label": name,
+            "method": "restyle",
+            "args": [{"visible": [True] * always + [i == number for i in range(len(names))]}],
+        }
+        for number, name in enumerate(names)
+    ]
+    return {
+        "active": active,
+        "currentvalue": {"prefix": prefix, "font": {"size": 12, "color": "#808080"}},
+        "pad": {"t": 34, "b": 4},
+        "ticklen": 3,
+        "font": {"size": 1, "color": "rgba(0,0,0,0)"},
+        "steps": stops,
+    }
+
+
+def note(figure: go.Figure, text: str, hover: str = "") -> None:
+    """Writes a line at the bottom."""
+    figure.add_annotation(
+        text=escape(textwrap.shorten(text, 76, placeholder=" ...")),
+        hovertext="<br>".join(escape(line) for line in textwrap.wrap(hover, 80)[:12]) or None,
+        font={"size": 10},
+        showarrow=False,
+        **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
+        **{"xanchor": "left", "yanchor": "bottom"},
+    )

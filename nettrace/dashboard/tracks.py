@@ -17,11 +17,13 @@ from nettrace.dashboard.style import (
     absent,
     envelope,
     escape,
-    is_logarithmic,
     label,
     mark_absent,
     new,
+    note,
     say_absent,
+    scale,
+    seen,
 )
 from nettrace.record import ERROR
 
@@ -46,58 +48,44 @@ def track(
         _one(figure, data, variable, values)
     else:
         _several(figure, data, variable, values, groups)
-    figure.update_yaxes(title={"text": label(data, variable)})
-    if is_logarithmic(values):
-        figure.update_yaxes(type="log", exponentformat="power")
+    scale(figure, data, variable, values)
     return figure
 
 
 def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """Some eigenvalues along steps, and 2 / eta, above which gradient descent is unstable."""
-    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
-    values = data[variable].values
-    gone, why = absent(data, variable)
-    there = np.isfinite(values).any(1)
-    if not there.any():
-        say_absent(figure, why)
-        return figure
-    kept = there | gone
-    steps = Steps.of(data["step"].values[kept])
+    found = seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, gone, why = found
     for mode in range(min(values.shape[1], 10)):
-        curve(figure, steps, values[kept, mode], f"number {mode + 1}", mode)
+        curve(figure, steps, values[:, mode], f"number {mode + 1}", mode)
     edge = _edge(data, variable)
     if edge is not None:
-        curve(figure, steps, edge[kept], "2 / eta", None)
-    mark_absent(figure, steps, gone[kept], why)
+        at = np.isin(data["step"].values, steps.steps)
+        curve(figure, steps, edge[at], "2 / eta", None)
+    mark_absent(figure, steps, gone, why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": label(data, variable)})
-    if is_logarithmic(values):
-        figure.update_yaxes(type="log", exponentformat="power")
+    scale(figure, data, variable, values)
     return figure
 
 
 def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     """How many numbers lie along steps: their median, quartiles, and extremes."""
-    figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
-    values = data[variable].values
+    found = seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, gone, why = found
     values = values.reshape(len(values), -1)
-    gone, why = absent(data, variable)
     there = np.isfinite(values).any(1)
-    if not there.any():
-        say_absent(figure, why)
-        return figure
-    kept = there | gone
-    steps = Steps.of(data["step"].values[kept])
-    quantiles = np.full((5, kept.sum()), np.nan)
-    quantiles[:, there[kept]] = np.nanquantile(values[there], (0, 0.25, 0.5, 0.75, 1), axis=1)
+    quantiles = np.full((5, len(values)), np.nan)
+    quantiles[:, there] = np.nanquantile(values[there], (0, 0.25, 0.5, 0.75, 1), axis=1)
     band(figure, steps, quantiles[0], quantiles[4], COLOURS[0], 0.15, "least to largest")
     band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
     curve(figure, steps, quantiles[2], "median", 0)
-    mark_absent(figure, steps, gone[kept], why)
+    mark_absent(figure, steps, gone, why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
-    figure.update_yaxes(title={"text": label(data, variable)})
-    if is_logarithmic(quantiles):
-        figure.update_yaxes(type="log", exponentformat="power")
+    scale(figure, data, variable, quantiles)
     return figure
 
 
@@ -213,13 +201,7 @@ def _several(
         curve(figure, own, median, f"{of}median", number)
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
-        figure.add_annotation(
-            text=f"missing at some steps of {gone} of {len(runs)} runs",
-            font={"size": 10},
-            showarrow=False,
-            **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
-            **{"xanchor": "left", "yanchor": "bottom"},
-        )
+        note(figure, f"missing at some steps of {gone} of {len(runs)} runs")
     figure.update_layout(xaxis=steps.axis, showlegend=True)
 
 

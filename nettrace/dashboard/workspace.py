@@ -160,23 +160,16 @@ class _Names:
 
 
 def _plot(wr: Any, names: _Names, name: str, about: str, step: str) -> Any:
-    return wr.LinePlot(
-        title=name,
-        x=step,
-        y=names.numbers(name),
-        title_x="optimizer step",
-        title_y=textwrap.shorten(about, _WIDE, placeholder=" ..."),
-    )
+    return _drawn(wr, name, about, step, y=names.numbers(name))
 
 
 def _lines(wr: Any, names: _Names, name: str, about: str, step: str) -> Any:
-    return wr.LinePlot(
-        title=name,
-        x=step,
-        metric_regex=names.labels(name),
-        title_x="optimizer step",
-        title_y=textwrap.shorten(about, _WIDE, placeholder=" ..."),
-    )
+    return _drawn(wr, name, about, step, metric_regex=names.labels(name))
+
+
+def _drawn(wr: Any, name: str, about: str, step: str, **curves: Any) -> Any:
+    text = textwrap.shorten(about, _WIDE, placeholder=" ...")
+    return wr.LinePlot(title=name, x=step, title_x="optimizer step", title_y=text, **curves)
 
 
 def _rank(group: str) -> int:

@@ -20,9 +20,9 @@ pytest.importorskip("plotly", reason="the live page needs plotly")
 
 from nettrace.dashboard import live
 from nettrace.dashboard.comparison import compare
-from nettrace.dashboard.figures import figure, figures
 from nettrace.dashboard.following import Following
 from nettrace.dashboard.tables import table
+from nettrace.dashboard.views import figure, figures
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 SCRIPT = "=1+<script>alert(1)<%2Fscript>%{x}"
