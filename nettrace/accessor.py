@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from nettrace.summary import Quantity, summary
+from nettrace.summary import Quantity, said, summary
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -129,13 +129,6 @@ def _cells(one: Quantity) -> list[str]:
         sparkline(one.track),
         f"<span title='{escape(missing)}' style='opacity:.7'>{escape(short)}</span>",
     ]
-
-
-def said(value: complex) -> str:
-    """A number in a few digits."""
-    if value.imag:
-        return f"{value.real:.4g} {'+' if value.imag > 0 else '-'} {abs(value.imag):.4g}i"
-    return f"{value.real:.5g}"
 
 
 def sparkline(values: npt.NDArray[Any]) -> str:

@@ -22,10 +22,10 @@ class Quantity:
 
     Args:
         name: "group/quantity".
-        value: the last that is known, of several runs the median of theirs; None of an array, or
-            if there is none.
-        standard_error: of that value, if it is an estimate's; None of several runs.
-        step: at which it was recorded; of several runs, the last of all.
+        values: (R,) the last that is known of each of R runs, NaN where there is none; () of an
+            array at each step.
+        standard_errors: (R,) of these; NaN of what is no estimate.
+        step: at which the last was recorded, of several runs the last of all; None if none was.
         axes: of an array, its axes and their lengths, such as {"mode": 600}.
         units: if they are known.
         convention: what is summed or averaged over what.
@@ -34,14 +34,26 @@ class Quantity:
     """
 
     name: str
-    value: complex | None
-    standard_error: float | None
+    values: npt.NDArray[Any] = field(compare=False)
+    standard_errors: npt.NDArray[np.float64] = field(compare=False)
     step: int | None
     axes: Mapping[str, int]
     units: str
     convention: str
     missing: str
     track: npt.NDArray[Any] = field(compare=False)
+
+    @property
+    def value(self) -> complex | None:
+        """The last that is known, of several runs the median of theirs; None if there is none."""
+        known = self.values[~np.isnan(self.values)]
+        return complex(_median(known[:, None])[0]) if len(known) else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of that value, if it is an estimate of one run."""
+        one = float(self.standard_errors[0]) if len(self.standard_errors) == 1 else np.nan
+        return one if np.isfinite(one) else None
 
 
 def summary(data: xr.Dataset) -> list[Quantity]:
@@ -60,23 +72,25 @@ def _quantity(data: xr.Dataset, name: str) -> Quantity:
     attributes = variable.attrs
     axes = [dim for dim in variable.dims if dim not in ("run", "step")]
     several = "run" in variable.dims
-    value = error = step = None
-    track = np.empty(0)
+    values, errors, step, track = np.empty(0), np.empty(0), None, np.empty(0)
     if not axes and variable.dtype.kind in "biufc":
-        values = np.atleast_2d(variable.values)
-        track = _median(values)
-        last = [(np.flatnonzero(~np.isnan(row)), row) for row in values]
-        found = [(row[there[-1]], there[-1]) for there, row in last if len(there)]
-        if found:
-            value = complex(_median(np.array([[one] for one, _ in found]))[0])
-            place = max(place for _, place in found)
-            step = int(data["step"].values[place])
-            if name + ERROR in data and not several:
-                error = float(data[name + ERROR].values[place])
+        along = np.atleast_2d(variable.values)
+        track = _median(along)
+        known = ~np.isnan(along)
+        rows = np.arange(len(along))
+        there = known.any(1)
+        last = along.shape[1] - 1 - known[:, ::-1].argmax(1) if along.shape[1] else 0 * rows
+        values = np.full(len(rows), np.nan, np.result_type(along, float))
+        values[there] = along[rows[there], last[there]]
+        errors = np.full(len(rows), np.nan)
+        if name + ERROR in data:
+            errors[there] = np.atleast_2d(data[name + ERROR].values)[rows[there], last[there]]
+        if there.any():
+            step = int(data["step"].values[last[there].max()])
     return Quantity(
         str(attributes.get("name", name)),
-        value,
-        error if error is None or np.isfinite(error) else None,
+        values,
+        errors,
         step,
         {str(dim): variable.sizes[dim] for dim in axes},
         str(attributes.get("units", "")),
@@ -84,6 +98,13 @@ def _quantity(data: xr.Dataset, name: str) -> Quantity:
         _missing(str(attributes.get("missing", "{}")), several),
         track,
     )
+
+
+def said(value: complex) -> str:
+    """A number in a few digits."""
+    if value.imag:
+        return f"{value.real:.4g} {'+' if value.imag > 0 else '-'} {abs(value.imag):.4g}i"
+    return f"{value.real:.5g}"
 
 
 def _median(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -31,9 +31,10 @@ import xarray as xr
 
 from nettrace.dashboard.comparison import COMPARED, compare
 from nettrace.dashboard.following import Following
+from nettrace.dashboard.runs import differing, grouped
 from nettrace.dashboard.style import STEPS, Theme
 from nettrace.dashboard.tables import table
-from nettrace.dashboard.views import AGAINST, figure, figures, variable_of, view
+from nettrace.dashboard.views import AGAINST, by_layer, figure, figures, layers, variable_of, view
 
 HOST = "127.0.0.1"
 #: What a request may have, at most: characters, parameters, and characters in each of these.
@@ -52,7 +53,9 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-_FIGURE = {"name", "run", "of", "theme", "from", "to", "at", "rows"}
+_FIGURE = {"name", "run", "of", "group", "layer", "theme", "from", "to", "at", "rows"}
+#: Parameters that may be there several times.
+_SEVERAL = ("run", "layer", "at")
 Parameters = Mapping[str, Sequence[str]]
 
 
@@ -143,19 +146,21 @@ class LiveServer(ThreadingHTTPServer):
             )
         return {"runs": runs}
 
-    def named(self, asked: Parameters) -> list[dict[str, Any]]:
-        """The figures of some runs; of several, arrays are those of one of them."""
-        runs = asked.get("run", ())
-        together = self.following.data(runs)
+    def named(self, asked: Parameters) -> dict[str, Any]:
+        """The figures of some runs, and what there is to choose for them.
+
+        Of several runs, arrays are those of one of them.
+        """
+        together, alone = self.following.data(asked.get("run", ())), self._alone(asked)
         found = {name: _kind(together, name) for name in figures(together)}
         if "run" in together.dims:
-            alone = self._alone(asked)
             arrays = {name: _kind(alone, name) for name in figures(alone)}
             found |= {n: kind for n, kind in arrays.items() if kind not in ("track", "pair")}
-        return [
+        named = [
             {"name": name, "kind": kind, "compared": kind in COMPARED}
             for name, kind in sorted(found.items(), key=lambda one: (AGAINST in one[0], one[0]))
         ]
+        return {"figures": named, "groups": differing(together), "layers": layers(alone)}
 
     def drawn(self, asked: Parameters) -> go.Figure | str:
         """A figure, or why there is none."""
@@ -194,7 +199,12 @@ class LiveServer(ThreadingHTTPServer):
             data = data.sel(step=slice(first, last))
             if not data.sizes["step"]:
                 raise ValueError(f"nothing was recorded from step {first} to {last}")
-        return figure(data, name, theme=theme)
+        groups = None
+        if "run" in data.dims:
+            groups = grouped(data, asked["group"][0]) if asked.get("group") else None
+        elif AGAINST not in name:
+            data = by_layer(data, name, asked.get("layer", ()))
+        return figure(data, name, theme=theme, groups=groups)
 
     def _alone(self, asked: Parameters) -> xr.Dataset:
         """The run whose arrays are shown: that which is asked for, or the first."""
@@ -295,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"unknown parameters: {', '.join(sorted(unknown))[:80]!r}")
         if any(len(value) > _WIDE for values in asked.values() for value in values):
             raise RequestError(400, f"a parameter has at most {_WIDE:,} characters")
-        many = [name for name in asked if name not in ("run", "at") and len(asked[name]) > 1]
+        many = [name for name in asked if name not in _SEVERAL and len(asked[name]) > 1]
         if many or len(asked.get("at", ())) > 2:
             raise RequestError(400, "one figure at a time, of at most two steps")
         if asked.get("theme", ["light"])[0] not in get_args(Theme):
@@ -341,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
     def figures(self, asked: Parameters) -> None:
         """Which figures some runs have."""
         try:
-            self._send_json(asked, json.dumps({"figures": self.server.named(asked)}))
+            self._send_json(asked, json.dumps(self.server.named(asked)))
         except (KeyError, ValueError) as error:
             self._send_json(asked, json.dumps({"problem": str(error.args[0])}))
 

@@ -17,14 +17,16 @@ import plotly.offline
 import xarray as xr
 
 from nettrace.certificate import Certificate
+from nettrace.dashboard.runs import grouped, of_one, parsed
 from nettrace.dashboard.style import template
 from nettrace.dashboard.views import figure, figures
-from nettrace.record import ERROR
+from nettrace.summary import Quantity, said, summary
 
 #: Bytes of figures that a report takes, beside 5 MB for Plotly itself.
 LARGEST = 25_000_000
 #: Runs that have a column each in the table of final values; of more, quantiles are told.
 _COLUMNS = 4
+_MISSING = "missing"
 #: Groups of measures in the order in which they are looked at; others are in the middle.
 _ORDER = (
     *("loss", "ntk", "fisher", "hessian", "ggn", "gradients", "weights", "geometry", "focus"),
@@ -79,22 +81,6 @@ def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
     )
 
 
-def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
-    """By run, what its provenance, configuration or hyperparameters say of something.
-
-    Raises:
-        KeyError: if none of the runs knows it.
-    """
-    if "run" not in data.dims:
-        raise KeyError("one run alone cannot be grouped")
-    runs = [str(run) for run in data["run"].values]
-    found = {run: _known(_of_run(data, run), key) for run in runs}
-    if not any(value is not None for value in found.values()):
-        known = sorted({key for run in runs for key, _ in _leaves(_of_run(data, run))})
-        raise KeyError(f"no run says what its {key!r} is: they know {', '.join(known)}")
-    return {run: f"{key}={'unknown' if value is None else value}" for run, value in found.items()}
-
-
 def _made(data: xr.Dataset, groups: Mapping[str, str] | None) -> list[dict[str, Any]]:
     """All figures without their templates, or why there is none."""
     found: list[dict[str, Any]] = []
@@ -134,17 +120,6 @@ def _wanted(data: xr.Dataset) -> Iterator[tuple[str, str, xr.Dataset]]:
                 yield name, run, one
 
 
-def of_one(data: xr.Dataset, run: str) -> xr.Dataset:
-    """The data of one of several runs, as if it had been opened alone."""
-    one = data.sel(run=run, drop=True)
-    for variable in one.variables.values():
-        if "missing" in variable.attrs:
-            own = json.loads(variable.attrs["missing"]).get(run, {})
-            variable.attrs = {**variable.attrs, "missing": json.dumps(own)}
-    one.attrs = _of_run(data, run)
-    return one
-
-
 def _header(data: xr.Dataset, title: str) -> str:
     steps = data["step"].values
     runs = [str(run) for run in data["run"].values] if "run" in data.dims else []
@@ -160,7 +135,7 @@ def _header(data: xr.Dataset, title: str) -> str:
 
 def _provenance(data: xr.Dataset, runs: Sequence[str]) -> str:
     def told(value: Any) -> str:
-        by_run = _parsed(value)
+        by_run = parsed(value)
         if not isinstance(by_run, dict) or not runs or set(by_run) != set(runs):
             return _short(value)
         kinds = list(dict.fromkeys(str(one) for one in by_run.values()))
@@ -252,90 +227,58 @@ def _certificate(data: xr.Dataset) -> str:
 
 def _finals(data: xr.Dataset) -> str:
     """The last value of each number."""
-    several = "run" in data.dims
-    runs = [str(run) for run in data["run"].values] if several else [""]
-    columns = runs if len(runs) <= _COLUMNS else [f"median of {len(runs)} runs", "10 to 90 %"]
-    head = "".join(f'<th class="number">{escape(c or "last value")}</th>' for c in columns)
+    runs = [str(run) for run in data["run"].values] if "run" in data.dims else ["last value"]
+    few = len(runs) <= _COLUMNS
+    columns = runs if few else [f"median of {len(runs)} runs", "10 to 90 %"]
+    head = "".join(f'<th class="number">{escape(column)}</th>' for column in columns)
     rows = []
-    for name, variable in data.data_vars.items():
-        text = str(name)
-        if set(variable.dims) - {"run", "step"} or text.removesuffix(ERROR) in set(data) - {text}:
+    for one in summary(data):
+        if one.axes:
             continue
-        values = variable.values if several else variable.values[None]
-        errors = (
-            data[text + ERROR].values if text + ERROR in data else np.full(values.shape, np.nan)
-        )
-        errors = errors if several else np.atleast_2d(errors)
-        last = [_last(row, error) for row, error in zip(values, errors, strict=True)]
-        if len(runs) <= _COLUMNS:
-            cells = [_cell(*one) for one in last]
+        if few:
+            cells = [_cell(*both) for both in zip(one.values, one.standard_errors, strict=True)]
         else:
-            known = np.array([value for value, _ in last if np.isfinite(value)])
-            low, middle, high = np.quantile(known, (0.1, 0.5, 0.9)) if len(known) else (np.nan,) * 3
-            cells = [_cell(middle, np.nan), f"{low:.4g} to {high:.4g}" if len(known) else "missing"]
-        units = str(variable.attrs.get("units", ""))
-        convention = _short(variable.attrs.get("convention", ""), 160)
+            cells = _quantiles(one)
         rows.append(
-            f"<tr><th>{escape(str(variable.attrs.get('name', name)))}</th>"
+            f"<tr><th>{escape(one.name)}</th>"
             + "".join(
-                f'<td class="number{" missing" if cell == "missing" else ""}">{escape(cell)}</td>'
+                f'<td class="number{" missing" if cell == _MISSING else ""}">{escape(cell)}</td>'
                 for cell in cells
             )
-            + f'<td class="wide">{escape(units)}</td>'
-            f'<td class="text wide">{escape(convention)}</td></tr>'
+            + f'<td class="wide">{escape(one.units)}</td>'
+            f'<td class="number wide">{"" if one.step is None else f"{one.step:,}"}</td>'
+            f'<td class="text wide">{escape(_short(one.convention, 160))}'
+            + (
+                f'<div class="missing">missing at {escape(_short(one.missing, 160))}</div>'
+                if one.missing
+                else ""
+            )
+            + "</td></tr>"
         )
     if not rows:
         return '<p class="about">No quantity is a number.</p>'
     return (
         f'<div class="scrolls finals"><table><tr><th>quantity</th>{head}<th class="wide">units</th>'
-        f'<th class="wide">convention</th></tr>{"".join(rows)}</table></div>'
+        '<th class="number wide">at step</th><th class="wide">convention</th></tr>'
+        f"{''.join(rows)}</table></div>"
     )
 
 
-def _last(values: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
-    known = np.flatnonzero(np.isfinite(values))
-    if not len(known):
-        return np.nan, np.nan
-    return float(np.real(values[known[-1]])), float(errors[known[-1]])
+def _cell(value: complex, error: float) -> str:
+    if np.isnan(value):
+        return _MISSING
+    return said(value) + (f" ± {float(f'{error:.2g}'):g}" if np.isfinite(error) else "")
 
 
-def _cell(value: float, error: float) -> str:
-    if not np.isfinite(value):
-        return "missing"
-    return f"{value:.5g}" + (f" ± {float(f'{error:.2g}'):g}" if np.isfinite(error) else "")
-
-
-def _of_run(data: xr.Dataset, run: str) -> dict[str, Any]:
-    """What the provenance says of one of several runs."""
-    found = {}
-    for key, value in data.attrs.items():
-        by_run = _parsed(value)
-        is_own = isinstance(by_run, dict) and run in by_run
-        found[str(key)] = by_run[run] if is_own else value
-    return found
-
-
-def _known(about: Mapping[str, Any], key: str) -> Any:
-    return dict(_leaves(about)).get(key)
-
-
-def _leaves(about: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a provenance says, with what is within a configuration or its hyperparameters."""
-    for key, value in about.items():
-        inner = _parsed(value)
-        if isinstance(inner, dict):
-            yield from _leaves(inner)
-        else:
-            yield key, inner
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith("{"):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def _quantiles(one: Quantity) -> list[str]:
+    """The median of all runs, and between which quantiles most are."""
+    if one.value is None:
+        return [_MISSING, _MISSING]
+    known = one.values[np.isfinite(one.values)]
+    if np.iscomplexobj(known) or not len(known):
+        return [said(one.value), ""]
+    low, high = np.quantile(known, (0.1, 0.9))
+    return [said(one.value), f"{low:.4g} to {high:.4g}"]
 
 
 def _title(data: xr.Dataset) -> str:

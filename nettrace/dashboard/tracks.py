@@ -11,6 +11,7 @@ import xarray as xr
 from nettrace.dashboard.style import (
     COLOURS,
     DASHES,
+    MOST,
     Array,
     Steps,
     Theme,
@@ -64,6 +65,25 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     if edge is not None:
         at = np.isin(data["step"].values, steps.steps)
         curve(figure, steps, edge[at], "2 / eta", None)
+    mark_absent(figure, steps, gone, why)
+    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    scale(figure, data, variable, values)
+    return figure
+
+
+def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """A number for each layer, or whatever has names, along steps: a curve each."""
+    found = seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, gone, why = found
+    kept = np.isin(data["step"].values, steps.steps)
+    errors = data[variable + ERROR].values[kept] if variable + ERROR in data else None
+    for number, name in enumerate(data[data[variable].dims[1]].values):
+        if errors is not None and len(errors) <= MOST:
+            low, high = (values[:, number] + sign * errors[:, number] for sign in (-1, 1))
+            band(figure, steps, low, high, COLOURS[number % len(COLOURS)], 0.2)
+        curve(figure, steps, values[:, number], escape(name), number)
     mark_absent(figure, steps, gone, why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
     scale(figure, data, variable, values)

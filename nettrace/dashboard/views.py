@@ -6,7 +6,7 @@ A measure is seen as the axes of its values suggest, or as it says itself, by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import get_args
 
 import plotly.graph_objects as go
@@ -21,6 +21,7 @@ _DRAWN: dict[str, Callable[[xr.Dataset, str, Theme], go.Figure]] = {
     "track": tracks.track,
     "eigenvalues": tracks.eigenvalues,
     "distribution": tracks.distribution,
+    "lines": tracks.lines,
     "spectrum": maps.spectrum,
     "layers": maps.layers,
     "matrix": maps.matrix,
@@ -132,6 +133,31 @@ def view(data: xr.Dataset, variable: str) -> View:
     if len(axes) > 1:
         return "matrix"
     return "spectrum" if axes[0].endswith("mode") or axes[0] not in data.coords else "layers"
+
+
+def layers(data: xr.Dataset) -> list[str]:
+    """The names of all layers, or whatever else has names, that a trace of one run has maps of."""
+    axes = {
+        data[name].dims[1]: None for name in data.data_vars if view(data, str(name)) == "layers"
+    }
+    return list(dict.fromkeys(str(name) for axis in axes for name in data[axis].values))
+
+
+def by_layer(data: xr.Dataset, name: str, chosen: Collection[str]) -> xr.Dataset:
+    """The same with some layers of a quantity, of each of which `figure` draws a curve.
+
+    All are left where the quantity has none of these, or is not one of layers.
+    """
+    variable = variable_of(data, name)
+    if view(data, variable) != "layers":
+        return data
+    axis = data[variable].dims[1]
+    rows = [row for row, layer in enumerate(data[axis].values) if str(layer) in chosen]
+    if not rows:
+        return data
+    found = data.isel({axis: rows})
+    found[variable].attrs = {**found[variable].attrs, "view": "lines"}
+    return found
 
 
 def _is_seen(data: xr.Dataset, name: str) -> bool:

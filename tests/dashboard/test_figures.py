@@ -14,6 +14,7 @@ pytest.importorskip("plotly")
 
 from nettrace.dashboard import density_of_states, figure, figures
 from nettrace.dashboard.style import MOST, envelope
+from nettrace.dashboard.views import by_layer, layers
 
 
 def trace(steps=12, **arrays):
@@ -154,6 +155,25 @@ def test_a_value_by_layer_is_a_map_with_their_names():
     assert list(found.y) == ["in", "&lt;a&gt;", "out"]
     np.testing.assert_allclose(found.z, value.T)
     assert found.zmin == -found.zmax  # it has both signs
+
+
+def test_chosen_layers_have_a_curve_each():
+    value, error = np.arange(36.0).reshape(12, 3) + 1, np.full((12, 3), 0.5)
+    data = trace(
+        weights_norms=(("layer",), value, {}),
+        weights_norms_standard_error=(("layer",), error, {}),
+        weights_sum=((), value.sum(1), {}),
+    ).assign_coords(layer=["in", "<a>", "out"])
+    assert layers(data) == ["in", "<a>", "out"]
+    found = figure(by_layer(data, "weights/norms", ["out", "<a>", "other"]), "weights/norms")
+    curves = {name: one for name, one in scatters(found).items() if name}
+    assert list(curves) == ["&lt;a&gt;", "out"]
+    np.testing.assert_array_equal(curves["out"].y, value[:, 2])
+    band = next(one for one in found.data if one.fill)
+    assert set(np.abs(band.y[:12] - value[:, 1])) == {0.5}
+    assert data["weights_norms"].attrs.get("view") is None  # as it was
+    for name, chosen in (("weights/norms", ["other"]), ("weights/sum", ["out"])):
+        assert by_layer(data, name, chosen) is data
 
 
 def test_a_kernel_is_in_the_order_of_classes_with_a_slider():

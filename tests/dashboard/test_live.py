@@ -330,6 +330,43 @@ def test_several_runs_are_seen_together_and_arrays_of_one(serve, tmp_path):
     assert "no run 'seed-9'" in gone["problem"]
 
 
+def test_runs_are_grouped_and_layers_chosen(serve, tmp_path):
+    for seed in range(6):
+        writer = TraceWriter(
+            tmp_path / f"seed-{seed}",
+            configuration=json.dumps({"hyperparameters": {"<eta>": seed % 2}}),
+        )
+        for number in range(3):
+            value = np.asarray([seed, number, 2.0])
+            layer = {"layer": ["in", HOSTILE, "out"]}
+            writer.write(
+                [
+                    nt.Record("loss/mean", number, np.asarray(float(seed))),
+                    nt.Record("weights/norms", number, value, dims=("layer",), coordinates=layer),
+                ],
+                {},
+            )
+    ask = serve(tmp_path)
+    found = ask.json("/figures")
+    assert found["groups"] == ["<eta>"]
+    assert found["layers"] == ["in", HOSTILE, "out"]
+    names = [
+        t["name"] for t in ask.json("/figure", name="loss/mean", group="<eta>")["figure"]["data"]
+    ]
+    assert "&lt;eta&gt;=1, median" in names
+    assert (
+        "no run says what its 'depth' is"
+        in ask.json("/figure", name="loss/mean", group="depth")["problem"]
+    )
+    (whole,) = ask.json("/figure", name="weights/norms")["figure"]["data"]
+    assert whole["type"] == "heatmap"
+    two = ask.json("/figure", name="weights/norms", of="seed-4", layer=["out", HOSTILE])
+    assert [t["name"] for t in two["figure"]["data"]] == [
+        "&lt;img src=x onerror=alert(1)&gt;",
+        "out",
+    ]
+
+
 def test_runs_that_come_later_appear(serve, tmp_path):
     ask = serve(str(tmp_path / "*"), tmp_path / "later")
     (run,) = ask.json("/state")["runs"]

@@ -188,6 +188,40 @@ def test_runs_measures_slider_brush_and_export(chromium, tmp_path):
             assert got.value.suggested_filename == f"loss-mean.{kind.lower()}"
 
 
+def test_groups_and_layers(chromium, tmp_path):
+    layer = {"layer": ["first", "second"]}
+    for seed in range(6):
+        writer = TraceWriter(tmp_path / f"seed-{seed}", eta=0.1 * (1 + seed % 2))
+        for number in range(4):
+            norms = nt.Record(
+                "weights/norms", number, np.asarray([1.0, seed]), dims=("layer",), coordinates=layer
+            )
+            writer.write([nt.Record("loss/mean", number, np.asarray(1.0 + seed)), norms], {})
+    with opened(chromium, tmp_path) as page:
+        drawn(page, "loss/mean")
+        page.select_option("#group", "eta")
+        names = "its => document.querySelector(its).data.map(one => one.name)"
+        page.wait_for_function(
+            f"its => ({names})(its).includes('eta=0.2, median')", arg=plot("loss/mean")
+        )
+        assert "group=eta" in page.url
+        drawn(page, "weights/norms")
+        page.locator("#layers").get_by_label("second").check()
+        page.wait_for_function(
+            f"its => ({names})(its).join() === 'second'", arg=plot("weights/norms")
+        )
+        page.reload()
+        drawn(page, "weights/norms")
+        assert page.evaluate(names, plot("weights/norms")) == ["second"]
+        page.click("#layers-all")
+        page.wait_for_function(
+            f"its => ({names})(its).length === 1 && ({names})(its)[0] !== 'second'",
+            arg=plot("weights/norms"),
+        )
+        page.select_option("#group", "")
+        page.wait_for_function(f"its => ({names})(its).length === 6", arg=plot("loss/mean"))
+
+
 def test_comparing_marking_keys_and_the_address(chromium, tmp_path):
     make_run(tmp_path / "run")
     with opened(chromium, tmp_path / "run", fragment="#figure=ntk/gram&figure=loss/mean") as page:

@@ -101,6 +101,7 @@ def test_several_runs_have_the_median_of_their_last_values(tmp_path: Path) -> No
         for step in range(number + 1):
             writer.write([nt.Record("a/b", step, np.array(value * (step + 1)))], {})
     (one,) = summary(nt.open(str(tmp_path / "*")))
+    np.testing.assert_array_equal(one.values, [1.0, 4.0, 27.0])
     assert one.value == np.median([1.0, 4.0, 27.0])
     assert one.step == 2
     assert one.standard_error is None
@@ -116,7 +117,9 @@ def test_all_texts_are_escaped() -> None:
 
 def test_tables_are_bounded() -> None:
     many = [
-        Quantity(f"a/{n}", 1.0, 0.1, 5, {}, "", "x" * 9, "y" * 5000, np.linspace(0, 1, 100_000))
+        Quantity(
+            f"a/{n}", np.ones(1), np.ones(1), 5, {}, "", "x", "y" * 5000, np.linspace(0, 1, 100_000)
+        )
         for n in range(300)
     ]
     text = table(many)

@@ -15,7 +15,8 @@ from nettrace.store import TraceWriter
 
 pytest.importorskip("plotly")
 
-from nettrace.dashboard.report import grouped, report
+from nettrace.dashboard.report import report
+from nettrace.dashboard.runs import differing, grouped
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -107,6 +108,7 @@ def test_runs_are_compared_and_grouped(tmp_path):
         )
     data = nt.open(str(tmp_path / "run*"))
     assert grouped(data, "eta") == {f"run{i}": f"eta={i % 2}" for i in range(6)}
+    assert differing(data) == ["eta"]
     page = Page(report(data, group="eta"))
     (one,) = (one for one in page.figures if one["name"] == "ntk/trace")
     assert "eta=1, median" in [curve["name"] for curve in one["data"]]

@@ -9,9 +9,10 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 760px)");
 const coarse = matchMedia("(pointer: coarse)");
 
-const chosen = { runs: [], of: "", figures: null, from: null, to: null, pairs: {}, stages: [], theme: "" };
+const chosen = { runs: [], of: "", group: "", layers: [], figures: null, from: null, to: null, pairs: {}, stages: [], theme: "" };
 let server = { runs: [] };
 let known = []; // the figures that the chosen runs have
+let choices = { groups: [], layers: [] };
 let digests = { state: "", figures: "", asked: "" };
 const cards = new Map();
 let current = "";
@@ -27,6 +28,8 @@ function readAddress() {
   const said = new URLSearchParams(location.hash.slice(1));
   chosen.runs = said.getAll("run");
   chosen.of = said.get("of") || "";
+  chosen.group = said.get("group") || "";
+  chosen.layers = said.getAll("layer");
   chosen.figures = said.has("figure") || said.has("none") ? [...new Set(said.getAll("figure"))].slice(0, MOST) : null;
   chosen.from = whole(said.get("from") ?? "");
   chosen.to = whole(said.get("to") ?? "");
@@ -47,6 +50,8 @@ function writeAddress() {
   const said = new URLSearchParams();
   chosen.runs.forEach((run) => said.append("run", run));
   if (chosen.of) said.set("of", chosen.of);
+  if (chosen.group) said.set("group", chosen.group);
+  chosen.layers.forEach((name) => said.append("layer", name));
   if (chosen.figures) chosen.figures.forEach((name) => said.append("figure", name));
   if (chosen.figures && !chosen.figures.length) said.set("none", "");
   if (chosen.from !== null) said.set("from", chosen.from);
@@ -112,14 +117,18 @@ async function update() {
     const found = await ask("/figures", parameters);
     if (found && found.figures) {
       known = found.figures;
+      choices = { groups: found.groups, layers: found.layers };
       digests.figures = found.digest;
       showMeasures();
+      showChoices();
     } else if (found) {
       say(found.problem, true);
     }
   } else {
     known = [];
+    choices = { groups: [], layers: [] };
     showMeasures();
+    showChoices();
   }
   showCards();
 }
@@ -162,6 +171,29 @@ function showRuns() {
   $("of").replaceChildren(...there.map((run) => make("option", { value: run.label, textContent: run.label, selected: run.label === chosen.of })));
   $("of-label").hidden = there.length < 2;
   showStatus();
+}
+
+function showChoices() {
+  const { groups, layers } = choices;
+  const named = (value, textContent) => make("option", { value, textContent, selected: value === chosen.group });
+  $("group").replaceChildren(named("", "nothing"), ...groups.map((key) => named(key, key)));
+  $("group-label").hidden = !groups.length;
+  $("layers").replaceChildren(
+    ...layers.map((name) => {
+      const box = make("input", { type: "checkbox", checked: chosen.layers.includes(name) });
+      box.dataset.layer = name;
+      box.addEventListener("change", () => pickLayers(box.checked ? [...chosen.layers, name] : chosen.layers.filter((one) => one !== name)));
+      return make("label", {}, box, make("span", { textContent: name }));
+    }),
+  );
+  $("layers-section").hidden = !layers.length;
+}
+
+function pickLayers(names) {
+  chosen.layers = names.slice(0, 40);
+  writeAddress();
+  showChoices();
+  cards.forEach(refresh);
 }
 
 function pickRun(label, on) {
@@ -317,6 +349,9 @@ function address(card) {
   const said = asked();
   said.set("name", card.name);
   said.set("theme", theme());
+  const { kind } = known.find((one) => one.name === card.name) || {};
+  if (kind === "track" && choices.groups.includes(chosen.group)) said.set("group", chosen.group);
+  if (kind === "layers") chosen.layers.filter((name) => choices.layers.includes(name)).forEach((name) => said.append("layer", name));
   const pair = chosen.pairs[card.name];
   if (pair) {
     pair.forEach((step) => said.append("at", step));
@@ -543,6 +578,12 @@ $("of").addEventListener("change", () => {
   chosen.of = $("of").value;
   again();
 });
+$("group").addEventListener("change", () => {
+  chosen.group = $("group").value;
+  writeAddress();
+  cards.forEach(refresh);
+});
+$("layers-all").addEventListener("click", () => pickLayers([]));
 $("runs-all").addEventListener("click", () => {
   chosen.runs = [];
   again();
