@@ -112,8 +112,15 @@ def analyze(checkpoints, names=COMPARING, **options):
 # The same as live ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [build, smooth])
-@pytest.mark.parametrize("probe", [PROBE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize(
+    ("make", "probe"),
+    [
+        pytest.param(build, PROBE, id="build"),
+        pytest.param(smooth, SEVERAL, id="smooth, several"),
+        pytest.param(smooth, PROBE, id="smooth", marks=pytest.mark.slow),
+        pytest.param(build, SEVERAL, id="build, several", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::nettrace.MissingMeasureWarning")
 def test_what_is_found_is_what_a_tracer_found_while_training(tmp_path, make, probe):
     names = ALL if isinstance(probe, dict) else [n for n in ALL if "cross" not in n]

@@ -82,7 +82,8 @@ def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     for number, name in enumerate(data[data[variable].dims[1]].values):
         if errors is not None and len(errors) <= MOST:
             low, high = (values[:, number] + sign * errors[:, number] for sign in (-1, 1))
-            band(figure, steps, low, high, COLOURS[number % len(COLOURS)], 0.2)
+            colour = COLOURS[number % len(COLOURS)]
+            band(figure, steps, low, high, colour, 0.2, "standard error", of=escape(name))
         curve(figure, steps, values[:, number], escape(name), number)
     mark_absent(figure, steps, gone, why)
     figure.update_layout(xaxis=steps.axis, showlegend=True)
@@ -121,6 +122,7 @@ def curve(
         x=places,
         y=mean,
         name=name,
+        legendgroup=name,
         mode="lines+markers" if len(mean) <= _MARKED and number is not None else "lines",
         line={
             "color": COLOURS[one % len(COLOURS)],
@@ -141,8 +143,12 @@ def band(
     colour: str,
     opacity: float,
     name: str = "",
+    of: str = "",
 ) -> None:
-    """Adds a band from one curve to another, in parts where either is not known."""
+    """Adds a band from one curve to another, in parts where either is not known.
+
+    That of a curve is not in the legend, which hides both together.
+    """
     low, high = envelope(low)[0], envelope(high)[2]
     _, places, _ = envelope(steps.places.astype(float))
     known = np.isfinite(low) & np.isfinite(high)
@@ -159,8 +165,8 @@ def band(
             mode="lines",
             hoverinfo="skip",
             name=name,
-            legendgroup=name,
-            showlegend=bool(name) and number == 0,
+            legendgroup=of or name,
+            showlegend=not of and bool(name) and number == 0,
         )
 
 
@@ -216,9 +222,10 @@ def _several(
         own = Steps(steps.steps[there], steps.logarithmic)
         low, median, high = _quantiles(found[:, there], (0.1, 0.5, 0.9))
         colour = COLOURS[number % len(COLOURS)]
-        of = f"{name}, " if name else ""
-        band(figure, own, low, high, colour, 0.22, f"{of}10 to 90 % of {len(rows)} runs")
-        curve(figure, own, median, f"{of}median", number)
+        start = f"{name}: " if name else ""
+        called = f"{start}median and 10 to 90 % of {len(rows)} runs"
+        band(figure, own, low, high, colour, 0.22, f"{start}10 to 90 %", of=called)
+        curve(figure, own, median, called, number)
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         note(figure, f"missing at some steps of {gone} of {len(runs)} runs")

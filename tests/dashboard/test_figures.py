@@ -119,12 +119,17 @@ def test_runs_have_medians_and_quantiles_over_groups():
     )
     groups = {name: "eta=<1>" if i < 5 else "eta=2" for i, name in enumerate(names)}
     found = scatters(figure(data, "ntk/trace", groups=groups))
-    np.testing.assert_allclose(found["eta=&lt;1&gt;, median"].y, np.median(value[:5], axis=0))
-    band = found["eta=2, 10 to 90 % of 3 runs"].y
+    np.testing.assert_allclose(
+        found["eta=&lt;1&gt;: median and 10 to 90 % of 5 runs"].y, np.median(value[:5], axis=0)
+    )
+    band = found["eta=2: 10 to 90 %"].y
     np.testing.assert_allclose(band[:12], np.quantile(value[5:], 0.9, axis=0))
     few = scatters(figure(data.isel(run=slice(2)), "ntk/trace"))
     assert set(few) == {"run0", "run1"}
-    assert set(scatters(figure(data, "ntk/trace"))) == {"median", "10 to 90 % of 8 runs"}
+    assert set(scatters(figure(data, "ntk/trace"))) == {
+        "median and 10 to 90 % of 8 runs",
+        "10 to 90 %",
+    }
 
 
 def test_runs_without_a_quantity_do_not_count():
@@ -166,7 +171,7 @@ def test_chosen_layers_have_a_curve_each():
     ).assign_coords(layer=["in", "<a>", "out"])
     assert layers(data) == ["in", "<a>", "out"]
     found = figure(by_layer(data, "weights/norms", ["out", "<a>", "other"]), "weights/norms")
-    curves = {name: one for name, one in scatters(found).items() if name}
+    curves = {name: one for name, one in scatters(found).items() if not one.fill}
     assert list(curves) == ["&lt;a&gt;", "out"]
     np.testing.assert_array_equal(curves["out"].y, value[:, 2])
     band = next(one for one in found.data if one.fill)

@@ -1,9 +1,10 @@
-"""Compiles all kernels for all architectures, without a GPU: python compilation.py [NAME ...]
+"""Compiles kernels for architectures, without a GPU: python compilation.py [ARCHITECTURE ...]
 
-Each entry of the tables of configurations is compiled as it would be launched, and what came of it
-is read with the tools of Triton's own wheel: registers that spill, shared memory, instructions of
-tensor cores, loads of 16 bytes. Prints a line for each, and ends with 1 if one of them fails. In a
-process of its own: kernels that are interpreted cannot be compiled.
+For all of them if none is named. Each entry of the tables of configurations is compiled as it would
+be launched, and what came of it is read with the tools of Triton's own wheel: registers that spill,
+shared memory, instructions of tensor cores, loads of 16 bytes. Prints a line for each, and ends
+with 1 if one of them fails. In a process of its own: kernels that are interpreted cannot be
+compiled.
 """
 
 from __future__ import annotations
@@ -121,14 +122,13 @@ def told(variant: Variant, architecture: str) -> tuple[str, bool]:
     return f"{architecture:7} {variant.name:60} {wrong or 'fine'}", bool(wrong)
 
 
-def jobs(chosen: list[str]) -> Iterator[tuple[Variant, str]]:
-    """All kernels, or those whose names begin so, on all architectures."""
+def jobs(architectures: list[str]) -> Iterator[tuple[Variant, str]]:
+    """All kernels on some architectures, or on all."""
     from variants import every
 
-    for architecture in SHARED:
+    for architecture in architectures or SHARED:
         for variant in every(architecture):
-            if not chosen or variant.name.startswith(tuple(chosen)):
-                yield variant, architecture
+            yield variant, architecture
 
 
 if __name__ == "__main__":

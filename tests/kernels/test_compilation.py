@@ -22,8 +22,15 @@ def run(*command):
     )
 
 
-def test_all_configurations_compile():
-    done = run(str(HERE / "compilation.py"))
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "sm90",
+        *(pytest.param(a, marks=pytest.mark.slow) for a in ("sm80", "sm100", "sm120", "gfx942")),
+    ],
+)
+def test_all_configurations_compile(architecture):
+    done = run(str(HERE / "compilation.py"), architecture)
     failed = [line for line in done.stdout.splitlines() if not line.endswith("fine")]
     assert not failed
     assert done.returncode == 0, done.stderr[-3000:]

@@ -78,6 +78,7 @@ def test_loops_are_as_tensors(name, halves, where):
     assert slow.energies.equal(((outputs < 0) != (y < 0)).sum(1))
 
 
+@pytest.mark.slow
 def test_the_interpreted_loop_is_as_tensors():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "loops and interpreted"]
