@@ -7,7 +7,16 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from nettrace.dashboard import maps
-from nettrace.dashboard.style import COLOURS, DASHES, Theme, escape, is_logarithmic, label, new
+from nettrace.dashboard.style import (
+    COLOURS,
+    DASHES,
+    Theme,
+    escape,
+    is_logarithmic,
+    label,
+    new,
+    show_legend,
+)
 from nettrace.dashboard.views import figure, variable_of, view
 
 #: How arrays are seen that can be compared.
@@ -74,7 +83,7 @@ def _lines(
             line={"color": COLOURS[number], "dash": DASHES[number], "width": 2},
             hovertemplate="%{x}: %{y:.5g}<extra>step " + f"{step:,}</extra>",
         )
-    found.update_layout(showlegend=True)
+    show_legend(found)
     found.update_xaxes(title={"text": escape(dim.replace("_", " "))})
     found.update_yaxes(title={"text": label(data, variable)})
     if not named and len(values[0]) > 20:

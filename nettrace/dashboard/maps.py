@@ -20,6 +20,7 @@ from nettrace.dashboard.style import (
     mark_absent,
     parts,
     seen,
+    show_legend,
     slider,
 )
 from nettrace.record import ERROR
@@ -147,7 +148,7 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             line={"color": colour, "width": 2},
             error_y=None if errors is None else {"array": errors[row], "thickness": 1, "width": 0},
         )
-    figure.update_layout(showlegend=True)
+    show_legend(figure)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
         title={"text": label(data, variable)},

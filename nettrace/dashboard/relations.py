@@ -15,6 +15,7 @@ from nettrace.dashboard.style import (
     label,
     new,
     say,
+    show_legend,
     slider,
 )
 
@@ -63,7 +64,7 @@ def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
                 name=f"fitted, {said}",
                 line={"color": COLOURS[1], "dash": "dash"},
             )
-    figure.update_layout(showlegend=True)
+    show_legend(figure)
     figure.update_xaxes(type="log", title={"text": "flatness F"}, exponentformat="power")
     figure.update_yaxes(
         type="log", title={"text": "variance along the direction"}, exponentformat="power"
@@ -150,7 +151,6 @@ def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
         )
     figure.update_layout(
         height=440,
-        showlegend=True,
         sliders=[slider("temperature ", [f"{t:.3g}" for t in temperatures], shown, always=1)],
         xaxis={"title": {"text": "energy"}},
         yaxis={"title": {"text": "entropy S(E) (nats)"}},
@@ -159,6 +159,7 @@ def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
             "title": {"text": "share of networks"},
         },
     )
+    show_legend(figure)
     return figure
 
 

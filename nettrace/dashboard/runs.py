@@ -13,7 +13,7 @@ _OWN = {"created", "folder", "attempt"}
 
 
 def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
-    """By run, what its provenance, configuration or hyperparameters say of something.
+    """By run, what its provenance, configuration or hyperparameters say of something, in order.
 
     Raises:
         KeyError: if none of the runs knows it.
@@ -24,8 +24,10 @@ def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
     if not any(one.get(key) is not None for one in said.values()):
         known = sorted({key for one in said.values() for key in one})
         raise KeyError(f"no run says what its {key!r} is: they know {', '.join(known)}")
+    values = {run: one.get(key) for run, one in said.items()}
     return {
-        run: f"{key}={'unknown' if one.get(key) is None else one[key]}" for run, one in said.items()
+        run: f"{key}={'unknown' if value is None else value}"
+        for run, value in sorted(values.items(), key=lambda one: _rank(one[1]))
     }
 
 
@@ -47,6 +49,14 @@ def of_one(data: xr.Dataset, run: str) -> xr.Dataset:
             variable.attrs = {**variable.attrs, "missing": json.dumps(own)}
     one.attrs = _by_run(data)[run]
     return one
+
+
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """Numbers first, and in their order."""
+    try:
+        return False, float(value), ""
+    except (TypeError, ValueError):
+        return True, 0.0, str(value)
 
 
 def _by_run(data: xr.Dataset) -> dict[str, dict[str, Any]]:

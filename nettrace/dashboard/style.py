@@ -28,6 +28,9 @@ DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
 _WIDE = 100
 #: What axes of steps are called.
 STEPS = "optimizer step"
+#: The width of a narrow figure, and the height of a row of its legend, in pixels; and how many rows
+#: there is room for.
+_NARROW, _ROW, _ROWS = 330, 20, 10
 #: How many places along steps a curve or a map has, at most.
 MOST = 2000
 
@@ -71,7 +74,10 @@ def template(theme: Theme) -> go.layout.Template:
             "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 15}},
             "margin": {"l": 12, "r": 12, "t": 64, "b": 12},
             "hoverlabel": {"bgcolor": paper, "font": {"color": text}},
-            "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+            "legend": {
+                **{"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0},
+                "tracegroupgap": 0,
+            },
             "colorscale": {"sequential": SEQUENTIAL, "diverging": DIVERGING},
         }
     )
@@ -241,6 +247,23 @@ def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> 
     figure.update_yaxes(title={"text": label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
+
+
+def show_legend(figure: go.Figure) -> None:
+    """Shows which curve is which, with room for as many rows as that takes in a narrow figure."""
+    rows, taken = 1, 0.0
+    for one in figure.data:
+        if one.name and one.showlegend is not False:
+            width = 48 + 6.6 * len(html.unescape(one.name))
+            if taken and taken + width > _NARROW:
+                rows, taken = rows + 1, 0.0
+            taken += width
+    more = _ROW * (min(rows, _ROWS) - 1)
+    figure.update_layout(
+        showlegend=True,
+        height=figure.layout.height + more,
+        margin={"t": figure.layout.margin.t + more},
+    )
 
 
 def slider(prefix: str, names: Sequence[str], active: int, always: int = 0) -> dict[str, object]:

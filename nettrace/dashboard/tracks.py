@@ -25,6 +25,7 @@ from nettrace.dashboard.style import (
     say_absent,
     scale,
     seen,
+    show_legend,
 )
 from nettrace.record import ERROR
 
@@ -66,7 +67,8 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         at = np.isin(data["step"].values, steps.steps)
         curve(figure, steps, edge[at], "2 / eta", None)
     mark_absent(figure, steps, gone, why)
-    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_layout(xaxis=steps.axis)
+    show_legend(figure)
     scale(figure, data, variable, values)
     return figure
 
@@ -86,7 +88,8 @@ def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             band(figure, steps, low, high, colour, 0.2, "standard error", of=escape(name))
         curve(figure, steps, values[:, number], escape(name), number)
     mark_absent(figure, steps, gone, why)
-    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_layout(xaxis=steps.axis)
+    show_legend(figure)
     scale(figure, data, variable, values)
     return figure
 
@@ -105,7 +108,8 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone, why)
-    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_layout(xaxis=steps.axis)
+    show_legend(figure)
     scale(figure, data, variable, quantiles)
     return figure
 
@@ -206,11 +210,13 @@ def _several(
     having = [(n, run) for n, run in enumerate(runs) if np.isfinite(values[n]).any()]
     if groups is None and len(having) > _FEW:
         groups = dict.fromkeys(runs, "")
-    members: dict[str, list[int]] = {}
+    members: dict[str, list[int]] = {
+        escape(name): [] for name in dict.fromkeys((groups or {}).values())
+    }
     for number, run in having:
         group = run if groups is None else groups.get(run, run)
         members.setdefault(escape(group), []).append(number)
-    for number, (name, rows) in enumerate(members.items()):
+    for number, (name, rows) in enumerate((n, rows) for n, rows in members.items() if rows):
         found = values[np.array(rows)][:, kept]
         there = np.isfinite(found).sum(0) * 2 >= len(rows)
         if len(rows) < 3 or not there.any():  # or runs that were measured at other steps each
@@ -223,13 +229,14 @@ def _several(
         low, median, high = _quantiles(found[:, there], (0.1, 0.5, 0.9))
         colour = COLOURS[number % len(COLOURS)]
         start = f"{name}: " if name else ""
-        called = f"{start}median and 10 to 90 % of {len(rows)} runs"
+        called = f"{start}median, 10 to 90 % of {len(rows)} runs"
         band(figure, own, low, high, colour, 0.22, f"{start}10 to 90 %", of=called)
         curve(figure, own, median, called, number)
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         note(figure, f"missing at some steps of {gone} of {len(runs)} runs")
-    figure.update_layout(xaxis=steps.axis, showlegend=True)
+    figure.update_layout(xaxis=steps.axis)
+    show_legend(figure)
 
 
 def _quantiles(values: Array, at: Sequence[float]) -> Array:

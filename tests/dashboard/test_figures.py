@@ -120,14 +120,14 @@ def test_runs_have_medians_and_quantiles_over_groups():
     groups = {name: "eta=<1>" if i < 5 else "eta=2" for i, name in enumerate(names)}
     found = scatters(figure(data, "ntk/trace", groups=groups))
     np.testing.assert_allclose(
-        found["eta=&lt;1&gt;: median and 10 to 90 % of 5 runs"].y, np.median(value[:5], axis=0)
+        found["eta=&lt;1&gt;: median, 10 to 90 % of 5 runs"].y, np.median(value[:5], axis=0)
     )
     band = found["eta=2: 10 to 90 %"].y
     np.testing.assert_allclose(band[:12], np.quantile(value[5:], 0.9, axis=0))
     few = scatters(figure(data.isel(run=slice(2)), "ntk/trace"))
     assert set(few) == {"run0", "run1"}
     assert set(scatters(figure(data, "ntk/trace"))) == {
-        "median and 10 to 90 % of 8 runs",
+        "median, 10 to 90 % of 8 runs",
         "10 to 90 %",
     }
 
@@ -321,3 +321,17 @@ def test_colours_are_seen_on_their_background(theme):
     for colour in (*COLOURS, layout.font.color):
         one, other = sorted([luminance(colour), luminance(layout.paper_bgcolor)])
         assert (other + 0.05) / (one + 0.05) > 3
+
+
+def test_legends_have_room_for_their_rows():
+    value = np.ones((12, 3))
+    few, many = (
+        figure(trace(ntk_spectrum=(("leading_mode",), value[:, :count], {})), "ntk/spectrum")
+        for count in (1, 3)
+    )
+    long = trace(weights_norms=(("layer",), value, {"view": "lines"})).assign_coords(
+        layer=[name * 30 for name in "abc"]
+    )
+    rows = figure(long, "weights/norms")
+    assert few.layout.height == many.layout.height == rows.layout.height - 2 * 20
+    assert rows.layout.margin.t == many.layout.margin.t + 2 * 20

@@ -353,7 +353,7 @@ def test_runs_are_grouped_and_layers_chosen(serve, tmp_path):
     names = [
         t["name"] for t in ask.json("/figure", name="loss/mean", group="<eta>")["figure"]["data"]
     ]
-    assert "&lt;eta&gt;=1: median and 10 to 90 % of 3 runs" in names
+    assert "&lt;eta&gt;=1: median, 10 to 90 % of 3 runs" in names
     assert (
         "no run says what its 'depth' is"
         in ask.json("/figure", name="loss/mean", group="depth")["problem"]

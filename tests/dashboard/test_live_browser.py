@@ -202,7 +202,7 @@ def test_groups_and_layers(chromium, tmp_path):
         page.select_option("#group", "eta")
         names = "its => document.querySelector(its).data.map(one => one.name)"
         page.wait_for_function(
-            f"its => ({names})(its).includes('eta=0.2: median and 10 to 90 % of 3 runs')",
+            f"its => ({names})(its).includes('eta=0.2: median, 10 to 90 % of 3 runs')",
             arg=plot("loss/mean"),
         )
         assert "group=eta" in page.url

@@ -111,7 +111,7 @@ def test_runs_are_compared_and_grouped(tmp_path):
     assert differing(data) == ["eta"]
     page = Page(report(data, group="eta"))
     (one,) = (one for one in page.figures if one["name"] == "ntk/trace")
-    assert "eta=1: median and 10 to 90 % of 3 runs" in [curve["name"] for curve in one["data"]]
+    assert "eta=1: median, 10 to 90 % of 3 runs" in [curve["name"] for curve in one["data"]]
     assert sum(one["name"] == "ntk/spectrum" for one in page.figures) == 4  # of the first runs
     assert "4.5 to 8.5" in page.texts
     with pytest.raises(KeyError, match="no run says what its 'depth' is"):

@@ -156,7 +156,7 @@ function showStatus() {
 
 function showRuns() {
   $("runs").replaceChildren(
-    ...server.runs.map((run) => {
+    ...[...server.runs].sort((a, b) => a.label.localeCompare(b.label, "en", { numeric: true })).map((run) => {
       const box = make("input", { type: "checkbox", checked: isChosen(run), disabled: !run.readable });
       box.addEventListener("change", () => pickRun(run.label, box.checked));
       const row = make("li", { title: run.folder }, make("label", {}, box, make("span", { textContent: run.label })));

@@ -14,8 +14,10 @@ function draw(place) {
   });
   const narrow = place.clientWidth < 400;
   // What the second line of titles says is below the figure, in full.
+  const told = layout.title.subtitle?.text;
+  const above = layout.margin.t - (told ? 15 * told.split("<br>").length : 0);
   layout.title = Object.assign({}, layout.title, { subtitle: { text: "" } });
-  layout.margin = { l: narrow ? 4 : 12, r: narrow ? 4 : 12, b: 12, t: layout.showlegend ? 66 : 42 };
+  layout.margin = { l: narrow ? 4 : 12, r: narrow ? 4 : 12, b: 12, t: above - (layout.showlegend ? 0 : 16) };
   drawn.add(place);
   return Plotly.react(place, figure.data, layout, {
     responsive: true,
