@@ -41,6 +41,8 @@ HOST = "127.0.0.1"
 _LONG, _MANY, _WIDE = 16_384, 256, 1000
 #: How many figures are kept, and how many connections served at a time.
 _KEPT, _CONNECTIONS = 64, 64
+#: How long a page that is opened is given for its first figure, in seconds.
+_FIRST = 2.0
 #: Names of this machine. The port may be another, as through a tunnel.
 _NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _HEADERS = {
@@ -88,6 +90,8 @@ class LiveServer(ThreadingHTTPServer):
         self._figures: OrderedDict[tuple[Any, ...], go.Figure | str] = OrderedDict()
         super().__init__((HOST, port), _Handler)
         self._prepared = threading.Event()
+        #: Until when no more is read, so that a page that was opened has its first figure soon.
+        self.awaited_until = 0.0
         # What is read quickly is there when the browser is, and the rest soon.
         self.following.look()
         threading.Thread(target=self._prepare, daemon=True).start()
@@ -217,7 +221,8 @@ class LiveServer(ThreadingHTTPServer):
             _plotly()
             while self.following.is_reading:
                 time.sleep(0.05)  # lets requests have their turn
-                self.following.look()
+                if time.monotonic() > self.awaited_until:
+                    self.following.look()
         finally:
             self._prepared.set()
 
@@ -324,6 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def page(self, asked: Parameters) -> None:
         """The page; the token becomes a cookie."""
+        self.server.awaited_until = time.monotonic() + _FIRST
         text = _asset("live.html").replace(b"PLOTLY_VERSION", plotly.__version__.encode())
         cookie = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
         self._send(200, text, "text/html; charset=utf-8", {"Set-Cookie": cookie})
@@ -358,6 +364,7 @@ class _Handler(BaseHTTPRequestHandler):
     def figure(self, asked: Parameters) -> None:
         """One figure."""
         found = self._drawn(asked)
+        self.server.awaited_until = 0.0
         if isinstance(found, str):
             self._send_json(asked, json.dumps({"problem": found}))
             return
