@@ -150,6 +150,8 @@ class Following:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
+                if folder.suffix in (".nc", ".zarr") and folder.exists():
+                    return None, "it was exported, and stays as it is: nettrace report draws it"
                 if not folder.is_dir():
                     return None, "there is no such folder yet"
                 if not part_files(folder):

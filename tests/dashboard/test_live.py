@@ -383,6 +383,15 @@ def test_runs_that_come_later_appear(serve, tmp_path):
     assert list(runs.values()) == [True, False]
 
 
+@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+def test_exported_traces_are_for_reports(serve, tmp_path, suffix):
+    pytest.importorskip("h5py" if suffix == ".nc" else "zarr")
+    make_run(tmp_path / "run").close()
+    nt.export(tmp_path / "run", tmp_path / f"run{suffix}")
+    (run,) = serve(tmp_path / f"run{suffix}").json("/state")["runs"]
+    assert "nettrace report draws it" in run["problem"]
+
+
 def spoiled(folder, how):
     writer = make_run(folder)
     (path,) = folder.glob("part-*")
