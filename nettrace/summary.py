@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,11 +101,20 @@ def _quantity(data: xr.Dataset, name: str) -> Quantity:
     )
 
 
-def said(value: complex) -> str:
-    """A number in a few digits."""
+def said(value: complex, error: float = np.nan) -> str:
+    """A number in a few digits; of one with an error, those that this leaves."""
     if value.imag:
-        return f"{value.real:.4g} {'+' if value.imag > 0 else '-'} {abs(value.imag):.4g}i"
-    return f"{value.real:.5g}"
+        text = f"{value.real:.4g} {'+' if value.imag > 0 else '-'} {abs(value.imag):.4g}i"
+        return text + (f" ± {error:.2g}" if np.isfinite(error) else "")
+    if not (np.isfinite(error) and error > 0 and np.isfinite(value.real)):
+        return f"{value.real:.5g}" + (" ± 0" if error == 0 else "")
+    largest, digit = (math.floor(math.log10(size)) for size in (max(abs(value), error), error))
+    scale = 0 if -4 <= largest < 6 else largest
+    decimals = max(0, scale + 1 - digit)
+    if decimals > 9:  # as good as exact
+        return f"{value.real:.10g} ± {error:.2g}"
+    both = [f"{one / 10.0**scale:.{decimals}f}" for one in (value.real, error)]
+    return " ± ".join(both) if not scale else f"({' ± '.join(both)})e{scale:+03d}"
 
 
 def _median(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

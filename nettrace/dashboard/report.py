@@ -267,7 +267,7 @@ def _finals(data: xr.Dataset) -> str:
 def _cell(value: complex, error: float) -> str:
     if np.isnan(value):
         return _MISSING
-    return said(value) + (f" ± {float(f'{error:.2g}'):g}" if np.isfinite(error) else "")
+    return said(value, error)
 
 
 def _quantiles(one: Quantity) -> list[str]:

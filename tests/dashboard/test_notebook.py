@@ -17,7 +17,7 @@ import xarray as xr
 import nettrace as nt
 from nettrace.accessor import sparkline, table
 from nettrace.store.kept import Kept
-from nettrace.summary import Quantity, summary
+from nettrace.summary import Quantity, said, summary
 
 PAYLOAD = "<script>alert('x')</script>\"'&"
 
@@ -176,3 +176,22 @@ for ask in (data.nt.figures, lambda: data.nt.plot("a/b")):
 import nettrace.dashboard.workspace
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (587812.3, 12034.0, "587812 ± 12034"),
+        (4.0, 0.25, "4.00 ± 0.25"),
+        (0.0123456, 0.00034, "0.01235 ± 0.00034"),
+        (-1.5e9, 2.5e7, "(-1.500 ± 0.025)e+09"),
+        (3e-7, 2e-5, "(0.0 ± 2.0)e-05"),
+        (0.0, 0.0, "0 ± 0"),
+        (1.0, 1e-16, "1 ± 1e-16"),
+        (1.23456789, np.nan, "1.2346"),
+        (np.inf, 1.0, "inf"),
+        (1 - 2j, 0.1, "1 - 2i ± 0.1"),
+    ],
+)
+def test_numbers_are_said_in_the_digits_that_their_errors_leave(value, error, text):
+    assert said(value, error) == text

@@ -74,7 +74,7 @@ def test_a_page_has_figures_values_and_nothing_from_elsewhere(tmp_path):
     assert not links
     assert all(a.get("href", "#").startswith("#") for tag, a in page.tags if tag == "a")
     assert "my run" in page.texts
-    assert "4 ± 0.25" in page.texts
+    assert "4.00 ± 0.25" in page.texts
     assert "seven" in page.texts
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "content" in a)
     assert "default-src 'none'" in policy
