@@ -26,7 +26,15 @@ Numbers: TypeAlias = Tensor | npt.NDArray[Any] | float
 
 #: How a measure can be seen along the steps: see `nettrace.dashboard`.
 View: TypeAlias = Literal[
-    "track", "eigenvalues", "distribution", "spectrum", "layers", "matrix", "curves"
+    "track",
+    "eigenvalues",
+    "distribution",
+    "spectrum",
+    "layers",
+    "matrix",
+    "curves",
+    "plane",
+    "density",
 ]
 
 
