@@ -105,7 +105,7 @@ def _of_function(function: str, one: xr.Dataset, taken: Collection[Any]) -> xr.D
     about = str(one.attrs.get("convention", ""))
     kept = one[[name for name in one.data_vars if _is_drawn(one, str(name))]].copy()
     kept = kept.drop_vars([name for name in _OF_STEP if name in kept.coords])
-    kept = kept.assign_coords(
+    kept = kept.assign_coords(step=steps).assign_coords(
         {
             dim: np.arange(size)
             for dim, size in kept.sizes.items()

@@ -34,6 +34,8 @@ LOGARITHMIC = "log10"
 _COLUMNS, _ROWS = 400, 300
 #: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
 _STOPS, _SIDE, _CURVES = 16, 128, 7
+#: How many errors a curve has, from where on it has not all of them.
+_BARS = 12
 
 
 def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
@@ -160,7 +162,7 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             mode="lines+markers" if _has_single(values[row]) else "lines",
             line={"color": colour, "width": 2},
             marker={"size": 4},
-            error_y=None if errors is None else {"array": errors[row], "thickness": 1, "width": 0},
+            error_y=None if errors is None else _bars(errors[row]),
         )
     figure.update_layout(showlegend=True)
     say_doubts(figure, steps.steps[chosen], said)
@@ -294,6 +296,13 @@ def axis_name(data: xr.Dataset, dim: object) -> str:
     """What an axis is called: as its labels say, or else by its dimension."""
     said = data[dim].attrs.get("name", dim) if dim in data.coords else dim
     return escape(str(said).removesuffix("_2").replace("_", " "))
+
+
+def _bars(errors: Array) -> dict[str, object]:
+    """Errors (K,) as bars; of many, some."""
+    some = np.arange(len(errors)) % max(1, len(errors) // _BARS) == 0
+    known = some & np.isfinite(errors)
+    return {"array": np.where(known, errors, 0.0), "thickness": 1, "width": 0}
 
 
 def _has_single(values: Array) -> bool:
