@@ -12,6 +12,7 @@ import xarray as xr
 from nettrace import store
 from nettrace.dashboard.landscapes import landscape_trace
 from nettrace.landscape.folder import open as open_results
+from nettrace.missing import told, warn_missing
 from nettrace.record import ERROR
 from nettrace.store.dataset import labels
 from nettrace.store.parts import part_files
@@ -104,7 +105,12 @@ def _read(folders: Sequence[Path]) -> xr.Dataset:
     """What is in some folders; functions of one name are told apart by their folders'."""
     found: dict[str, xr.Dataset] = {}
     for folder in dict.fromkeys(one.resolve() for one in folders):
-        for name, one in open_results(folder).items():
+        try:
+            results = open_results(folder)
+        except Exception as error:  # of another version, or of functions that changed
+            warn_missing(f"the results in {folder} are left out ({told(error)})")
+            continue
+        for name, one in results.items():
             own = f"{folder.name} {name}" if name in found else name
             while own in found:
                 own += "'"

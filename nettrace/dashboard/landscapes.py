@@ -115,10 +115,11 @@ def _of_function(function: str, one: xr.Dataset, taken: Collection[Any]) -> xr.D
     if "trajectory" in kept and kept["trajectory"].dims == ("step", "snapshot", "direction"):
         kept = kept.set_coords("trajectory")  # it is drawn upon planes
     seconds = of_step.get("seconds", np.full(len(steps), np.nan)).astype(float)
-    said = {"units": "s", "convention": "how long the probe took"}
-    kept["seconds"] = ("step", seconds, said)
     doubts = _doubts(of_step, steps)
     reasons = of_step.get("missing", np.full(len(steps), ""))
+    if np.isfinite(seconds).any() or not kept.data_vars:  # where nothing was found, this says why
+        said = {"units": "s", "convention": "how long the probe took"}
+        kept["seconds"] = ("step", seconds, said)
     for name, variable in kept.data_vars.items():
         text, values = str(name), variable.values
         there = np.isfinite(values).reshape(len(steps), -1).any(1)

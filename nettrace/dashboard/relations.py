@@ -138,11 +138,12 @@ def density(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     step = steps.steps[row]
     one = data.sel(step=step)
     axis = str(data[variable].dims[1])
-    places = one[axis.removesuffix("_index")].variable
+    own = axis.removesuffix("_index") if axis not in one.coords else axis
+    places = one[own if own in one.coords else axis]
     error = one[variable + ERROR].values if variable + ERROR in data else values[row] * np.nan
     result = xr.Dataset(
         {"entropy": (axis, values[row]), "entropy_standard_error": (axis, error)},
-        {axis: (axis, places.values, {"name": axis_name(data, axis.removesuffix("_index"))})},
+        {axis: (axis, places.values, {"name": axis_name(data, places.name)})},
     )
     said = doubts(data, variable)
     figure.update_layout(

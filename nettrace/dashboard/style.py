@@ -257,6 +257,7 @@ def seen(
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
     values = np.abs(values) if np.iscomplexobj(values) else values
+    values = np.where(np.isfinite(values), values, np.nan)  # no scale has room for infinite ones
     gone, why = absent(data, variable)
     there = np.isfinite(values).reshape(len(values), -1).any(1)
     if not there.any():

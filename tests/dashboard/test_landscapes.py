@@ -179,6 +179,19 @@ def test_a_plane_is_drawn_at_its_places_with_the_trajectory(data, found):
     assert sum(line.startswith(("0,", "4,", "9,")) for line in lines) >= 35
 
 
+def test_an_infinite_loss_leaves_a_gap():
+    loss = np.array([[[1.0, np.inf], [2.0, 3.0], [np.nan, 4.0]]])
+    places = {"step": [0], "x": [0.0, 1.0, 2.0], "y": [0.0, 1.0]}
+    one = xr.Dataset(
+        {"loss": (("step", "x", "y"), loss), "flat": (("step", "x", "y"), np.ones_like(loss))},
+        places,
+    )
+    contour = figure(landscape_trace({"f": one}), "landscape/f/loss").data[0]
+    np.testing.assert_array_equal(contour.z, [[1, 2, np.nan], [np.nan, 3, 4]])
+    assert (contour.zmin, contour.zmax) == (1, 4)
+    assert figure(landscape_trace({"f": one}), "landscape/f/flat").to_json()
+
+
 def test_an_entropy_is_a_density_with_temperatures(data, found):
     drawn = figure(data, "landscape/density/entropy")
     one = found["density"].isel(step=0)
