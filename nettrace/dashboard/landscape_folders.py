@@ -59,8 +59,6 @@ def opened(
     data = store.open(traces[0] if len(traces) == 1 else list(traces), of_traces or None)
     if names and not of_landscapes:
         return data, {}
-    if of_landscapes and not of_traces:
-        data = data.drop_vars(list(data.data_vars)).isel(step=slice(0))
     is_export = any(Path(path).suffix in (".nc", ".zarr") for path in traces)
     folders = {} if is_export else {run: _within(at) for run, at in _folders(data).items()}
     if alone and "run" in data.dims:
@@ -72,7 +70,12 @@ def opened(
     for several in alone.values():
         folders[""] = [*folders.get("", []), *several]
     found = {run: _read(several) for run, several in folders.items() if several}
-    return data, _only(found, of_landscapes)
+    found = _only(found, of_landscapes)
+    if of_landscapes and not of_traces:
+        if "run" not in data.dims:
+            return found[""].assign_attrs(data.attrs), {}
+        data = data.drop_vars(list(data.data_vars)).isel(step=slice(0))
+    return data, found
 
 
 def _alone(folder: Path) -> list[Path]:
@@ -128,13 +131,13 @@ def _only(by_run: Mapping[str, xr.Dataset], names: Sequence[str]) -> dict[str, x
         return dict(by_run)
     found = {}
     for run, data in by_run.items():
-        kept = [
+        others = [
             variable
             for variable, one in data.data_vars.items()
-            if any(f"{_base(one)}/".startswith(f"{name}/") for name in names)
+            if not any(f"{_base(one)}/".startswith(f"{name}/") for name in names)
         ]
-        if kept:
-            found[run] = data[kept].assign_attrs(data.attrs)
+        if len(others) < len(data.data_vars):
+            found[run] = data.drop_vars(others)
     if not found:
         known = sorted({_base(one) for data in by_run.values() for one in data.data_vars.values()})
         raise KeyError(

@@ -114,13 +114,10 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             + "<extra></extra>",
             meta=LOGARITHMIC if logarithmic else None,
         )
-    if said and len(stops) == 1:
-        at_step = f"{figure.layout.title.text}, step {step_name(at[0], said)}"
-        figure.update_layout(title={"text": at_step})
     figure.update_layout(
         height=470,
         sliders=[slider("step ", [step_name(at[stop], said) for stop in stops], len(stops) - 1)]
-        if len(stops) > 1
+        if len(stops) > 1 or said
         else [],
         xaxis={
             "type": "category",

@@ -69,12 +69,10 @@ def plane(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         visible.append(stop)
         visible += [stop] * _mark(figure, data, variable, step, (x, y), last)
     figure.update_layout(height=470, showlegend=False)
-    if len(stops) > 1:
+    if len(stops) > 1 or said:  # of one step, it says that it is doubtful
         figure.update_layout(sliders=[slider("step ", names, len(names) - 1)])
         for stop, one in zip(stops, figure.layout.sliders[0].steps, strict=True):
             one.args = ({"visible": [bool(of == stop) for of in visible]},)
-    elif said:
-        figure.update_layout(title={"text": f"{figure.layout.title.text}, step {names[0]}"})
     for number, update in ((1, figure.update_xaxes), (2, figure.update_yaxes)):
         dim = str(data[variable].dims[number]).removesuffix("_index")
         update(title={"text": axis_name(data, dim)}, showgrid=False, zeroline=False)

@@ -146,15 +146,12 @@ def density(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         {axis: (axis, places.values, {"name": axis_name(data, places.name)})},
     )
     said = doubts(data, variable)
-    figure.update_layout(
-        title={"text": f"{figure.layout.title.text}, step {step_name(step, said)}"}
-    )
-    _density(result, figure)
+    _density(result, figure, f", step {step_name(step, said)}")
     say_doubts(figure, np.array([step]), said)
     return figure
 
 
-def _density(found: xr.Dataset, figure: go.Figure) -> go.Figure:
+def _density(found: xr.Dataset, figure: go.Figure, at: str = "") -> go.Figure:
     (axis,) = found["entropy"].dims
     energy, entropy = found[axis].values.astype(float), found["entropy"].values
     there = np.isfinite(entropy)
@@ -167,7 +164,7 @@ def _density(found: xr.Dataset, figure: go.Figure) -> go.Figure:
         x=energy,
         y=entropy,
         mode="lines+markers" if len(energy) < 60 else "lines",
-        name="entropy S(E)",
+        name=f"entropy S(E){at}",
         line={"color": COLOURS[0]},
         error_y={"array": np.where(np.isfinite(error), error, 0), "thickness": 1, "width": 0},
     )

@@ -140,7 +140,8 @@ def label(data: xr.Dataset, variable: str) -> str:
     """The quantity's name and units, as Plotly takes text, which it reads as HTML."""
     attributes = data[variable].attrs
     units = attributes.get("units", "")
-    return escape(str(attributes.get("name", variable)) + (f" ({units})" if units else ""))
+    name = str(attributes.get("name", variable)).removeprefix("landscape/")  # long enough without
+    return escape(name + (f" ({units})" if units else ""))
 
 
 def short_label(data: xr.Dataset, variable: str) -> str:
@@ -203,7 +204,8 @@ def say_doubts(figure: go.Figure, steps: Array, doubtful: Mapping[int, str]) -> 
         first = next(iter(found.values()))
         text = f"doubtful at {len(found):,} of {len(steps):,} steps. {first}"
         why = "; ".join(f"{step:,}: {said}" for step, said in found.items())
-        note(figure, text, why, len(figure.layout.annotations))
+        short = textwrap.shorten(text, 56, placeholder=" ...")  # what a telephone has room for
+        note(figure, short, why, len(figure.layout.annotations))
 
 
 def say_absent(figure: go.Figure, why: Sequence[str]) -> None:

@@ -165,6 +165,7 @@ def mark_doubtful(
             mode="markers",
             marker={"symbol": "circle-open", "size": 11, "color": COLOURS[1], "line": {"width": 2}},
             hoverinfo="skip",
+            showlegend=False,
         )
         say_doubts(figure, steps.steps[np.isfinite(values)], doubtful)
 

@@ -104,7 +104,7 @@ def test_a_number_is_a_track_with_its_error(data, found):
     np.testing.assert_array_equal(curve.x, STEPS)
     np.testing.assert_array_equal(curve.y, values)
     np.testing.assert_allclose(band.y, [*(values + error), *(values - error)[::-1]])
-    assert drawn.layout.title.text == "landscape/barrier/barrier"
+    assert drawn.layout.title.text == "barrier/barrier"
     assert drawn.layout.yaxis.title.text == "barrier"
     assert drawn.layout.xaxis.title.text == "optimizer step"
     assert "w(t) = (1 - t) w0 + t w1" in data["landscape_barrier_barrier"].attrs["convention"]
@@ -199,7 +199,7 @@ def test_an_entropy_is_a_density_with_temperatures(data, found):
     np.testing.assert_array_equal(drawn.data[0].x, one["energy"].values[there])
     np.testing.assert_array_equal(drawn.data[0].y, one["entropy"].values[there])
     assert drawn.layout.sliders[0].currentvalue.prefix == "temperature "
-    assert "step 9" in drawn.layout.title.text
+    assert drawn.data[0].name == "entropy S(E), step 9"
     assert drawn.layout.xaxis.title.text == "energy"
     share = drawn.data[1 + drawn.layout.sliders[0].active]
     temperature = float(drawn.layout.sliders[0].steps[drawn.layout.sliders[0].active].label)
@@ -283,7 +283,8 @@ def test_what_was_not_finished_is_doubtful(stopped, said):
     drawn = figure(data, "landscape/mine/barrier")
     ring = next(trace for trace in drawn.data if trace.name == "doubtful")
     assert list(ring.x) == [5]
-    assert said in drawn.layout.annotations[0].text
+    assert "doubtful at 1 of 2 steps" in drawn.layout.annotations[0].text
+    assert said in drawn.layout.annotations[0].hovertext
 
 
 def test_one_step_shows_its_error(found):
@@ -366,8 +367,9 @@ def test_a_trace_has_the_results_in_its_folder(folder, tmp_path):
     assert f"{value:.5g}" in rows
     only = ["--names", "landscape/plane,loss", "-o", str(tmp_path / "y.html")]
     assert main(["report", str(folder.parent), *only]) == 0
-    names, _ = shown(tmp_path / "y.html")
+    names, page = shown(tmp_path / "y.html")
     assert {name.rpartition("/")[0] for name, _ in names} == {"loss", "landscape/plane"}
+    assert '"name":"trajectory"' in page.replace(" ", "")
 
 
 def result(folder, value, step=0):
