@@ -202,7 +202,8 @@ def measure(
             than a network and a probe.
         view: how it is best seen along the steps; as its axes suggest if left out. A number is a
             "track"; values along one axis are a "spectrum" or "layers", each step a column of a
-            map, "curves", a "distribution", of which quantiles are drawn, or few "eigenvalues";
+            map, "curves", a "distribution", of which quantiles are drawn, few "eigenvalues", a
+            function on a "plane", by contours, or the entropy of a "density" of states;
             more axes are a "matrix" with a slider.
 
     Raises:
