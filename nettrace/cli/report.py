@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nettrace import store
 from nettrace.cli.configuration import require
 from nettrace.cli.texts import UsageError, add_shared, new_parser, print_json, split
 
@@ -14,6 +13,7 @@ _EXAMPLES = """
 nettrace report runs/x                               one page, x.html
 nettrace report runs/seed-* --group learning_rate -o all.html
 nettrace report runs/x --names ntk,loss --format pdf
+nettrace report runs/x/landscape                     results of landscape probes
 """
 _FORMATS = ("html", "pdf", "png")
 
@@ -25,7 +25,11 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
     require(
         parser.add_argument(
-            "traces", nargs="*", metavar="TRACE", help="folders of traces; several are compared"
+            "traces",
+            nargs="*",
+            metavar="TRACE",
+            help="folders of traces; several are compared. Results of landscape probes are shown "
+            "too, where they are in a trace's folder or one below it, or in a folder given here",
         )
     )
     parser.add_argument(
@@ -59,7 +63,6 @@ def run(options: argparse.Namespace) -> int:
     """
     suffix = Path(options.output or "").suffix.removeprefix(".")
     form = options.format or (suffix if suffix in _FORMATS else "html")
-    traces = options.traces[0] if len(options.traces) == 1 else options.traces
     output = Path(options.output or f"{_name(options.traces)}.{form}")
     try:
         from nettrace.dashboard import printing, report
@@ -67,8 +70,10 @@ def run(options: argparse.Namespace) -> int:
         need = "a report needs Plotly: pip install 'nettrace[dashboard]'"
         raise UsageError(f"{need} ({error})") from error
     try:
-        data = store.open(traces, split(options.names) or None)
-        page = report.report(data, title=options.title, group=options.group)
+        from nettrace.dashboard.landscape_folders import opened
+
+        data, landscapes = opened(options.traces, split(options.names))
+        page = report.report(data, title=options.title, group=options.group, landscapes=landscapes)
         if form == "html":
             output.write_text(page, encoding="utf-8")
         else:

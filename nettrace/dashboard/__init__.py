@@ -3,6 +3,7 @@
 from typing import Any
 
 try:
+    from nettrace.dashboard.landscapes import landscape_trace
     from nettrace.dashboard.relations import density_of_states
     from nettrace.dashboard.views import figure, figures
 except ModuleNotFoundError as error:  # workspaces do without Plotly
@@ -15,4 +16,4 @@ except ModuleNotFoundError as error:  # workspaces do without Plotly
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["density_of_states", "figure", "figures"]
+__all__ = ["density_of_states", "figure", "figures", "landscape_trace"]

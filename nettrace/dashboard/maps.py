@@ -14,14 +14,18 @@ from nettrace.dashboard.style import (
     Array,
     Steps,
     Theme,
+    doubts,
     escape,
     is_logarithmic,
     label,
     mark_absent,
     parts,
+    say_doubts,
     seen,
+    short_label,
     show_legend,
     slider,
+    step_name,
 )
 from nettrace.record import ERROR
 
@@ -31,6 +35,8 @@ LOGARITHMIC = "log10"
 _COLUMNS, _ROWS = 400, 300
 #: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
 _STOPS, _SIDE, _CURVES = 16, 128, 7
+#: How many errors a curve has, from where on it has not all of them.
+_BARS = 12
 
 
 def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
@@ -61,6 +67,7 @@ def layers(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     )
     figure.update_layout(height=max(260, min(900, 150 + 22 * len(names))))
     mark_absent(figure, steps, gone, why)
+    say_doubts(figure, steps.steps[~gone], doubts(data, variable))
     return figure
 
 
@@ -87,6 +94,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     there = np.isfinite(values).any((1, 2))
     values, at = values[there], steps.steps[there]
     stops = np.unique(np.linspace(0, len(at) - 1, _STOPS).round().astype(int))
+    said = doubts(data, variable)
     logarithmic = is_logarithmic(values)
     shown = np.log10(values) if logarithmic else values
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
@@ -100,7 +108,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             zmin=-bound if signed else low,
             zmax=bound if signed else high,
             colorscale=DIVERGING if signed else SEQUENTIAL,
-            colorbar=_colorbar(low, high, logarithmic),
+            colorbar=colorbar(low, high, logarithmic),
             visible=bool(stop == stops[-1]),
             hovertemplate="%{y}, %{x}: "
             + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
@@ -109,15 +117,19 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         )
     figure.update_layout(
         height=470,
-        sliders=[slider("step ", [f"{at[stop]:,}" for stop in stops], len(stops) - 1)]
-        if len(stops) > 1
+        sliders=[slider("step ", [step_name(at[stop], said) for stop in stops], len(stops) - 1)]
+        if len(stops) > 1 or said
         else [],
         xaxis={
             "type": "category",
             "constrain": "domain",
-            "title": {"text": _plain(dims[-1] if len(dims) < 4 else dims[2])},
+            "title": {"text": axis_name(data, dims[-1] if len(dims) < 4 else dims[2])},
         },
-        yaxis={"type": "category", "autorange": "reversed", "title": {"text": _plain(dims[0])}},
+        yaxis={
+            "type": "category",
+            "autorange": "reversed",
+            "title": {"text": axis_name(data, dims[0])},
+        },
     )
     if values.shape[1] == values.shape[2]:
         figure.update_yaxes(scaleanchor="x", constrain="domain")
@@ -139,19 +151,22 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     there = np.flatnonzero(np.isfinite(values).any(1))
     chosen = there[np.unique(np.linspace(0, len(there) - 1, _CURVES).round().astype(int))]
     colours = _sampled(len(chosen))
+    said = doubts(data, variable)
     for colour, row in zip(colours, chosen, strict=True):
         figure.add_scatter(
             x=places[row],
             y=values[row],
-            name=f"step {steps.steps[row]:,}",
-            mode="lines",
+            name=f"step {steps.steps[row]:,}" + " (?)" * (int(steps.steps[row]) in said),
+            mode="lines+markers" if _has_single(values[row]) else "lines",
             line={"color": colour, "width": 2},
-            error_y=None if errors is None else {"array": errors[row], "thickness": 1, "width": 0},
+            marker={"size": 4},
+            error_y=None if errors is None else _bars(errors[row]),
         )
     show_legend(figure)
+    say_doubts(figure, steps.steps[chosen], said)
     figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
     figure.update_yaxes(
-        title={"text": label(data, variable)},
+        title={"text": short_label(data, variable)},
         type="log" if is_logarithmic(values) else None,
     )
     return figure
@@ -192,7 +207,7 @@ def _add_map(
         zmin=-bound if signed else low,
         zmax=bound if signed else high,
         colorscale=DIVERGING if signed else SEQUENTIAL,
-        colorbar=_colorbar(low, high, logarithmic),
+        colorbar=colorbar(low, high, logarithmic),
         meta=LOGARITHMIC if logarithmic else None,
         hovertemplate=("step + 1 = " if steps.logarithmic else "step ")
         + "%{x:,.0f}, %{y}: "
@@ -202,7 +217,8 @@ def _add_map(
     figure.update_layout(xaxis=steps.axis)
 
 
-def _colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
+def colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
+    """The scale beside a map of values from one to another, or of their logarithms to base 10."""
     found: dict[str, object] = {"thickness": 12, "outlinewidth": 0, "tickfont": {"size": 10}}
     if logarithmic:
         gap = max(1, math.ceil((high - low) / 6))
@@ -257,22 +273,40 @@ def _places(
     if variable + "_at" in data:  # where a density is told
         return data[variable + "_at"].values[kept], label(data, variable + "_at")
     dim = str(data[variable].dims[1])
+    own = dim.removesuffix("_index")
+    if own != dim and own in data.coords:  # another at each step
+        return data[own].values[kept], axis_name(data, own)
     if dim in data.coords:
         texts = [str(name) for name in data[dim].values]
         with np.errstate(invalid="ignore"):
             try:
-                return np.broadcast_to(np.array(texts, float), shape), _plain(dim)
+                return np.broadcast_to(np.array(texts, float), shape), axis_name(data, dim)
             except ValueError:
                 pass
-    return np.broadcast_to(np.arange(1.0, shape[1] + 1), shape), _plain(dim)
+    return np.broadcast_to(np.arange(1.0, shape[1] + 1), shape), axis_name(data, dim)
 
 
 def _axis(data: xr.Dataset, variable: str) -> str:
-    return _plain(str(data[variable].dims[1]))
+    return axis_name(data, data[variable].dims[1])
 
 
-def _plain(dim: object) -> str:
-    return escape(str(dim).removesuffix("_2").replace("_", " "))
+def axis_name(data: xr.Dataset, dim: object) -> str:
+    """What an axis is called: as its labels say, or else by its dimension."""
+    said = data[dim].attrs.get("name", dim) if dim in data.coords else dim
+    return escape(str(said).removesuffix("_2").replace("_", " "))
+
+
+def _bars(errors: Array) -> dict[str, object]:
+    """Errors (K,) as bars; of many, some."""
+    some = np.arange(len(errors)) % max(1, len(errors) // _BARS) == 0
+    known = some & np.isfinite(errors)
+    return {"array": np.where(known, errors, 0.0), "thickness": 1, "width": 0}
+
+
+def _has_single(values: Array) -> bool:
+    """Whether a point (K,) has no neighbour, so that no line shows it."""
+    known = np.concatenate([[False], np.isfinite(values), [False]])
+    return bool((known[1:-1] & ~known[2:] & ~known[:-2]).any())
 
 
 def _sampled(count: int) -> list[str]:

@@ -6,18 +6,24 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from nettrace.dashboard.maps import axis_name
 from nettrace.dashboard.style import (
     COLOURS,
     SEQUENTIAL,
     Theme,
+    doubts,
     escape,
     is_logarithmic,
     label,
     new,
     say,
+    say_doubts,
+    seen,
     show_legend,
     slider,
+    step_name,
 )
+from nettrace.record import ERROR
 
 #: How many temperatures the slider of a density of states has.
 _TEMPERATURES = 24
@@ -119,8 +125,36 @@ def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
         found: as `nettrace.landscape.density_of_states` gives it.
         theme: light or dark.
     """
-    figure = new("Density of states", "S(E), nats; weights of energies at a temperature", theme)
-    energy, entropy = found["energy"].values.astype(float), found["entropy"].values
+    title, about = "Density of states", "S(E), nats; weights of energies at a temperature"
+    return _density(found, new(title, about, theme))
+
+
+def density(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
+    """The density of states at the last step that has one, as `density_of_states` draws it."""
+    found = seen(data, variable, theme)
+    if isinstance(found, go.Figure):
+        return found
+    figure, steps, values, _, _ = found
+    row = np.flatnonzero(np.isfinite(values).any(1))[-1]
+    step = steps.steps[row]
+    one = data.sel(step=step)
+    axis = str(data[variable].dims[1])
+    own = axis.removesuffix("_index") if axis not in one.coords else axis
+    places = one[own if own in one.coords else axis]
+    error = one[variable + ERROR].values if variable + ERROR in data else values[row] * np.nan
+    result = xr.Dataset(
+        {"entropy": (axis, values[row]), "entropy_standard_error": (axis, error)},
+        {axis: (axis, places.values, {"name": axis_name(data, places.name)})},
+    )
+    said = doubts(data, variable)
+    _density(result, figure, f", step {step_name(step, said)}")
+    say_doubts(figure, np.array([step]), said)
+    return figure
+
+
+def _density(found: xr.Dataset, figure: go.Figure, at: str = "") -> go.Figure:
+    (axis,) = found["entropy"].dims
+    energy, entropy = found[axis].values.astype(float), found["entropy"].values
     there = np.isfinite(entropy)
     if there.sum() < 2:
         say(figure, "fewer than two energies were visited")
@@ -131,32 +165,35 @@ def density_of_states(found: xr.Dataset, theme: Theme) -> go.Figure:
         x=energy,
         y=entropy,
         mode="lines+markers" if len(energy) < 60 else "lines",
-        name="entropy S(E)",
+        name=f"entropy S(E){at}",
         line={"color": COLOURS[0]},
         error_y={"array": np.where(np.isfinite(error), error, 0), "thickness": 1, "width": 0},
     )
     spread = float(np.ptp(energy))
-    temperatures = np.geomspace(spread / 200, spread, _TEMPERATURES)
+    wide = is_logarithmic(energy)  # whose bins are even in its logarithm
+    temperatures = np.geomspace(energy.min() if wide else spread / 200, spread, _TEMPERATURES)
     shown = _TEMPERATURES // 2
     for number, temperature in enumerate(temperatures):
         logs = entropy - energy / temperature
         weights = np.exp(logs - logs.max())
+        share = {"x": energy, "y": weights / weights.sum(), "yaxis": "y2", "name": "share at T"}
+        if wide:  # bars would be as wide as on an even axis
+            line = {"color": COLOURS[1], "width": 1}
+            figure.add_scatter(**share, fill="tozeroy", line=line, visible=number == shown)
+            continue
         figure.add_bar(
-            x=energy,
-            y=weights / weights.sum(),
-            yaxis="y2",
-            name="share at T",
+            **share,
             marker={"color": COLOURS[1], "opacity": 0.55, "line": {"width": 0}},
             visible=number == shown,
         )
     figure.update_layout(
         height=440,
         sliders=[slider("temperature ", [f"{t:.3g}" for t in temperatures], shown, always=1)],
-        xaxis={"title": {"text": "energy"}},
+        xaxis={"title": {"text": axis_name(found, axis)}, "type": "log" if wide else None},
         yaxis={"title": {"text": "entropy S(E) (nats)"}},
         yaxis2={
             **{"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False},
-            "title": {"text": "share of networks"},
+            **{"title": {"text": "share of networks"}, "tickmode": "auto", "nticks": 6},
         },
     )
     show_legend(figure)

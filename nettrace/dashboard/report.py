@@ -17,9 +17,10 @@ import plotly.offline
 import xarray as xr
 
 from nettrace.certificate import Certificate
+from nettrace.dashboard.landscapes import landscape_numbers
 from nettrace.dashboard.runs import grouped, of_one, parsed
-from nettrace.dashboard.style import template
-from nettrace.dashboard.views import figure, figures
+from nettrace.dashboard.style import doubts, template
+from nettrace.dashboard.views import figure, figures, variable_of
 from nettrace.summary import Quantity, said, summary
 
 #: Bytes of figures that a report takes, beside 5 MB for Plotly itself.
@@ -36,7 +37,13 @@ _ORDER = (
 _FIRST = ("created", "model", "parameters", "dtype", "device", "probe", "nettrace", "torch")
 
 
-def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
+def report(
+    data: xr.Dataset,
+    *,
+    title: str = "",
+    group: str = "",
+    landscapes: Mapping[str, xr.Dataset] | None = None,
+) -> str:
     """A page of HTML with provenance, costs, what was checked, final values, and all figures.
 
     Plotly is in the page, and nothing is loaded from elsewhere: its policy forbids it. Curves of
@@ -49,13 +56,16 @@ def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
         group: of several runs, what in their provenance, configuration or hyperparameters puts them
             together, such as "learning_rate": of runs with the same value medians and quantiles are
             drawn.
+        landscapes: what `nettrace.dashboard.landscape_trace` gives of the run, under "", or by run
+            of several, whose numbers are then compared, and whose arrays are seen run by run.
 
     Raises:
         KeyError: if no run knows what `group` names.
     """
     groups = grouped(data, group) if group else None
     title = title or _title(data)
-    made = _made(data, groups)
+    wanted = [*_wanted(data), *_of_landscapes(landscapes or {})]
+    made = _made(wanted, groups)
     shown = json.dumps(
         {
             "templates": {theme: template(theme).to_plotly_json() for theme in ("light", "dark")},
@@ -70,7 +80,7 @@ def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
     )
-    body = "".join([_header(data, title), *_sections(data, made)])
+    body = "".join([_header(data, title), *_sections(data, made, landscapes or {})])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -81,12 +91,14 @@ def report(data: xr.Dataset, *, title: str = "", group: str = "") -> str:
     )
 
 
-def _made(data: xr.Dataset, groups: Mapping[str, str] | None) -> list[dict[str, Any]]:
+def _made(
+    wanted: Iterable[tuple[str, str, xr.Dataset]], groups: Mapping[str, str] | None
+) -> list[dict[str, Any]]:
     """All figures without their templates, or why there is none."""
     found: list[dict[str, Any]] = []
     size = 0
-    for name, run, select in _wanted(data):
-        entry: dict[str, Any] = {"name": name, "run": run}
+    for name, run, select in wanted:
+        entry: dict[str, Any] = {"name": name, "run": run, "about": _convention(select, name)}
         try:
             one = figure(select, name, groups=groups)
         except Exception as error:  # of one figure: the others are shown
@@ -115,6 +127,23 @@ def _wanted(data: xr.Dataset) -> Iterator[tuple[str, str, xr.Dataset]]:
     together = set(figures(data))
     for run in runs[:_COLUMNS]:
         one = of_one(data, run)
+        for name in figures(one):
+            if name not in together:
+                yield name, run, one
+
+
+def _of_landscapes(by_run: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str, xr.Dataset]]:
+    """The same of landscapes."""
+    if set(by_run) == {""}:
+        yield from _wanted(by_run[""])
+        return
+    if not by_run:
+        return
+    numbers = landscape_numbers(by_run)
+    together = figures(numbers)
+    for name in together:
+        yield name, "", numbers
+    for run, one in list(by_run.items())[:_COLUMNS]:
         for name in figures(one):
             if name not in together:
                 yield name, run, one
@@ -159,7 +188,9 @@ def _pairs(items: Iterable[tuple[str, str]]) -> str:
     return f'<div class="scrolls"><table>{rows}</table></div>'
 
 
-def _sections(data: xr.Dataset, made: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _sections(
+    data: xr.Dataset, made: Sequence[Mapping[str, Any]], landscapes: Mapping[str, xr.Dataset]
+) -> Iterator[str]:
     numbers = {id(one): i for i, one in enumerate(one for one in made if "data" in one)}
     groups = [(name, list(several)) for name, several in groupby(sorted(made, key=_place), _group)]
     links = [
@@ -174,21 +205,45 @@ def _sections(data: xr.Dataset, made: Sequence[Mapping[str, Any]]) -> Iterator[s
     if not made:
         yield '<p class="notice">Nothing was recorded yet: no step has a value.</p>'
     for group, several in groups:
-        yield f'<h2 id="{escape(_anchor(group))}">{escape(group)}</h2><div class="figures">'
+        yield f'<h2 id="{escape(_anchor(group))}">{escape(group)}</h2>'
+        if group == "landscape":
+            yield _doubts({"": data, **landscapes})
+        yield '<div class="figures">'
         for one in several:
             caption = one["name"] + (f", run {one['run']}" if one["run"] else "")
             if "data" in one:
                 height = int(one["layout"]["height"])
                 style = f"min-height:{height}px"
                 inside = f'<div data-figure="{numbers[id(one)]}" style="{style}"></div>'
-                convention = _convention(data, one["name"])
-                caption += f": {convention}" if convention else ""
+                caption += f": {one['about']}" if one["about"] else ""
             else:
                 inside = f'<p class="notice">{escape(one["why"])}</p>'
             yield f"<figure>{inside}<figcaption>{escape(caption)}</figcaption></figure>"
         yield "</div>"
     yield f'<h2 id="values">Final values</h2>{_finals(data)}'
+    if landscapes:
+        own = landscapes[""] if set(landscapes) == {""} else landscape_numbers(landscapes)
+        yield f"<h3>of the landscape</h3>{_finals(own)}"
     yield f'<h2 id="costs">Cost and checks</h2>{_costs(data)}{_certificate(data)}</main>'
+
+
+def _doubts(by_run: Mapping[str, xr.Dataset]) -> str:
+    """What makes results of landscape probes doubtful, and at which steps."""
+    found: dict[str, list[str]] = {}
+    for run, data in by_run.items():
+        for name, variable in data.data_vars.items():
+            if "doubts" in variable.attrs and "run" not in variable.dims:
+                function = str(variable.attrs["name"]).rpartition("/")[0]
+                for step, why in doubts(data, str(name)).items():
+                    where = f"{step:,}" + (f" of {run}" if run else "")
+                    at = found.setdefault(f"{function}: {why}", [])
+                    at += [where] * (where not in at)
+    if not found:
+        return ""
+    rows = [(", ".join(at), text) for text, at in found.items()]
+    about = f"<summary>{len(rows)} doubts about these results</summary>"
+    rows = [(_short(f"at step {at}", 60), text) for at, text in rows]
+    return f'<details class="notice"{" open" * (len(rows) < 5)}>{about}{_pairs(rows)}</details>'
 
 
 def _costs(data: xr.Dataset) -> str:
@@ -248,11 +303,7 @@ def _finals(data: xr.Dataset) -> str:
             + f'<td class="wide">{escape(one.units)}</td>'
             f'<td class="number wide">{"" if one.step is None else f"{one.step:,}"}</td>'
             f'<td class="text wide">{escape(_short(one.convention, 160))}'
-            + (
-                f'<div class="missing">missing at {escape(_short(one.missing, 160))}</div>'
-                if one.missing
-                else ""
-            )
+            + "".join(f'<div class="missing">{escape(note)}</div>' for note in _notes(data, one))
             + "</td></tr>"
         )
     if not rows:
@@ -262,6 +313,16 @@ def _finals(data: xr.Dataset) -> str:
         '<th class="number wide">at step</th><th class="wide">convention</th></tr>'
         f"{''.join(rows)}</table></div>"
     )
+
+
+def _notes(data: xr.Dataset, one: Quantity) -> list[str]:
+    """Where a number is missing or doubtful."""
+    found = [f"missing at {_short(one.missing, 160)}"] if one.missing else []
+    variable = variable_of(data, one.name)
+    if "doubts" in data[variable].attrs:
+        at = [] if "run" in data.dims else [f"{step:,}" for step in doubts(data, variable)]
+        found.append("doubtful" + (f" at step {', '.join(at)}" if at else ""))
+    return found
 
 
 def _cell(value: complex, error: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -146,7 +146,16 @@ def label(data: xr.Dataset, variable: str) -> str:
     """The quantity's name and units, as Plotly takes text, which it reads as HTML."""
     attributes = data[variable].attrs
     units = attributes.get("units", "")
-    return escape(str(attributes.get("name", variable)) + (f" ({units})" if units else ""))
+    name = str(attributes.get("name", variable)).removeprefix("landscape/")  # long enough without
+    return escape(name + (f" ({units})" if units else ""))
+
+
+def short_label(data: xr.Dataset, variable: str) -> str:
+    """The label without what titles say: of names of three parts and more, the last."""
+    name, units = (str(data[variable].attrs.get(key, "")) for key in ("name", "units"))
+    if name.count("/") < 2:
+        return label(data, variable)
+    return escape(name.rpartition("/")[2] + (f" ({units})" if units else ""))
 
 
 def is_logarithmic(values: Array) -> bool:
@@ -180,6 +189,29 @@ def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]
         )
     text = f"grey: missing at {gone.sum():,} of {len(gone):,} steps. {why[0]}"
     note(figure, text, "; ".join(why))
+
+
+def doubts(data: xr.Dataset, variable: str, run: str = "") -> dict[int, str]:
+    """By step, what makes a value doubtful that is there."""
+    said = json.loads(data[variable].attrs.get("doubts", "{}"))
+    said = said.get(run, {}) if "run" in data[variable].dims else said
+    return {int(step): str(text) for step, text in said.items()}
+
+
+def step_name(step: int, doubtful: Mapping[int, str]) -> str:
+    """What a step is called in legends and on sliders."""
+    return f"{step:,} (doubtful)" if int(step) in doubtful else f"{step:,}"
+
+
+def say_doubts(figure: go.Figure, steps: Array, doubtful: Mapping[int, str]) -> None:
+    """Writes which of the steps (S,) that are drawn are doubtful, and why."""
+    found = {int(step): doubtful[int(step)] for step in steps if int(step) in doubtful}
+    if found:
+        first = next(iter(found.values()))
+        text = f"doubtful at {len(found):,} of {len(steps):,} steps. {first}"
+        why = "; ".join(f"{step:,}: {said}" for step, said in found.items())
+        short = textwrap.shorten(text, 56, placeholder=" ...")  # what a telephone has room for
+        note(figure, short, why, len(figure.layout.annotations))
 
 
 def say_absent(figure: go.Figure, why: Sequence[str]) -> None:
@@ -233,6 +265,7 @@ def seen(
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
     values = np.abs(values) if np.iscomplexobj(values) else values
+    values = np.where(np.isfinite(values), values, np.nan)  # no scale has room for infinite ones
     gone, why = absent(data, variable)
     there = np.isfinite(values).reshape(len(values), -1).any(1)
     if not there.any():
@@ -244,7 +277,7 @@ def seen(
 
 def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     """Names the vertical axis, which is logarithmic if values are far apart."""
-    figure.update_yaxes(title={"text": label(data, variable)})
+    figure.update_yaxes(title={"text": short_label(data, variable)})
     if is_logarithmic(values):
         figure.update_yaxes(type="log", exponentformat="power")
 
@@ -286,13 +319,15 @@ def slider(prefix: str, names: Sequence[str], active: int, always: int = 0) -> d
     }
 
 
-def note(figure: go.Figure, text: str, hover: str = "") -> None:
-    """Writes a line at the bottom."""
+def note(figure: go.Figure, text: str, hover: str = "", above: int = 0) -> None:
+    """Writes a line at the bottom, above so many others; upon a map on grey, to be legible."""
+    upon = any(one.type == "heatmap" for one in figure.data)
+    look = {"bgcolor": "rgba(96,96,96,0.85)", "font": {"size": 10, "color": "#FFFFFF"}}
     figure.add_annotation(
         text=escape(textwrap.shorten(text, 76, placeholder=" ...")),
         hovertext="<br>".join(escape(line) for line in textwrap.wrap(hover, 80)[:12]) or None,
-        font={"size": 10},
         showarrow=False,
-        **{"x": 0, "y": 0.01, "xref": "paper", "yref": "paper"},
+        **(look if upon else {"font": {"size": 10}}),
+        **{"x": 0, "y": 0.01 + 0.06 * above, "xref": "paper", "yref": "paper"},
         **{"xanchor": "left", "yanchor": "bottom"},
     )

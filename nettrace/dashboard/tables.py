@@ -29,7 +29,7 @@ def table(figure: go.Figure) -> str:
     first = int(figure.layout.xaxis.type == "log")  # where step 0 lies
     for number, one in enumerate(figure.data):
         name = _text(one.name or (slider[number].label if number < len(slider) else ""))
-        if one.type == "heatmap":
+        if one.type in ("heatmap", "contour"):
             values = np.asarray(one.z, float)
             values = 10**values if one.meta == LOGARITHMIC else values
             for y, line in zip(one.y, values, strict=True):

@@ -16,6 +16,7 @@ from nettrace.dashboard.style import (
     Steps,
     Theme,
     absent,
+    doubts,
     envelope,
     escape,
     label,
@@ -23,6 +24,7 @@ from nettrace.dashboard.style import (
     new,
     note,
     say_absent,
+    say_doubts,
     scale,
     seen,
     show_legend,
@@ -60,13 +62,16 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, gone, why = found
+    dim = str(data[variable].dims[1])
     for mode in range(min(values.shape[1], 10)):
-        curve(figure, steps, values[:, mode], f"number {mode + 1}", mode)
+        name = f"{escape(data[dim].values[mode])}" if dim in data.coords else f"number {mode + 1}"
+        curve(figure, steps, values[:, mode], name, mode)
     edge = _edge(data, variable)
     if edge is not None:
         at = np.isin(data["step"].values, steps.steps)
         curve(figure, steps, edge[at], "2 / eta", None)
     mark_absent(figure, steps, gone, why)
+    say_doubts(figure, steps.steps[~gone], doubts(data, variable))
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
     scale(figure, data, variable, values)
@@ -88,6 +93,7 @@ def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             band(figure, steps, low, high, colour, 0.2, "standard error", of=escape(name))
         curve(figure, steps, values[:, number], escape(name), number)
     mark_absent(figure, steps, gone, why)
+    say_doubts(figure, steps.steps[~gone], doubts(data, variable))
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
     scale(figure, data, variable, values)
@@ -108,6 +114,7 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     band(figure, steps, quantiles[1], quantiles[3], COLOURS[0], 0.3, "quartiles")
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone, why)
+    mark_doubtful(figure, steps, quantiles[2], doubts(data, variable))
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
     scale(figure, data, variable, quantiles)
@@ -157,21 +164,41 @@ def band(
     _, places, _ = envelope(steps.places.astype(float))
     known = np.isfinite(low) & np.isfinite(high)
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    filled = f"rgba({red},{green},{blue},{opacity})"
     bounds = np.flatnonzero(np.diff(np.concatenate([[0], known, [0]]))).reshape(-1, 2)
     for number, (first, last) in enumerate(bounds):
         x, part = places[first:last], slice(first, last)
+        alone = last - first == 1  # where a band has no width of its own
         figure.add_scatter(
             x=np.concatenate([x, x[::-1]]),
             y=np.concatenate([high[part], low[part][::-1]]),
             fill="toself",
-            fillcolor=f"rgba({red},{green},{blue},{opacity})",
-            line={"width": 0},
+            fillcolor=filled,
+            line={"width": 9 if alone else 0, "color": filled},
             mode="lines",
             hoverinfo="skip",
             name=name,
             legendgroup=of or name,
             showlegend=not of and bool(name) and number == 0,
         )
+
+
+def mark_doubtful(
+    figure: go.Figure, steps: Steps, values: Array, doubtful: Mapping[int, str]
+) -> None:
+    """Puts rings around values (S,) that are doubtful, and says why."""
+    there = np.isin(steps.steps, list(doubtful)) & np.isfinite(values)
+    if there.any():
+        figure.add_scatter(
+            x=steps.places[there],
+            y=values[there],
+            name="doubtful",
+            mode="markers",
+            marker={"symbol": "circle-open", "size": 11, "color": COLOURS[1], "line": {"width": 2}},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        say_doubts(figure, steps.steps[np.isfinite(values)], doubtful)
 
 
 def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
@@ -190,6 +217,7 @@ def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> N
         band(figure, steps, values[kept], values[kept], COLOURS[0], 0.25, "least to largest")
     curve(figure, steps, values[kept], label(data, variable), 0)
     mark_absent(figure, steps, gone[kept], why)
+    mark_doubtful(figure, steps, values[kept], doubts(data, variable))
     figure.update_layout(xaxis=steps.axis, showlegend=False)
 
 
@@ -235,6 +263,10 @@ def _several(
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         note(figure, f"missing at some steps of {gone} of {len(runs)} runs")
+    doubtful = sum(bool(doubts(data, variable, run)) for run in runs)
+    if doubtful:
+        text = f"doubtful at some steps of {doubtful} of {len(runs)} runs"
+        note(figure, text, above=len(figure.layout.annotations))
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
 

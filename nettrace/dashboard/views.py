@@ -12,7 +12,7 @@ from typing import get_args
 import plotly.graph_objects as go
 import xarray as xr
 
-from nettrace.dashboard import maps, relations, tracks
+from nettrace.dashboard import maps, planes, relations, tracks
 from nettrace.dashboard.style import Theme
 from nettrace.measures.registry import View
 from nettrace.record import ERROR
@@ -26,6 +26,8 @@ _DRAWN: dict[str, Callable[[xr.Dataset, str, Theme], go.Figure]] = {
     "layers": maps.layers,
     "matrix": maps.matrix,
     "curves": maps.curves,
+    "plane": planes.plane,
+    "density": relations.density,
 }
 #: By a value's axes, or the last word of their names; of other single axes each has a name.
 _BY_AXES: dict[tuple[str, ...], View] = {
@@ -165,7 +167,8 @@ def _is_seen(data: xr.Dataset, name: str) -> bool:
     base = name.removesuffix(ERROR)
     if base != name and base in data:
         return False
-    return not (name.endswith("_at") and name.removesuffix("_at") in data)
+    is_where = name.endswith("_at") and data[name].ndim > 1  # the values of an array are told
+    return not (is_where and name.removesuffix("_at") in data)
 
 
 def variable_of(data: xr.Dataset, name: str) -> str:

@@ -26,7 +26,16 @@ Numbers: TypeAlias = Tensor | npt.NDArray[Any] | float
 
 #: How a measure can be seen along the steps: see `nettrace.dashboard`.
 View: TypeAlias = Literal[
-    "track", "eigenvalues", "distribution", "lines", "spectrum", "layers", "matrix", "curves"
+    "track",
+    "eigenvalues",
+    "distribution",
+    "lines",
+    "spectrum",
+    "layers",
+    "matrix",
+    "curves",
+    "plane",
+    "density",
 ]
 
 
@@ -194,8 +203,9 @@ def measure(
             than a network and a probe.
         view: how it is best seen along the steps; as its axes suggest if left out. A number is a
             "track"; values along one axis are a "spectrum" or "layers", each step a column of a
-            map, "curves", a "distribution", of which quantiles are drawn, few "eigenvalues", or
-            "lines", one for each of few names; more axes are a "matrix" with a slider.
+            map, "curves", a "distribution", of which quantiles are drawn, few "eigenvalues",
+            "lines", one for each of few names, a function on a "plane", by contours, or the entropy
+            of a "density" of states; more axes are a "matrix" with a slider.
 
     Raises:
         ValueError: if the name is not of that form, or taken by another function; if a need is no
