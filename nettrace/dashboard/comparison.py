@@ -12,9 +12,9 @@ from nettrace.dashboard.style import (
     DASHES,
     Theme,
     escape,
-    is_logarithmic,
     label,
     new,
+    scaled,
     show_legend,
 )
 from nettrace.dashboard.views import figure, variable_of, view
@@ -85,11 +85,9 @@ def _lines(
         )
     show_legend(found)
     found.update_xaxes(title={"text": escape(dim.replace("_", " "))})
-    found.update_yaxes(title={"text": label(data, variable)})
+    found.update_yaxes(title={"text": label(data, variable)}, **scaled(np.concatenate(values)))
     if not named and len(values[0]) > 20:
         found.update_xaxes(type="log")
-    if is_logarithmic(np.concatenate(values)):
-        found.update_yaxes(type="log", exponentformat="power")
     return found
 
 

@@ -21,8 +21,9 @@ from nettrace.dashboard.style import (
     mark_absent,
     parts,
     say_doubts,
+    scale,
+    scaled,
     seen,
-    short_label,
     show_legend,
     slider,
     step_name,
@@ -164,11 +165,8 @@ def curves(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         )
     show_legend(figure)
     say_doubts(figure, steps.steps[chosen], said)
-    figure.update_xaxes(title={"text": title}, type="log" if is_logarithmic(places) else None)
-    figure.update_yaxes(
-        title={"text": short_label(data, variable)},
-        type="log" if is_logarithmic(values) else None,
-    )
+    figure.update_xaxes(title={"text": title}, **scaled(places))
+    scale(figure, data, variable, values)
     return figure
 
 

@@ -9,6 +9,7 @@ import xarray as xr
 from nettrace.dashboard.maps import axis_name
 from nettrace.dashboard.style import (
     COLOURS,
+    LOG_AXIS,
     SEQUENTIAL,
     Theme,
     doubts,
@@ -18,6 +19,7 @@ from nettrace.dashboard.style import (
     new,
     say,
     say_doubts,
+    scaled,
     seen,
     show_legend,
     slider,
@@ -71,10 +73,8 @@ def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
                 line={"color": COLOURS[1], "dash": "dash"},
             )
     show_legend(figure)
-    figure.update_xaxes(type="log", title={"text": "flatness F"}, exponentformat="power")
-    figure.update_yaxes(
-        type="log", title={"text": "variance along the direction"}, exponentformat="power"
-    )
+    figure.update_xaxes(title={"text": "flatness F"}, **LOG_AXIS)
+    figure.update_yaxes(title={"text": "variance along the direction"}, **LOG_AXIS)
     return figure
 
 
@@ -113,8 +113,8 @@ def portrait(data: xr.Dataset, first: str, second: str, theme: Theme) -> go.Figu
         say(figure, "no step has both quantities")
         return figure
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title={"text": label(data, first)}, type=_type(x))
-    figure.update_yaxes(title={"text": label(data, second)}, type=_type(y))
+    figure.update_xaxes(title={"text": label(data, first)}, **scaled(x))
+    figure.update_yaxes(title={"text": label(data, second)}, **scaled(y))
     return figure
 
 
@@ -189,7 +189,7 @@ def _density(found: xr.Dataset, figure: go.Figure, at: str = "") -> go.Figure:
     figure.update_layout(
         height=440,
         sliders=[slider("temperature ", [f"{t:.3g}" for t in temperatures], shown, always=1)],
-        xaxis={"title": {"text": axis_name(found, axis)}, "type": "log" if wide else None},
+        xaxis={"title": {"text": axis_name(found, axis)}, **scaled(energy)},
         yaxis={"title": {"text": "entropy S(E) (nats)"}},
         yaxis2={
             **{"overlaying": "y", "side": "right", "rangemode": "tozero", "showgrid": False},
@@ -198,10 +198,6 @@ def _density(found: xr.Dataset, figure: go.Figure, at: str = "") -> go.Figure:
     )
     show_legend(figure)
     return figure
-
-
-def _type(values: np.ndarray) -> str | None:
-    return "log" if is_logarithmic(values) else None
 
 
 def _steps_bar(last: int) -> dict[str, object]:

@@ -26,6 +26,8 @@ SEQUENTIAL = "Cividis"
 DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
 #: The ratio of the largest to the smallest from which an axis is logarithmic.
 _WIDE = 100
+#: Few ticks, of which Plotly else names nine in a decade.
+LOG_AXIS = {"type": "log", "exponentformat": "power", "nticks": 6}
 #: What axes of steps are called.
 STEPS = "optimizer step"
 #: The width of a narrow figure, and the height of a row of its legend, in pixels; and how many rows
@@ -164,6 +166,11 @@ def is_logarithmic(values: Array) -> bool:
     return bool(finite.size and finite.min() > 0 and finite.max() >= _WIDE * finite.min())
 
 
+def scaled(values: Array) -> dict[str, Any]:
+    """What the axis of some numbers is told: to be logarithmic if they are far apart."""
+    return LOG_AXIS if is_logarithmic(values) else {}
+
+
 def absent(data: xr.Dataset, variable: str, run: str = "") -> tuple[Array, list[str]]:
     """At which steps (S,) a quantity was to be recorded but is missing, and why."""
     said = json.loads(data[variable].attrs.get("missing", "{}"))
@@ -277,9 +284,7 @@ def seen(
 
 def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     """Names the vertical axis, which is logarithmic if values are far apart."""
-    figure.update_yaxes(title={"text": short_label(data, variable)})
-    if is_logarithmic(values):
-        figure.update_yaxes(type="log", exponentformat="power")
+    figure.update_yaxes(title={"text": short_label(data, variable)}, **scaled(values))
 
 
 def show_legend(figure: go.Figure) -> None:
