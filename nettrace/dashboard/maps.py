@@ -290,8 +290,10 @@ def _axis(data: xr.Dataset, variable: str) -> str:
 
 def axis_name(data: xr.Dataset, dim: object) -> str:
     """What an axis is called: as its labels say, or else by its dimension."""
-    said = data[dim].attrs.get("name", dim) if dim in data.coords else dim
-    return escape(str(said).removesuffix("_2").replace("_", " "))
+    said = str(data[dim].attrs.get("name", dim) if dim in data.coords else dim)
+    for variable in data.data_vars:  # one of the same name and another length has that of its own
+        said = said.removesuffix(f"_{variable}")
+    return escape(said.removesuffix("_2").replace("_", " "))
 
 
 def _bars(errors: Array) -> dict[str, object]:

@@ -39,7 +39,9 @@ def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
     At the last step that has both, with the exponent that was fitted: Feng and Tu 2021.
     """
     figure = new("Variance of weights against flatness", "by direction, at the last step", theme)
-    variance, flatness = data["weights_variance"].values, data["weights_flatness"].values
+    flatness = data["weights_flatness"].values  # of the first directions, as it is dear
+    variance = data["weights_variance"].values[:, : flatness.shape[1]]
+    flatness = flatness[:, : variance.shape[1]]
     both = np.isfinite(variance) & np.isfinite(flatness) & (variance > 0) & (flatness > 0)
     rows = np.flatnonzero(both.any(1))
     if not len(rows):

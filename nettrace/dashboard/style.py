@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
 import xarray as xr
+
+from nettrace.record import ERROR
 
 Array: TypeAlias = npt.NDArray[Any]
 Theme: TypeAlias = Literal["light", "dark"]
@@ -32,7 +35,7 @@ LOG_AXIS = {"type": "log", "exponentformat": "power", "nticks": 6}
 STEPS = "optimizer step"
 #: The width of a narrow figure, and the height of a row of its legend, in pixels; and how many rows
 #: there is room for.
-_NARROW, _ROW, _ROWS = 330, 20, 10
+_NARROW, _ROW, _ROWS = 290, 20, 10
 #: How many places along steps a curve or a map has, at most.
 MOST = 2000
 
@@ -132,6 +135,8 @@ class Steps:
     @property
     def axis(self) -> dict[str, Any]:
         """What Plotly is told of it."""
+        if len(self.steps) == 1:
+            return {"title": {"text": STEPS}, "tickvals": self.steps, "tickformat": ",d"}
         if not self.logarithmic:
             return {"title": {"text": STEPS}}
         last = int(self.steps[-1])
@@ -285,18 +290,22 @@ def seen(
 def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     """Names the vertical axis, which is logarithmic if values are far apart."""
     figure.update_yaxes(title={"text": short_label(data, variable)}, **scaled(values))
+    finite = values[np.isfinite(values)]
+    if finite.size and variable + ERROR not in data and finite.min() == finite.max() != 0:
+        middle, half = float(finite[0]), abs(float(finite[0])) / 2
+        figure.update_yaxes(range=[middle - half, middle + half])  # Plotly's is at least 2 wide
 
 
 def show_legend(figure: go.Figure) -> None:
     """Shows which curve is which, with room for as many rows as that takes in a narrow figure."""
-    rows, taken = 1, 0.0
-    for one in figure.data:
-        if one.name and one.showlegend is not False:
-            width = 48 + 6.6 * len(html.unescape(one.name))
-            if taken and taken + width > _NARROW:
-                rows, taken = rows + 1, 0.0
-            taken += width
-    more = _ROW * (min(rows, _ROWS) - 1)
+    names = [
+        html.unescape(one.name)
+        for one in figure.data
+        if one.name and one.showlegend is not False and one.visible is not False
+    ]
+    widest = 45 + 6.6 * max(map(len, names), default=0)  # as wide are all columns, if it has rows
+    rows = math.ceil(len(names) / max(1, _NARROW // widest))
+    more = _ROW * max(0, min(rows, _ROWS) - 1)
     figure.update_layout(
         showlegend=True,
         height=figure.layout.height + more,

@@ -236,8 +236,8 @@ def test_many_numbers_are_seen_by_their_quantiles():
 def test_variance_against_flatness_has_its_exponent():
     flatness = np.geomspace(1, 100, 20) * np.ones((12, 1))
     data = trace(
-        weights_variance=(("mode",), 3 * flatness**-4.0, {}),
-        weights_flatness=(("mode",), flatness, {}),
+        weights_variance=(("mode",), np.pad(3 * flatness**-4.0, ((0, 0), (0, 5))), {}),
+        weights_flatness=(("mode_weights_flatness",), flatness, {}),
         weights_flatness_exponent=((), np.full(12, 4.0), {}),
     )
     name = "weights/variance against weights/flatness"
@@ -246,6 +246,7 @@ def test_variance_against_flatness_has_its_exponent():
     np.testing.assert_allclose(line.y, 3 * np.array([1.0, 100.0]) ** -4)
     np.testing.assert_allclose(points.y, 3 * flatness[-1] ** -4)
     assert line.name == "fitted, psi = 4.00"
+    assert figure(data, "weights/flatness").layout.yaxis.title.text == "mode"
 
 
 def test_a_portrait_is_coloured_by_steps():
@@ -333,5 +334,11 @@ def test_legends_have_room_for_their_rows():
         layer=[name * 30 for name in "abc"]
     )
     rows = figure(long, "weights/norms")
-    assert few.layout.height == many.layout.height == rows.layout.height - 2 * 20
-    assert rows.layout.margin.t == many.layout.margin.t + 2 * 20
+    heights = [one.layout.height for one in (few, many, rows)]
+    assert np.diff(heights).tolist() == [20, 20]  # of one, two and three rows
+    assert rows.layout.margin.t == few.layout.margin.t + 40
+
+
+def test_what_stays_the_same_is_seen_at_its_value():
+    found = figure(trace(weights_temperature=((), np.full(12, 0.003), {})), "weights/temperature")
+    np.testing.assert_allclose(found.layout.yaxis.range, (0.0015, 0.0045))

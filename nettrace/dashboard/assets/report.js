@@ -16,7 +16,8 @@ function draw(place) {
   // What the second line of titles says is below the figure, in full.
   const told = layout.title.subtitle?.text;
   const above = layout.margin.t - (told ? 15 * told.split("<br>").length : 0);
-  layout.title = Object.assign({}, layout.title, { subtitle: { text: "" } });
+  const size = Math.max(9, Math.min(15, Math.floor((1.75 * place.clientWidth) / (layout.title.text || " ").length)));
+  layout.title = Object.assign({}, layout.title, { subtitle: { text: "" }, xref: "container", x: 0, pad: { l: 10 }, font: { size } });
   layout.margin = { l: narrow ? 4 : 12, r: narrow ? 4 : 12, b: 12, t: above - (layout.showlegend ? 0 : 16) };
   drawn.add(place);
   return Plotly.react(place, figure.data, layout, {
