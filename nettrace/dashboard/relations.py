@@ -17,6 +17,7 @@ from nettrace.dashboard.style import (
     is_logarithmic,
     label,
     new,
+    note,
     say,
     say_doubts,
     scaled,
@@ -48,32 +49,40 @@ def variance_flatness(data: xr.Dataset, theme: Theme) -> go.Figure:
         say(figure, "no step has both weights/variance and weights/flatness")
         return figure
     row = rows[-1]
-    x, y = flatness[row, both[row]], variance[row, both[row]]
-    at = int(data["step"].values[row])
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="markers",
-        name=f"step {at:,}",
-        marker={"size": 7, "color": COLOURS[0]},
-        hovertemplate="F = %{x:.3g}, variance %{y:.3g}<extra></extra>",
-    )
-    if "weights_flatness_exponent" in data:
-        psi = float(data["weights_flatness_exponent"].values[row])
-        error = data.get("weights_flatness_exponent_standard_error")
-        if np.isfinite(psi):
-            ends = np.array([x.min(), x.max()])
-            through = np.log(y).mean() + psi * np.log(x).mean()
-            said = f"psi = {psi:.2f}" + (
-                "" if error is None else f" ± {float(error.values[row]):.2f}"
-            )
+    exponent = data.get("weights_flatness_exponent")
+    said = {} if exponent is None else exponent.attrs
+    modes = np.arange(both.shape[1])
+    fitted = (modes >= said.get("first_mode", 0)) & (modes <= said.get("last_mode", len(modes)))
+    for kept, name, symbol in (
+        (both[row] & fitted, f"step {int(data['step'].values[row]):,}", "circle"),
+        (both[row] & ~fitted, "not fitted", "circle-open"),
+    ):
+        if kept.any():
             figure.add_scatter(
-                x=ends,
-                y=np.exp(through) * ends**-psi,
-                mode="lines",
-                name=f"fitted, {said}",
-                line={"color": COLOURS[1], "dash": "dash"},
+                x=flatness[row, kept],
+                y=variance[row, kept],
+                mode="markers",
+                name=name,
+                marker={"size": 7, "color": COLOURS[0], "symbol": symbol},
+                customdata=modes[kept],
+                hovertemplate="mode %{customdata}: F = %{x:.3g}, variance %{y:.3g}<extra></extra>",
             )
+    both[row] &= fitted
+    if exponent is not None and np.isfinite(exponent.values[row]) and both[row].any():
+        x, y = flatness[row, both[row]], variance[row, both[row]]
+        psi, error = float(exponent.values[row]), data.get(f"{exponent.name}{ERROR}")
+        ends = np.array([x.min(), x.max()])
+        through = np.log(y).mean() + psi * np.log(x).mean()  # as least squares go
+        name = f"fitted, psi = {psi:.2f}"
+        figure.add_scatter(
+            x=ends,
+            y=np.exp(through) * ends**-psi,
+            mode="lines",
+            name=name + ("" if error is None else f" ± {float(error.values[row]):.2f}"),
+            line={"color": COLOURS[1], "dash": "dash"},
+        )
+    if said.get("warning"):
+        note(figure, said["warning"], said["warning"])
     show_legend(figure)
     figure.update_xaxes(title={"text": "flatness F"}, **LOG_AXIS)
     figure.update_yaxes(title={"text": "variance along the direction"}, **LOG_AXIS)

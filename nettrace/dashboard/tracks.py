@@ -50,6 +50,8 @@ def track(
     values = data[variable].values
     if "run" not in data[variable].dims:
         _one(figure, data, variable, values)
+        if warning := data[variable].attrs.get("warning"):
+            note(figure, warning, warning, above=len(figure.layout.annotations))
     else:
         _several(figure, data, variable, values, groups)
     scale(figure, data, variable, values)

@@ -238,14 +238,22 @@ def test_variance_against_flatness_has_its_exponent():
     data = trace(
         weights_variance=(("mode",), np.pad(3 * flatness**-4.0, ((0, 0), (0, 5))), {}),
         weights_flatness=(("mode_weights_flatness",), flatness, {}),
-        weights_flatness_exponent=((), np.full(12, 4.0), {}),
+        weights_flatness_exponent=(
+            (),
+            np.full(12, 4.0),
+            {"first_mode": 1, "warning": "<too short>"},
+        ),
     )
     name = "weights/variance against weights/flatness"
     assert name in figures(data)
-    points, line = figure(data, name).data
-    np.testing.assert_allclose(line.y, 3 * np.array([1.0, 100.0]) ** -4)
-    np.testing.assert_allclose(points.y, 3 * flatness[-1] ** -4)
+    found = figure(data, name)
+    points, other, line = found.data
+    np.testing.assert_allclose(line.y, 3 * flatness[-1, [1, -1]] ** -4)
+    np.testing.assert_allclose(points.y, 3 * flatness[-1, 1:] ** -4)
+    assert (other.name, list(other.x)) == ("not fitted", [1.0])
     assert line.name == "fitted, psi = 4.00"
+    for one in (found, figure(data, "weights/flatness_exponent")):
+        assert [note.text for note in one.layout.annotations] == ["&lt;too short&gt;"]
     assert figure(data, "weights/flatness").layout.yaxis.title.text == "mode"
 
 
