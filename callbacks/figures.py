@@ -132,7 +132,8 @@ class Figures:
             )
             return {}
         from nettrace.dashboard import figure
-        from nettrace.dashboard.views import AGAINST, view
+        from nettrace.dashboard.pairs import AGAINST
+        from nettrace.dashboard.views import view
 
         found: dict[str, go.Figure] = {}
         left, until = _NUMBERS, time.monotonic() + _SECONDS
@@ -218,7 +219,8 @@ def _in_order(data: xr.Dataset) -> list[str]:
 
     Of a kind, those in the conventions of other packages come last, as they repeat others.
     """
-    from nettrace.dashboard.views import AGAINST, figures, view
+    from nettrace.dashboard.pairs import AGAINST
+    from nettrace.dashboard.views import figures, view
 
     kinds: dict[str, list[str]] = {}
 

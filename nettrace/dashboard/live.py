@@ -31,10 +31,11 @@ import xarray as xr
 
 from nettrace.dashboard.comparison import COMPARED, compare
 from nettrace.dashboard.following import Following
+from nettrace.dashboard.pairs import AGAINST
 from nettrace.dashboard.runs import differing, grouped
 from nettrace.dashboard.style import STEPS, Theme
 from nettrace.dashboard.tables import table
-from nettrace.dashboard.views import AGAINST, by_layer, figure, figures, layers, variable_of, view
+from nettrace.dashboard.views import by_layer, figure, figures, layers, variable_of, view
 
 HOST = "127.0.0.1"
 #: What a request may have, at most: characters, parameters, and characters in each of these.

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from nettrace.dashboard import maps, planes, relations, tracks
+from nettrace.dashboard.pairs import AGAINST, FLATNESS, PORTRAITS
 from nettrace.dashboard.style import Theme
 from nettrace.measures.registry import View
 from nettrace.record import ERROR
@@ -41,14 +42,6 @@ _BY_AXES: dict[tuple[str, ...], View] = {
     ("bin",): "curves",
     ("lag",): "curves",
 }
-#: Pairs of collective variables whose portraits are drawn.
-_PORTRAITS = (
-    ("ntk_trace", "ntk_entropy"),
-    ("fisher_trace", "ntk_entropy"),
-    ("fisher_trace", "loss"),
-)
-FLATNESS = "weights/variance against weights/flatness"
-AGAINST = " against "
 
 
 def figures(data: xr.Dataset) -> list[str]:
@@ -67,12 +60,9 @@ def figures(data: xr.Dataset) -> list[str]:
         for name, variable in data.data_vars.items()
         if _is_seen(data, str(name)) and (of_one or view(data, str(name)) == "track")
     ]
-    for first, second in _PORTRAITS:
-        if first in data and second in data:
-            names.append(f"{_name(data, second)}{AGAINST}{_name(data, first)}")
-    if of_one and {"weights_variance", "weights_flatness"} <= set(data):
-        names.append(FLATNESS)
-    return names
+    found = {str(one.attrs.get("name", name)) for name, one in data.data_vars.items()}
+    names += [f"{y}{AGAINST}{x}" for x, y in PORTRAITS if {x, y} <= found]
+    return names + [FLATNESS] * (of_one and set(FLATNESS.split(AGAINST)) <= found)
 
 
 def figure(
@@ -181,7 +171,3 @@ def variable_of(data: xr.Dataset, name: str) -> str:
         if name in (variable, data[variable].attrs.get("name")):
             return str(variable)
     raise KeyError(f"the trace has no {name!r}: nettrace.dashboard.figures names what it has")
-
-
-def _name(data: xr.Dataset, variable: str) -> str:
-    return str(data[variable].attrs.get("name", variable))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nettrace.dashboard.pairs import AGAINST, FLATNESS, PORTRAITS
 from nettrace.measures import Measure
 from nettrace.record import ERROR
 
@@ -87,7 +88,12 @@ def workspace(
         groups.setdefault(measure.name.partition("/")[0], []).append(measure)
     sections = []
     for group in sorted(groups, key=lambda one: (_rank(one), one)):
-        panels = [_plot(wr, names, m.name, m.convention, step) for m in groups[group] if not m.dims]
+        panels = [
+            _plot(wr, names, name, m.convention, step)
+            for m in groups[group]
+            if not m.dims
+            for name in ([m.name] if m.is_own else [m.name, f"{m.name}.re", f"{m.name}.im"])
+        ]
         arrays = [m for m in groups[group] if m.dims]
         if not of_trainer:
             panels += [
@@ -95,7 +101,11 @@ def workspace(
                 for m in arrays
                 if m.dims in [(axis,) for axis in _LABELLED]
             ]
-            if keys := [key for m in arrays for key in names.figures(m.name)]:
+            keys = [key for m in arrays for key in names.figures(m.name)]
+            keys += [
+                names.prefix + FIGURES + pair for pair in _pairs(groups) if pair.startswith(group)
+            ]
+            if keys:
                 panels.append(wr.MediaBrowser(title=f"{group}: figures", media_keys=keys))
         panels.append(wr.MarkdownPanel(markdown=_conventions(groups[group])))
         sections.append(ws.Section(name=group, panels=panels, is_open=group in _FIRST[:2]))
@@ -107,6 +117,9 @@ def workspace(
     about = [_plot(wr, names, name, text, step) for name, text in ABOUT.items()]
     if not of_trainer:
         about += [_lines(wr, names, n, text, step) for n, text in _LABELLED_ABOUT.items()]
+        regex = f"^{re.escape(names.prefix)}.+_backward_[0-9]+({ERROR})?$"
+        later = "second and later backward passes of a batch"
+        about.append(_drawn(wr, later, "as of the first", step, metric_regex=regex))
         about.append(wr.WeavePanelSummaryTable(table_name=names.prefix + FINAL))
     sections.append(ws.Section(name="nettrace", panels=about))
     found: Workspace = ws.Workspace(entity=entity, project=project, name=name, sections=sections)
@@ -170,6 +183,13 @@ def _lines(wr: Any, names: _Names, name: str, about: str, step: str) -> Any:
 def _drawn(wr: Any, name: str, about: str, step: str, **curves: Any) -> Any:
     text = textwrap.shorten(about, _WIDE, placeholder=" ...")
     return wr.LinePlot(title=name, x=step, title_x="optimizer step", title_y=text, **curves)
+
+
+def _pairs(groups: Mapping[str, Sequence[Measure]]) -> list[str]:
+    """What is seen against each other of that which is measured, of a single probe."""
+    measured = {measure.name for several in groups.values() for measure in several}
+    pairs = [f"{y}{AGAINST}{x}" for x, y in PORTRAITS] + [FLATNESS]
+    return [pair for pair in pairs if set(pair.split(AGAINST)) <= measured]
 
 
 def _rank(group: str) -> int:

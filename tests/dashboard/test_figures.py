@@ -260,6 +260,8 @@ def test_variance_against_flatness_has_its_exponent():
 def test_a_portrait_is_coloured_by_steps():
     data = trace(ntk_trace=((), np.arange(12.0), {}), ntk_entropy=((), np.arange(12.0) ** 2, {}))
     assert "ntk/entropy against ntk/trace" in figures(data)
+    other = trace(fisher_trace=((), np.ones(12), {}), loss_mean=((), np.ones(12), {}))
+    assert "loss/mean against fisher/trace" in figures(other)
     (found,) = figure(data, "ntk/entropy against ntk/trace").data
     np.testing.assert_array_equal(found.y, np.arange(12.0) ** 2)
     np.testing.assert_allclose(found.marker.color, np.log10(1 + np.arange(12)))
