@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -224,7 +225,8 @@ def _sections(
     if landscapes:
         own = landscapes[""] if set(landscapes) == {""} else landscape_numbers(landscapes)
         yield f"<h3>of the landscape</h3>{_finals(own)}"
-    yield f'<h2 id="costs">Cost and checks</h2>{_costs(data)}{_certificate(data)}</main>'
+    yield f'<h2 id="costs">Cost and checks</h2>{_costs(data)}'
+    yield f"{_costs_of_probes([data, *landscapes.values()])}{_certificate(data)}</main>"
 
 
 def _doubts(by_run: Mapping[str, xr.Dataset]) -> str:
@@ -248,6 +250,8 @@ def _doubts(by_run: Mapping[str, xr.Dataset]) -> str:
 
 def _costs(data: xr.Dataset) -> str:
     if "nettrace_seconds" not in data:
+        if any(str(name).startswith("landscape_") for name in data.data_vars):
+            return ""
         return '<p class="about">The trace does not say what measuring cost.</p>'
     seconds = float(np.nansum(data["nettrace_seconds"].values))
     text = f"Measuring took {seconds:.3g} s in all"
@@ -258,6 +262,19 @@ def _costs(data: xr.Dataset) -> str:
             whole = float(wall[-1] - wall[0])
             text += f", of {whole:.3g} s from the first record to the last"
     return f'<p class="about">{escape(text)}.</p>'
+
+
+def _costs_of_probes(several: Sequence[xr.Dataset]) -> str:
+    """What landscape probes took."""
+    found = [
+        float(np.nansum(one.values))
+        for data in several
+        for one in data.data_vars.values()
+        if re.fullmatch("landscape/.+/seconds", str(one.attrs.get("name")))
+    ]
+    if not found:
+        return ""
+    return f'<p class="about">Probing the landscape took {sum(found):.3g} s in all.</p>'
 
 
 def _certificate(data: xr.Dataset) -> str:

@@ -356,6 +356,7 @@ def test_a_report_of_results_alone(folder, tmp_path):
     assert ("landscape/plane/loss", "") in names
     assert 'id="group-landscape"' in page
     assert "doubts about these results" in page
+    assert "Probing the landscape took" in page
     assert "<b>never" not in page
 
 
