@@ -54,7 +54,7 @@ class Figures:
     Each time there are at most 12 figures, of arrays and of numbers against each other, those of
     different kinds first, with 200,000 numbers in all (about 2 MB), and none is begun after 5
     seconds; drawing images ends after 15. For them, at most 64 steps in 32 MiB of memory are kept,
-    evenly spaced.
+    evenly spaced. What is no record, as of a landscape, is sent by `show` and `draw`.
 
     Args:
         loggers: of a Lightning trainer.
@@ -103,16 +103,37 @@ class Figures:
         """Sends figures and final values where a training ends; returns as `send`."""
         return self._sent(last=True) if self._kept.count else []
 
-    def _sent(self, last: bool) -> list[tuple[str, Exception]]:
+    def show(self, data: xr.Dataset, step: int, trainer_step: int) -> list[tuple[str, Exception]]:
+        """Sends figures of what is no record, such as a landscape's, to W&B; returns as `send`.
+
+        Args:
+            data: as `nettrace.dashboard.figures` takes it, of one run.
+            step: how many updates the weights have had.
+            trainer_step: under which Lightning itself logs at this moment.
+        """
         self._failed: list[tuple[str, Exception]] = []
+        with self._noted("cannot make figures"):
+            self._send(self._figures(data) if self._wandb else {}, {}, step, trainer_step)
+        return self._failed
+
+    def draw(self, data: xr.Dataset, trainer_step: int) -> list[tuple[str, Exception]]:
+        """Sends images of these to TensorBoard and MLflow; takes and returns as `show`."""
+        self._failed = []
+        with self._noted("cannot make figures"):
+            self._draw(
+                self._figures(data) if self._tensorboard or self._mlflow else {}, trainer_step
+            )
+        return self._failed
+
+    def _sent(self, last: bool) -> list[tuple[str, Exception]]:
+        self._failed = []
         with self._noted("cannot make figures"):
             data = self._kept.dataset()
             figures = self._figures(data)
-            for logger in self._wandb if figures or last else ():
-                with self._noted(f"cannot log to {type(logger).__name__}"):
-                    self._send(logger.experiment, figures, {FINAL: _table(data)} if last else {})
-            if last and figures and (self._tensorboard or self._mlflow):
-                self._draw(figures)
+            more = {FINAL: _table(data)} if last and self._wandb else {}
+            self._send(figures, more, self._last, self._step)
+            if last:
+                self._draw(figures, self._step)
         return self._failed
 
     @contextmanager
@@ -152,16 +173,26 @@ class Figures:
                     left -= numbers
         return found
 
-    def _send(self, run: Any, figures: Mapping[str, go.Figure], more: Mapping[str, Any]) -> None:
-        import wandb
+    def _send(
+        self,
+        figures: Mapping[str, go.Figure],
+        more: Mapping[str, Any],
+        step: int,
+        trainer_step: int,
+    ) -> None:
+        for logger in self._wandb if figures or more else ():
+            with self._noted(f"cannot log to {type(logger).__name__}"):
+                import wandb
 
-        made = {FIGURES + name: wandb.Plotly(_listed(one)) for name, one in figures.items()}
-        row = {self._prefix + name: value for name, value in (*made.items(), *more.items())}
-        for name in row:
-            run.define_metric(name, step_metric=STEP)
-        run.log({**row, STEP: self._last, "trainer/global_step": self._step})
+                made = {FIGURES + n: wandb.Plotly(_listed(one)) for n, one in figures.items()}
+                row = {self._prefix + name: one for name, one in (*made.items(), *more.items())}
+                for name in row:
+                    logger.experiment.define_metric(name, step_metric=STEP)
+                logger.experiment.log({**row, STEP: step, "trainer/global_step": trainer_step})
 
-    def _draw(self, figures: Mapping[str, go.Figure]) -> None:
+    def _draw(self, figures: Mapping[str, go.Figure], trainer_step: int) -> None:
+        if not figures or not (self._tensorboard or self._mlflow):
+            return
         from nettrace.dashboard.images import images
 
         drawn, why = images(list(figures.values()), _DRAWING)
@@ -180,7 +211,7 @@ class Figures:
                 for name, png in found.items():
                     pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
                     tag = f"{self._prefix}{FIGURES}{name}"
-                    logger.experiment.add_image(tag, pixels, self._step, dataformats="HWC")
+                    logger.experiment.add_image(tag, pixels, trainer_step, dataformats="HWC")
         for logger in self._mlflow if found else ():
             with (
                 self._noted(f"cannot log to {type(logger).__name__}"),

@@ -11,11 +11,13 @@ import numpy as np
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from nettrace import Probe, Record
+from nettrace.callbacks.figures import Figures
 from nettrace.callbacks.lightning import Callback, bound_to, loggers_step, silenced
 from nettrace.callbacks.loggers import monitor, send
 from nettrace.callbacks.progress import announced
 from nettrace.callbacks.request import report, warn_idle
 from nettrace.callbacks.samples import probe_of
+from nettrace.landscape.folder import joined
 from nettrace.landscape.prober import Function, Prober, by_name, check
 from nettrace.ranks import by_first, purpose
 from nettrace.record import ERROR
@@ -53,7 +55,9 @@ class LandscapeProbe(Callback):
             for as long as it takes.
         progress: whether to show a progress bar, where the trainer shows one.
         log: whether to send numbers, with their standard errors, to the trainer's loggers and to
-            `callback_metrics`, as "landscape/<function>/<variable>".
+            `callback_metrics`, as "landscape/<function>/<variable>", and figures of the results to
+            W&B, and images of the last ones to TensorBoard and MLflow, as
+            `nettrace.callbacks.figures.Figures` says.
         samples: how many samples a default probe takes.
         on_error: "record" notes why a result is missing, warns once and lets the training go on;
             "raise" raises.
@@ -68,6 +72,7 @@ class LandscapeProbe(Callback):
     """
 
     _prober: Prober | None = None
+    _figures: Figures | None = None
     _due: Schedule | None = None
     #: At which steps it looked last whether it is due, and probed.
     _seen: int | None = None
@@ -104,11 +109,14 @@ class LandscapeProbe(Callback):
         self.samples = samples
         self.on_error: OnError = on_error
         self._said: set[str] = set()
+        #: What was found last, by function.
+        self._last: dict[str, xr.Dataset] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the samples, and probes the network as it is."""
         self._said = set()
-        self._due = self._prober = self._seen = self._probed = None
+        self._due = self._prober = self._seen = self._probed = self._figures = None
+        self._last = {}
         self._purpose = purpose(f"LandscapeProbe {' '.join(self.probes)}")
         with self._spared("cannot probe this training"):
             check_whole(
@@ -134,7 +142,8 @@ class LandscapeProbe(Callback):
                 self._probe(trainer, pl_module, begun=True)
             if self._probed is None:
                 warn_idle(self, trainer.global_step)
-        self._due = self._prober = None
+            self._draw(trainer)
+        self._due = self._prober = self._figures = None
 
     def _probe_if_due(self, trainer: Any, module: Any, begun: bool) -> None:
         step = trainer.global_step
@@ -161,6 +170,7 @@ class LandscapeProbe(Callback):
                         found.extend(new := records(name, result, step))
                         if self.logs:
                             self._log(trainer, new, begun)
+                            self._show(trainer, name, result, step, begun)
             return found
 
         told = by_first(f"{self._purpose}/{step}", work)
@@ -171,6 +181,26 @@ class LandscapeProbe(Callback):
         for logger in trainer.loggers if found else ():
             with self._spared(f"cannot log to {type(logger).__name__}"):
                 send(logger, found, "", loggers_step(trainer) + begun)
+
+    def _show(self, trainer: Any, name: str, found: xr.Dataset, step: int, begun: bool) -> None:
+        """Sends figures of a result to loggers that take them."""
+        if self._figures is None:
+            self._figures = Figures(trainer.loggers, "")
+        if self._figures.wanted:
+            self._last[name] = joined({step: found})
+            with self._spared("cannot make figures"):
+                data = _as_trace({name: self._last[name]})
+                self._note(self._figures.show(data, step, loggers_step(trainer) + begun))
+
+    def _draw(self, trainer: Any) -> None:
+        """Sends images of what was found last, which take seconds, to loggers that take these."""
+        if self._figures is not None and self._last:
+            with self._spared("cannot make figures"):
+                self._note(self._figures.draw(_as_trace(self._last), loggers_step(trainer)))
+
+    def _note(self, failed: list[tuple[str, Exception]]) -> None:
+        for what, error in failed:
+            report(self, what, error, self._said)
 
     def _new(self, trainer: Any, module: Any) -> Prober | None:
         if not trainer.is_global_zero:
@@ -193,6 +223,12 @@ class LandscapeProbe(Callback):
             yield
         except Exception as error:
             report(self, what, error, self._said)
+
+
+def _as_trace(found: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    from nettrace.dashboard.landscapes import landscape_trace  # takes long to import
+
+    return landscape_trace(found)
 
 
 def records(function: str, found: xr.Dataset, step: int) -> list[Record]:

@@ -79,11 +79,11 @@ def open(folder: str | Path) -> dict[str, xr.Dataset]:
                 found.setdefault(name, {})[step] = read(path)
             except ValueError as error:
                 warnings.warn(f"{error}: it is left out", stacklevel=2)
-    return {name: _joined(by_step) for name, by_step in found.items()}
+    return {name: joined(by_step) for name, by_step in found.items()}
 
 
-def _joined(found: Mapping[int, xr.Dataset]) -> xr.Dataset:
-    """Results with an axis for their steps."""
+def joined(found: Mapping[int, xr.Dataset]) -> xr.Dataset:
+    """Results by step as `open` gives them, with an axis for their steps."""
     import xarray as xr
 
     # Coordinates that label no axis are values like others.
@@ -103,7 +103,7 @@ def _joined(found: Mapping[int, xr.Dataset]) -> xr.Dataset:
         for one in several
     ]
     steps = xr.DataArray(list(found), dims="step", name="step")
-    joined = xr.concat(
+    whole = xr.concat(
         numbered,
         steps,
         data_vars="all",
@@ -116,8 +116,8 @@ def _joined(found: Mapping[int, xr.Dataset]) -> xr.Dataset:
         name: ("step", [one.attrs.get(name, nothing) for one in found.values()])
         for name, nothing in _OF_STEP.items()
     }
-    joined.attrs = {name: said for name, said in joined.attrs.items() if name not in _OF_STEP}
-    whole = joined.drop_vars([d for d in sizes if d in joined.coords]).set_coords(sorted(placed))
+    whole.attrs = {name: said for name, said in whole.attrs.items() if name not in _OF_STEP}
+    whole = whole.drop_vars([d for d in sizes if d in whole.coords]).set_coords(sorted(placed))
     return whole.assign_coords(of_step)
 
 

@@ -17,9 +17,10 @@ import pytest
 import training
 
 import nettrace as nt
-from nettrace.callbacks import GradientStatistics, NTKTrace, Trace
+from nettrace.callbacks import GradientStatistics, LandscapeProbe, NTKTrace, Trace
 from nettrace.callbacks import figures as module
 from nettrace.callbacks.figures import Figures
+from nettrace.landscape import slice_1d
 from nettrace.store.kept import Kept
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in training.HARMLESS]
@@ -310,6 +311,36 @@ def test_training_is_bitwise_the_same_with_figures() -> None:
     for one in (without, with_):
         one["logged"] = None  # of fakes
     assert training.differences(without, with_) == []
+
+
+def test_results_of_landscape_probes_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+
+    def images(figures: Any, seconds: float) -> tuple[list[bytes | None], str]:
+        drawn.append([one.layout.title.text for one in figures])
+        return [None] * len(figures), "it took too long"
+
+    monkeypatch.setattr("nettrace.dashboard.images.images", images)
+    logger, plain = lightning_wandb(), lightning_wandb()
+    board = type("TensorBoardLogger", (type(logger),), {})()
+    callback = LandscapeProbe({"line": slice_1d, "broken": broken}, every=3)
+    without = outcome(lambda: [], plain)
+    with pytest.warns(nt.MissingMeasureWarning, match="broken is missing"):
+        with_ = outcome(lambda: [callback], [logger, board])
+    for one in (without, with_):
+        one["logged"] = None  # of fakes
+    assert training.differences(without, with_) == []
+    assert of_figures(logger.experiment.rows) == [0, 3, 6, 9]
+    row = next(row for row in logger.experiment.rows if "figures/landscape/line/loss" in row)
+    (curve,) = content(row["figures/landscape/line/loss"])["data"]
+    assert len(curve["x"]) == 51
+    assert curve["name"] == "step 0"
+    (titles,) = drawn  # at the end, of the last
+    assert any("line/loss" in title for title in titles)
+
+
+def broken(model: Any, probe: Any, *, seconds: Any, progress: Any, to: Any) -> Any:
+    raise ValueError("it cannot be done")
 
 
 def test_what_fails_is_said_once_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
