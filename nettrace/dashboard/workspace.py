@@ -39,6 +39,8 @@ _LABELLED_ABOUT = {
 _LABELLED = ("layer", "nodes", "representation")
 #: Those of `nettrace.landscape` that give numbers, as "landscape/function/number".
 _PROBES = ("learning_coefficient", "langevin", "loss_density")
+#: Of which of their results there are figures first.
+_SEEN = ("slice_1d/loss", "slice_2d/loss", "barrier/loss", "loss_density/entropy")
 #: Where figures are logged, and the table of final values.
 FIGURES = "figures/"
 FINAL = "nettrace/final_values"
@@ -110,10 +112,13 @@ def workspace(
         panels.append(wr.MarkdownPanel(markdown=_conventions(groups[group])))
         sections.append(ws.Section(name=group, panels=panels, is_open=group in _FIRST[:2]))
     if not of_trainer:
+        plain = _Names("", ())  # as that callback has no prefix
         lines = [
-            _lines(wr, names, f"landscape/{one}", "numbers of a probe", step) for one in _PROBES
+            _lines(wr, plain, f"landscape/{one}", "numbers of a probe", step) for one in _PROBES
         ]
-        sections.append(ws.Section(name="landscape", panels=lines))
+        keys = [f"{FIGURES}landscape/{one}" for one in _SEEN]
+        media = wr.MediaBrowser(title="landscape: figures", media_keys=keys)
+        sections.append(ws.Section(name="landscape", panels=[*lines, media]))
     about = [_plot(wr, names, name, text, step) for name, text in ABOUT.items()]
     if not of_trainer:
         about += [_lines(wr, names, n, text, step) for n, text in _LABELLED_ABOUT.items()]

@@ -131,7 +131,7 @@ def test_it_shows_what_probes_of_the_landscape_log(
     function: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = xr.Dataset({"a": 1.0, "a_standard_error": 0.1})
-    document = specified(capsys)
+    document = specified(capsys, "--prefix", "p/")
     for name in numbers_of(records(function, found, 0), ""):
         assert is_shown(document, name)
 
