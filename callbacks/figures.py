@@ -153,8 +153,7 @@ class Figures:
             )
             return {}
         from nettrace.dashboard import figure
-        from nettrace.dashboard.pairs import AGAINST
-        from nettrace.dashboard.views import view
+        from nettrace.dashboard.views import is_pair, view
 
         found: dict[str, go.Figure] = {}
         left, until = _NUMBERS, time.monotonic() + _SECONDS
@@ -162,7 +161,7 @@ class Figures:
             if len(found) == _MOST or time.monotonic() > until:
                 break
             seen = data
-            if AGAINST not in name and view(data, _variable(data, name)) == "matrix":
+            if not is_pair(data, name) and view(data, _variable(data, name)) == "matrix":
                 places = np.linspace(0, data.sizes["step"] - 1, _MATRICES).round().astype(int)
                 seen = data.isel(step=np.unique(places))
             with self._noted("cannot make a figure"):
@@ -250,8 +249,7 @@ def _in_order(data: xr.Dataset) -> list[str]:
 
     Of a kind, those in the conventions of other packages come last, as they repeat others.
     """
-    from nettrace.dashboard.pairs import AGAINST
-    from nettrace.dashboard.views import figures, view
+    from nettrace.dashboard.views import figures, is_pair, view
 
     kinds: dict[str, list[str]] = {}
 
@@ -259,7 +257,7 @@ def _in_order(data: xr.Dataset) -> list[str]:
         return 2 * name.startswith(("collective/", "nettrace/")) - name.startswith(_TELLING)
 
     for name in sorted(figures(data), key=rank):
-        kind = AGAINST if AGAINST in name else view(data, _variable(data, name))
+        kind = "pair" if is_pair(data, name) else view(data, _variable(data, name))
         if kind != "track":
             kinds.setdefault(kind, []).append(name)
     return [name for several in zip_longest(*kinds.values()) for name in several if name]

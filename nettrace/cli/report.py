@@ -63,6 +63,11 @@ def run(options: argparse.Namespace) -> int:
     """
     suffix = Path(options.output or "").suffix.removeprefix(".")
     form = options.format or (suffix if suffix in _FORMATS else "html")
+    if suffix and suffix != form and (suffix in _FORMATS or not options.format):
+        raise UsageError(
+            f"--output ends in .{suffix}, and the page would be {form}: end it in .html, .pdf or "
+            ".png"
+        )
     output = Path(options.output or f"{_name(options.traces)}.{form}")
     try:
         from nettrace.dashboard import printing, report

@@ -56,6 +56,7 @@ def opened(
         if len(alone) == 1:
             return found[""].assign_attrs(folder=next(iter(alone))), {}
         return xr.Dataset(coords={"step": np.empty(0, int)}, attrs={"folder": "landscapes"}), found
+    traces = _with_parts(traces)
     data = store.open(traces[0] if len(traces) == 1 else list(traces), of_traces or None)
     if names and not of_landscapes:
         return data, {}
@@ -76,6 +77,17 @@ def opened(
             return found[""].assign_attrs(data.attrs), {}
         data = data.drop_vars(list(data.data_vars)).isel(step=slice(0))
     return data, found
+
+
+def _with_parts(traces: list[str]) -> list[str]:
+    """Of several folders those that hold something, unless none does; others are warned of."""
+    empty = [one for one in traces if Path(one).is_dir() and not part_files(Path(one))]
+    empty = [one for one in empty if Path(one).suffix != ".zarr"]
+    if len(empty) == len(traces):
+        return traces
+    for one in empty:
+        warn_missing(f"there is no trace in {one}: it is left out")
+    return [one for one in traces if one not in empty]
 
 
 def _alone(folder: Path) -> list[Path]:

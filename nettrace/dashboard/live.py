@@ -31,15 +31,23 @@ import xarray as xr
 
 from nettrace.dashboard.comparison import COMPARED, compare
 from nettrace.dashboard.following import Following
-from nettrace.dashboard.pairs import AGAINST
 from nettrace.dashboard.runs import differing, grouped
 from nettrace.dashboard.style import STEPS, Theme
 from nettrace.dashboard.tables import table
-from nettrace.dashboard.views import by_layer, figure, figures, layers, variable_of, view
+from nettrace.dashboard.views import (
+    arrays,
+    by_layer,
+    figure,
+    figures,
+    is_pair,
+    layers,
+    variable_of,
+    view,
+)
 
 HOST = "127.0.0.1"
 #: What a request may have, at most: characters, parameters, and characters in each of these.
-_LONG, _MANY, _WIDE = 16_384, 256, 1000
+_LONG, _MANY, _WIDE = 60_000, 2048, 1000
 #: How many figures are kept, and how many connections served at a time.
 _KEPT, _CONNECTIONS = 64, 64
 #: How long a page that is opened is given for its first figure, in seconds.
@@ -156,16 +164,14 @@ class LiveServer(ThreadingHTTPServer):
 
         Of several runs, arrays are those of one of them.
         """
-        together, alone = self.following.data(asked.get("run", ())), self._alone(asked)
-        found = {name: _kind(together, name) for name in figures(together)}
-        if "run" in together.dims:
-            arrays = {name: _kind(alone, name) for name in figures(alone)}
-            found |= {n: kind for n, kind in arrays.items() if kind not in ("track", "pair")}
+        data = self.following.data(asked.get("run", ()))
+        names = [*figures(data), *(arrays(data) if "run" in data.dims else ())]
+        found = {name: _kind(data, name) for name in names}
         named = [
             {"name": name, "kind": kind, "compared": kind in COMPARED}
-            for name, kind in sorted(found.items(), key=lambda one: (AGAINST in one[0], one[0]))
+            for name, kind in sorted(found.items(), key=lambda one: (one[1] == "pair", one[0]))
         ]
-        return {"figures": named, "groups": differing(together), "layers": layers(alone)}
+        return {"figures": named, "groups": differing(data), "layers": layers(data)}
 
     def drawn(self, asked: Parameters) -> go.Figure | str:
         """A figure, or why there is none."""
@@ -189,12 +195,8 @@ class LiveServer(ThreadingHTTPServer):
         name = asked["name"][0]
         theme: Theme = "dark" if asked.get("theme") == ["dark"] else "light"
         data = self.following.data(asked.get("run", ()))
-        if "run" in data.dims:
-            numbers = set(figures(data)) | {
-                str(v.attrs.get("name", n)) for n, v in data.data_vars.items() if v.ndim == 2
-            }
-            if name not in numbers:
-                data = self._alone(asked)
+        if "run" in data.dims and name in arrays(data):
+            data = self._alone(asked, name)
         at = [_whole(text) for text in asked.get("at", ())]
         if at:
             rows = 2 if asked.get("rows") == ["2"] else 1
@@ -207,15 +209,16 @@ class LiveServer(ThreadingHTTPServer):
         groups = None
         if "run" in data.dims:
             groups = grouped(data, asked["group"][0]) if asked.get("group") else None
-        elif AGAINST not in name:
+        elif not is_pair(data, name):
             data = by_layer(data, name, asked.get("layer", ()))
         return figure(data, name, theme=theme, groups=groups)
 
-    def _alone(self, asked: Parameters) -> xr.Dataset:
-        """The run whose arrays are shown: that which is asked for, or the first."""
-        if "of" in asked:
-            return self.following.data(asked["of"])
-        return self.following.data(asked.get("run", self.following.readable())[:1])
+    def _alone(self, asked: Parameters, name: str) -> xr.Dataset:
+        """The run whose array is shown: that which is asked for, or the first that has it."""
+        runs = [*asked.get("of", ()), *asked.get("run", self.following.readable())]
+        each = (self.following.data([run]) for run in runs)
+        first = self.following.data(runs[:1])
+        return next((data for data in each if name in figures(data)), first)
 
     def _prepare(self) -> None:
         try:
@@ -229,7 +232,7 @@ class LiveServer(ThreadingHTTPServer):
 
 
 def _kind(data: xr.Dataset, name: str) -> str:
-    return "pair" if AGAINST in name else view(data, variable_of(data, name))
+    return "pair" if is_pair(data, name) else view(data, variable_of(data, name))
 
 
 def _whole(text: str) -> int:
@@ -241,7 +244,7 @@ def _whole(text: str) -> int:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "nettrace", ""
-    timeout = 60
+    timeout = 5  # of connections that say nothing: browsers open new ones
     server: LiveServer
 
     def do_GET(self) -> None:
@@ -371,7 +374,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         title = found.layout.xaxis.title.text or ""
         kind = "" if not title.startswith(STEPS) else "log" if title != STEPS else "linear"
-        text = found.to_json(engine="json")
+        try:
+            text = found.to_json(engine="json")
+        except TypeError as error:  # of what JSON does not have
+            self._send_json(asked, json.dumps({"problem": f"it cannot be drawn: {error}"}))
+            return
         self._send_json(asked, f'{{"steps":"{kind}","figure":{text}}}')
 
     def table(self, asked: Parameters) -> None:

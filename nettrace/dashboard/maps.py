@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,6 +15,7 @@ from nettrace.dashboard.style import (
     Array,
     Steps,
     Theme,
+    compact,
     doubts,
     escape,
     is_logarithmic,
@@ -34,6 +36,8 @@ from nettrace.record import ERROR
 LOGARITHMIC = "log10"
 #: How many columns and rows a map has, at most.
 _COLUMNS, _ROWS = 400, 300
+#: How long labels are, at most, and how many there are of those that are shortened.
+_LONG, _LABELS = 34, 36
 #: How many steps a slider has, how large its matrices are, and how many curves are in a figure.
 _STOPS, _SIDE, _CURVES = 16, 128, 7
 #: How many errors a curve has, from where on it has not all of them.
@@ -46,10 +50,11 @@ def spectrum(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     if isinstance(found, go.Figure):
         return found
     figure, steps, values, gone, why = found
-    modes = np.unique(np.geomspace(1, values.shape[1], _ROWS).astype(int)) - 1
+    spaced = np.geomspace if _is_of_modes(data[variable].dims[1]) else np.linspace
+    modes = np.unique(spaced(1, values.shape[1], _ROWS).astype(int)) - 1
     _add_map(figure, steps, values[:, modes], modes + 1, data, variable)
     figure.update_yaxes(title={"text": _axis(data, variable)}, autorange="reversed")
-    if len(modes) > 20:
+    if len(modes) > 20 and _is_of_modes(data[variable].dims[1]):
         figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     mark_absent(figure, steps, gone, why)
     return figure
@@ -67,6 +72,10 @@ def layers(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         title={"text": _axis(data, variable)}, autorange="reversed", type="category"
     )
     figure.update_layout(height=max(260, min(900, 150 + 22 * len(names))))
+    if max(map(len, names)) > _LONG:  # some, shortened where they begin, which many share
+        some = names[:: math.ceil(len(names) / _LABELS)]
+        short = [n if len(n) <= _LONG else "..." + n[3 - _LONG :] for n in some]
+        figure.update_yaxes(tickvals=some, ticktext=short)
     mark_absent(figure, steps, gone, why)
     say_doubts(figure, steps.steps[~gone], doubts(data, variable))
     return figure
@@ -79,15 +88,20 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         return found
     figure, steps, values, _, _ = found
     dims = data[variable].dims[1:]
-    if len(dims) == 4:  # (sample, output) by (sample, output): summed over equal outputs
+    shape = values.shape[1:]
+    half = (len(dims) + 1) // 2
+    down, across = list(range(half)), list(range(half, len(dims)))
+    if len(dims) == 4 and shape[:2] == shape[2:]:
+        # (sample, output) by (sample, output): summed over equal outputs
         values = np.einsum("tncmc->tnm", values)
         title = label(data, variable)
         figure.update_layout(title={"text": f"{title}, summed over equal outputs"})
-    values = values.reshape(len(values), -1, values.shape[-1])
-    rows, columns = _names(data, variable, 0), _names(data, variable, len(dims) // 2)
-    if len(dims) == 3:
-        rows = [f"{a} {b}" for a in _names(data, variable, 0) for b in _names(data, variable, 1)]
-        columns = _names(data, variable, 2)
+        down, across = [0], [2]
+    values = values.reshape(len(values), math.prod(shape[n] for n in down), -1)
+    rows, columns = (
+        [" ".join(one) for one in product(*(_names(data, variable, n) for n in axes))]
+        for axes in (down, across)
+    )
     if order := _by_class(data, variable, values.shape):
         values = values[:, order][:, :, order]
         rows = columns = [str(i) for i in range(len(order))]
@@ -103,7 +117,7 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     bound = max(-low, high)
     for stop in stops:
         figure.add_heatmap(
-            z=shown[stop].astype(np.float32),
+            z=compact(shown[stop]),
             x=columns,
             y=rows,
             zmin=-bound if signed else low,
@@ -124,12 +138,12 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         xaxis={
             "type": "category",
             "constrain": "domain",
-            "title": {"text": axis_name(data, dims[-1] if len(dims) < 4 else dims[2])},
+            "title": {"text": ", ".join(axis_name(data, dims[n]) for n in across)},
         },
         yaxis={
             "type": "category",
             "autorange": "reversed",
-            "title": {"text": axis_name(data, dims[0])},
+            "title": {"text": ", ".join(axis_name(data, dims[n]) for n in down)},
         },
     )
     if values.shape[1] == values.shape[2]:
@@ -199,7 +213,7 @@ def _add_map(
     signed = low < 0 < high and not logarithmic
     bound = max(-low, high)
     figure.add_heatmap(
-        z=shown.T.astype(np.float32),
+        z=compact(shown.T),
         x=places,
         y=rows,
         zmin=-bound if signed else low,
@@ -229,6 +243,11 @@ def colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
 
 def _powers(*logs: float) -> list[str]:
     return [f"{10**log:.3g}" for log in logs]
+
+
+def _is_of_modes(dim: object) -> bool:
+    """Whether the first of an axis matter most, as modes by their size do."""
+    return "mode" in str(dim)
 
 
 def _names(data: xr.Dataset, variable: str, axis: int) -> list[str]:

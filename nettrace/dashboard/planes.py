@@ -13,6 +13,7 @@ from nettrace.dashboard.style import (
     SEQUENTIAL,
     Array,
     Theme,
+    compact,
     doubts,
     is_logarithmic,
     seen,
@@ -49,7 +50,7 @@ def plane(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         last = bool(stop == stops[-1])
         x, y = (_places(data, variable, axis, step) for axis in (1, 2))
         figure.add_contour(
-            z=shown[stop].T.astype(np.float32),
+            z=compact(shown[stop].T),
             x=x,
             y=y,
             zmin=-bound if signed else low,

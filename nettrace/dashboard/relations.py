@@ -18,6 +18,7 @@ from nettrace.dashboard.style import (
     label,
     new,
     note,
+    powers,
     say,
     say_doubts,
     scaled,
@@ -212,10 +213,10 @@ def _density(found: xr.Dataset, figure: go.Figure, at: str = "") -> go.Figure:
 
 
 def _steps_bar(last: int) -> dict[str, object]:
-    ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
+    ticks, texts = powers(last)
     return {
         **{"thickness": 12, "outlinewidth": 0, "tickfont": {"size": 10}},
         "tickvals": [float(np.log10(1 + tick)) for tick in ticks],
-        "ticktext": [f"{tick:,}" for tick in ticks],
+        "ticktext": texts,
         "title": {"text": "step", "font": {"size": 11}},
     }

@@ -28,6 +28,8 @@ from nettrace.summary import Quantity, said, summary
 LARGEST = 25_000_000
 #: Runs that have a column each in the table of final values; of more, quantiles are told.
 _COLUMNS = 4
+#: Groups of runs that have a column each.
+_GROUPS = 8
 _MISSING = "missing"
 #: Groups of measures in the order in which they are looked at; others are in the middle.
 _ORDER = (
@@ -81,7 +83,7 @@ def report(
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
     )
-    body = "".join([_header(data, title), *_sections(data, made, landscapes or {})])
+    body = "".join([_header(data, title), *_sections(data, made, landscapes or {}, groups)])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -190,7 +192,10 @@ def _pairs(items: Iterable[tuple[str, str]]) -> str:
 
 
 def _sections(
-    data: xr.Dataset, made: Sequence[Mapping[str, Any]], landscapes: Mapping[str, xr.Dataset]
+    data: xr.Dataset,
+    made: Sequence[Mapping[str, Any]],
+    landscapes: Mapping[str, xr.Dataset],
+    together: Mapping[str, str] | None,
 ) -> Iterator[str]:
     numbers = {id(one): i for i, one in enumerate(one for one in made if "data" in one)}
     groups = [(name, list(several)) for name, several in groupby(sorted(made, key=_place), _group)]
@@ -207,6 +212,9 @@ def _sections(
         yield '<p class="notice">Nothing was recorded yet: no step has a value.</p>'
     for group, several in groups:
         yield f'<h2 id="{escape(_anchor(group))}">{escape(group)}</h2>'
+        if several[0]["run"] and data.sizes.get("run", 0) > _COLUMNS:
+            text = f"The first {_COLUMNS} of {data.sizes['run']} runs: name others to see theirs."
+            yield f'<p class="about">{text}</p>'
         if group == "landscape":
             yield _doubts({"": data, **landscapes})
         yield '<div class="figures">'
@@ -221,10 +229,10 @@ def _sections(
                 inside = f'<p class="notice">{escape(one["why"])}</p>'
             yield f"<figure>{inside}<figcaption>{escape(caption)}</figcaption></figure>"
         yield "</div>"
-    yield f'<h2 id="values">Final values</h2>{_finals(data)}'
+    yield f'<h2 id="values">Final values</h2>{_finals(data, together)}'
     if landscapes:
         own = landscapes[""] if set(landscapes) == {""} else landscape_numbers(landscapes)
-        yield f"<h3>of the landscape</h3>{_finals(own)}"
+        yield f"<h3>of the landscape</h3>{_finals(own, together)}"
     yield f'<h2 id="costs">Cost and checks</h2>{_costs(data)}'
     yield f"{_costs_of_probes([data, *landscapes.values()])}{_certificate(data)}</main>"
 
@@ -297,17 +305,24 @@ def _certificate(data: xr.Dataset) -> str:
     return f'<p class="about">{escape(line)}</p>{table}'
 
 
-def _finals(data: xr.Dataset) -> str:
-    """The last value of each number."""
+def _finals(data: xr.Dataset, groups: Mapping[str, str] | None) -> str:
+    """The last value of each number, or its median over groups of runs."""
     runs = [str(run) for run in data["run"].values] if "run" in data.dims else ["last value"]
     few = len(runs) <= _COLUMNS
     columns = runs if few else [f"median of {len(runs)} runs", "10 to 90 %"]
+    members: dict[str, list[int]] = {name: [] for name in (groups or {}).values()}
+    if 0 < len(members) <= _GROUPS:
+        for number, run in enumerate(runs):
+            members[(groups or {})[run]].append(number)
+        columns = [f"{name}: median of {len(rows)}" for name, rows in members.items()]
     head = "".join(f'<th class="number">{escape(column)}</th>' for column in columns)
     rows = []
     for one in summary(data):
         if one.axes:
             continue
-        if few:
+        if 0 < len(members) <= _GROUPS:
+            cells = [_median(one.values[rows]) for rows in members.values()]
+        elif few:
             cells = [_cell(*both) for both in zip(one.values, one.standard_errors, strict=True)]
         else:
             cells = _quantiles(one)
@@ -348,6 +363,16 @@ def _cell(value: complex, error: float) -> str:
     return said(value, error)
 
 
+def _median(values: np.ndarray) -> str:
+    """That of those that are known."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return _MISSING
+    if np.iscomplexobj(known):
+        return said(complex(np.median(known.real), np.median(known.imag)))
+    return said(float(np.median(known)))
+
+
 def _quantiles(one: Quantity) -> list[str]:
     """The median of all runs, and between which quantiles most are."""
     if one.value is None:
@@ -361,7 +386,9 @@ def _quantiles(one: Quantity) -> list[str]:
 
 def _title(data: xr.Dataset) -> str:
     if "run" in data.dims:
-        return f"{data.sizes['run']} runs: " + ", ".join(map(str, data["run"].values[:4]))
+        more = ", ..." if data.sizes["run"] > _COLUMNS else ""
+        first = ", ".join(map(str, data["run"].values[:_COLUMNS]))
+        return f"{data.sizes['run']} runs: {first}{more}"
     return "/".join(Path(str(data.attrs.get("folder", "trace"))).parts[-2:])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ SEQUENTIAL = "Cividis"
 DIVERGING = ((0.0, "#2F6FB0"), (0.5, "#F2F2F2"), (1.0, "#C8501A"))
 #: The ratio of the largest to the smallest from which an axis is logarithmic.
 _WIDE = 100
+#: What turns text to the left.
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+#: Between which sizes numbers can be drawn.
+_TINY, _HUGE = 1e-290, 1e290
 #: Few ticks, of which Plotly else names nine in a decade.
 LOG_AXIS = {"type": "log", "exponentformat": "power", "nticks": 6}
 #: What axes of steps are called.
@@ -43,9 +48,12 @@ MOST = 2000
 def escape(text: object) -> str:
     """Text as figures show it: they take it for a kind of HTML, and for templates where they hover.
 
+    Characters that turn the direction of what follows are spelt out.
+
     Quotes stay, whose entities figures do not know.
     """
-    return html.escape(str(text), quote=False).replace("%{", "%&#123;")
+    plain = _TURNS.sub(lambda turn: f"\\u{ord(turn[0]):04x}", str(text))
+    return html.escape(plain, quote=False).replace("%{", "%&#123;")
 
 
 def template(theme: Theme) -> go.layout.Template:
@@ -139,14 +147,21 @@ class Steps:
             return {"title": {"text": STEPS}, "tickvals": self.steps, "tickformat": ",d"}
         if not self.logarithmic:
             return {"title": {"text": STEPS}}
-        last = int(self.steps[-1])
-        ticks = [0, *(10**k for k in range(len(str(last))) if 10**k <= last)]
+        ticks, texts = powers(int(self.steps[-1]))
         return {
             "title": {"text": f"{STEPS} (logarithmic)"},
             "type": "log",
             "tickvals": [tick + 1 for tick in ticks],
-            "ticktext": [f"{tick:,}" for tick in ticks],
+            "ticktext": texts,
         }
+
+
+def powers(last: int) -> tuple[list[int], list[str]]:
+    """Zero and powers of ten up to a step, about seven, and how they are written."""
+    most = len(str(last)) - 1
+    gap = math.ceil((most + 1) / 7)
+    ticks = [0, *(10**k for k in range(0, most + 1, gap))]
+    return ticks, [f"10<sup>{len(str(t)) - 1}</sup>" if t >= 10**6 else f"{t:,}" for t in ticks]
 
 
 def label(data: xr.Dataset, variable: str) -> str:
@@ -168,7 +183,7 @@ def short_label(data: xr.Dataset, variable: str) -> str:
 def is_logarithmic(values: Array) -> bool:
     """Whether numbers are positive and so far apart that they are seen by their logarithms."""
     finite = values[np.isfinite(values)]
-    return bool(finite.size and finite.min() > 0 and finite.max() >= _WIDE * finite.min())
+    return bool(finite.size and finite.min() > 0 and finite.max() / _WIDE >= finite.min())
 
 
 def scaled(values: Array) -> dict[str, Any]:
@@ -190,17 +205,27 @@ def absent(data: xr.Dataset, variable: str, run: str = "") -> tuple[Array, list[
 
 def mark_absent(figure: go.Figure, steps: Steps, gone: Array, why: Sequence[str]) -> None:
     """Shades the steps (S,) at which a quantity is missing, and says why."""
-    if not gone.any():
-        return
+    if gone.any():
+        _shade(figure, steps, gone, "#808080")
+        text = f"grey: missing at {gone.sum():,} of {len(gone):,} steps. {why[0]}"
+        note(figure, text, "; ".join(why))
+
+
+def mark_infinite(figure: go.Figure, steps: Steps, infinite: Array) -> None:
+    """Shades the steps (S,) at which a quantity is infinite."""
+    if infinite.any():
+        _shade(figure, steps, infinite, COLOURS[1])
+        note(figure, f"orange: infinite at {infinite.sum():,} of {len(infinite):,} steps")
+
+
+def _shade(figure: go.Figure, steps: Steps, at: Array, colour: str) -> None:
     places = steps.places.astype(float)
     edges = np.concatenate([places[:1], (places[1:] + places[:-1]) / 2, places[-1:]])
-    bounds = np.flatnonzero(np.diff(np.concatenate([[0], gone, [0]]))).reshape(-1, 2)
+    bounds = np.flatnonzero(np.diff(np.concatenate([[0], at, [0]]))).reshape(-1, 2)
     for first, last in bounds[:100]:
         figure.add_vrect(
-            x0=edges[first], x1=edges[last], fillcolor="#808080", opacity=0.22, line_width=0
+            x0=edges[first], x1=edges[last], fillcolor=colour, opacity=0.22, line_width=0
         )
-    text = f"grey: missing at {gone.sum():,} of {len(gone):,} steps. {why[0]}"
-    note(figure, text, "; ".join(why))
 
 
 def doubts(data: xr.Dataset, variable: str, run: str = "") -> dict[int, str]:
@@ -223,12 +248,23 @@ def say_doubts(figure: go.Figure, steps: Array, doubtful: Mapping[int, str]) -> 
         text = f"doubtful at {len(found):,} of {len(steps):,} steps. {first}"
         why = "; ".join(f"{step:,}: {said}" for step, said in found.items())
         short = textwrap.shorten(text, 56, placeholder=" ...")  # what a telephone has room for
-        note(figure, short, why, len(figure.layout.annotations))
+        note(figure, short, why)
 
 
-def say_absent(figure: go.Figure, why: Sequence[str]) -> None:
-    """Writes that there is nothing to show, and why."""
-    say(figure, f"missing at all steps. {why[0]}" if why else "nothing was recorded")
+def say_absent(figure: go.Figure, values: Array, why: Sequence[str]) -> bool:
+    """Writes that there is nothing to show of some values, and why, if that is so."""
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        largest = float(np.abs(finite).max())
+        if largest and not _TINY < largest < _HUGE:
+            say(figure, f"numbers of the size of {largest:.3g} cannot be drawn")
+            return True
+        return False
+    if np.isinf(values).any():
+        say(figure, "infinite at all steps" if not why else f"infinite, or missing. {why[0]}")
+    else:
+        say(figure, f"missing at all steps. {why[0]}" if why else "nothing was recorded")
+    return True
 
 
 def say(figure: go.Figure, text: str) -> None:
@@ -242,6 +278,12 @@ def say(figure: go.Figure, text: str) -> None:
         yref="paper",
     )
     figure.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
+
+
+def compact(values: Array) -> Array:
+    """Numbers in single precision, if that holds them."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return values.astype(np.float32) if not sizes.size or sizes.max() < 1e38 else values
 
 
 def parts(count: int, most: int = MOST) -> list[slice]:
@@ -277,12 +319,15 @@ def seen(
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
     values = np.abs(values) if np.iscomplexobj(values) else values
-    values = np.where(np.isfinite(values), values, np.nan)  # no scale has room for infinite ones
     gone, why = absent(data, variable)
-    there = np.isfinite(values).reshape(len(values), -1).any(1)
-    if not there.any():
-        say_absent(figure, why)
+    if say_absent(figure, values, why):
         return figure
+    infinite = np.isinf(values).reshape(len(values), -1).any(1)
+    if infinite.any():
+        text = f"some are infinite at {infinite.sum():,} of {len(values):,} steps, and left out"
+        note(figure, text, upon=True)
+    values = np.where(np.isfinite(values), values, np.nan)  # no scale has room for infinite ones
+    there = np.isfinite(values).reshape(len(values), -1).any(1)
     kept = there | gone
     return figure, Steps.of(data["step"].values[kept]), values[kept], gone[kept], why
 
@@ -291,9 +336,10 @@ def scale(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> 
     """Names the vertical axis, which is logarithmic if values are far apart."""
     figure.update_yaxes(title={"text": short_label(data, variable)}, **scaled(values))
     finite = values[np.isfinite(values)]
-    if finite.size and variable + ERROR not in data and finite.min() == finite.max() != 0:
-        middle, half = float(finite[0]), abs(float(finite[0])) / 2
-        figure.update_yaxes(range=[middle - half, middle + half])  # Plotly's is at least 2 wide
+    errors = data.get(variable + ERROR)
+    middle = float(finite[0]) if finite.size and (errors is None or not (errors > 0).any()) else 0.0
+    if middle and np.ptp(finite) <= 1e-8 * abs(middle):  # else rounding, or 2, is what is seen
+        figure.update_yaxes(range=sorted((0.5 * middle, 1.5 * middle)))
 
 
 def show_legend(figure: go.Figure) -> None:
@@ -333,14 +379,16 @@ def slider(prefix: str, names: Sequence[str], active: int, always: int = 0) -> d
     }
 
 
-def note(figure: go.Figure, text: str, hover: str = "", above: int = 0) -> None:
-    """Writes a line at the bottom, above so many others; upon a map on grey, to be legible."""
-    upon = any(one.type == "heatmap" for one in figure.data)
+def note(figure: go.Figure, text: str, hover: str = "", upon: bool = False) -> None:
+    """Writes a line at the bottom, above those that are there; on grey upon a map."""
+    upon = upon or any(one.type == "heatmap" for one in figure.data)
+    above = sum(one.name == "note" for one in figure.layout.annotations)
     look = {"bgcolor": "rgba(96,96,96,0.85)", "font": {"size": 10, "color": "#FFFFFF"}}
     figure.add_annotation(
         text=escape(textwrap.shorten(text, 76, placeholder=" ...")),
         hovertext="<br>".join(escape(line) for line in textwrap.wrap(hover, 80)[:12]) or None,
         showarrow=False,
+        name="note",
         **(look if upon else {"font": {"size": 10}}),
         **{"x": 0, "y": 0.01 + 0.06 * above, "xref": "paper", "yref": "paper"},
         **{"xanchor": "left", "yanchor": "bottom"},

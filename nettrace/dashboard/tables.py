@@ -37,6 +37,14 @@ def table(figure: go.Figure) -> str:
                     step = _text(x - first) if is_along else ""
                     writer.writerow([name, step, _text(x), _text(y), _text(z)])
             continue
+        if one.fill == "toself":  # a band, there and back
+            half = len(one.x) // 2
+            edges = {"upper": one.y[:half], "lower": one.y[half:][::-1]}
+            for edge, values in edges.items():
+                for x, y in zip(one.x[:half], values, strict=True):
+                    step = _text(x - first) if is_along else ""
+                    writer.writerow([_text(f"{name} ({edge})"), step, _text(x), _text(y), ""])
+            continue
         known = () if one.customdata is None else one.customdata
         for x, y, step in zip_longest(one.x, one.y, known, fillvalue=""):
             writer.writerow([name, _text(step), _text(x), _text(y), ""])

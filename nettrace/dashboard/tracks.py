@@ -21,12 +21,14 @@ from nettrace.dashboard.style import (
     escape,
     label,
     mark_absent,
+    mark_infinite,
     new,
     note,
     say_absent,
     say_doubts,
     scale,
     seen,
+    short_label,
     show_legend,
 )
 from nettrace.record import ERROR
@@ -48,13 +50,17 @@ def track(
     """
     figure = new(label(data, variable), data[variable].attrs.get("convention", ""), theme)
     values = data[variable].values
-    if "run" not in data[variable].dims:
+    if "run" in data[variable].dims:
+        values = np.abs(values) if np.iscomplexobj(values) else values
+        _several(figure, data, variable, values, groups)
+    else:
         _one(figure, data, variable, values)
         if warning := data[variable].attrs.get("warning"):
-            note(figure, warning, warning, above=len(figure.layout.annotations))
-    else:
-        _several(figure, data, variable, values, groups)
-    scale(figure, data, variable, values)
+            note(figure, warning, warning)
+    parts = [values.real, values.imag] if np.iscomplexobj(values) else [values]
+    scale(figure, data, variable, np.concatenate(parts))
+    if np.iscomplexobj(data[variable]) and "run" in data[variable].dims:
+        figure.update_yaxes(title={"text": f"modulus of {short_label(data, variable)}"})
     return figure
 
 
@@ -205,22 +211,31 @@ def mark_doubtful(
 
 def _one(figure: go.Figure, data: xr.Dataset, variable: str, values: Array) -> None:
     gone, why = absent(data, variable)
-    if not np.isfinite(values).any():
-        say_absent(figure, why)
+    if say_absent(figure, values, why):
         return
-    kept = np.isfinite(values) | gone
+    infinite = np.isinf(values)
+    kept = np.isfinite(values) | infinite | gone
+    values = np.where(infinite, np.nan, values)[kept]
     steps = Steps.of(data["step"].values[kept])
-    low, _, high = envelope(values[kept])
-    if variable + ERROR in data and len(low) == kept.sum():
-        error = data[variable + ERROR].values[kept]
-        low, high = values[kept] - error, values[kept] + error
-        band(figure, steps, low, high, COLOURS[0], 0.25, "standard error")
-    elif len(low) < kept.sum():
-        band(figure, steps, values[kept], values[kept], COLOURS[0], 0.25, "least to largest")
-    curve(figure, steps, values[kept], label(data, variable), 0)
+    if np.iscomplexobj(values):
+        curve(figure, steps, values.real, "real part", 0)
+        curve(figure, steps, values.imag, "imaginary part", 1)
+    else:
+        if len(values) > MOST:
+            band(figure, steps, values, values, COLOURS[0], 0.25, "least to largest")
+        elif variable + ERROR in data:
+            error = data[variable + ERROR].values[kept]
+            low, high = values - error, values + error
+            band(figure, steps, low, high, COLOURS[0], 0.25, "standard error")
+        curve(figure, steps, values, label(data, variable), 0)
     mark_absent(figure, steps, gone[kept], why)
-    mark_doubtful(figure, steps, values[kept], doubts(data, variable))
-    figure.update_layout(xaxis=steps.axis, showlegend=False)
+    mark_infinite(figure, steps, infinite[kept])
+    mark_doubtful(figure, steps, values, doubts(data, variable))
+    figure.update_layout(xaxis=steps.axis)
+    if np.iscomplexobj(values):
+        show_legend(figure)
+    else:
+        figure.update_layout(showlegend=False)
 
 
 def _several(
@@ -231,11 +246,10 @@ def _several(
     groups: Mapping[str, str] | None,
 ) -> None:
     runs = [str(run) for run in data["run"].values]
-    kept = np.isfinite(values).any(0)
-    if not kept.any():
-        why = [reason for run in runs for reason in absent(data, variable, run)[1]]
-        say_absent(figure, why)
+    why = [reason for run in runs for reason in absent(data, variable, run)[1]]
+    if say_absent(figure, values, why):
         return
+    kept = np.isfinite(values).any(0)
     steps = Steps.of(data["step"].values[kept])
     having = [(n, run) for n, run in enumerate(runs) if np.isfinite(values[n]).any()]
     if groups is None and len(having) > _FEW:
@@ -246,15 +260,20 @@ def _several(
     for number, run in having:
         group = run if groups is None else groups.get(run, run)
         members.setdefault(escape(group), []).append(number)
+    fewer = 0  # runs that the least known step has of those whose median is drawn
     for number, (name, rows) in enumerate((n, rows) for n, rows in members.items() if rows):
         found = values[np.array(rows)][:, kept]
-        there = np.isfinite(found).sum(0) * 2 >= len(rows)
+        known = (~np.isnan(found)).sum(0)
+        there = known * 2 >= len(rows)
         if len(rows) < 3 or not there.any():  # or runs that were measured at other steps each
             for place, row in zip(rows, found, strict=True):
-                its = np.isfinite(row)
+                its = ~np.isnan(row)
                 own = Steps(steps.steps[its], steps.logarithmic)
-                curve(figure, own, row[its], name or escape(runs[place]), number)
+                finite = np.where(np.isfinite(row[its]), row[its], np.nan)
+                curve(figure, own, finite, name or escape(runs[place]), number)
+                figure.data[-1].showlegend = not name or place == rows[0]
             continue
+        fewer = max(fewer, len(rows) - int(known.min()))
         own = Steps(steps.steps[there], steps.logarithmic)
         low, median, high = _quantiles(found[:, there], (0.1, 0.5, 0.9))
         colour = COLOURS[number % len(COLOURS)]
@@ -262,13 +281,16 @@ def _several(
         called = f"{start}median, 10 to 90 % of {len(rows)} runs"
         band(figure, own, low, high, colour, 0.22, f"{start}10 to 90 %", of=called)
         curve(figure, own, median, called, number)
+    if fewer:
+        note(figure, f"at some steps up to {fewer} of these runs have no value")
+    if infinite := int(np.isinf(values).any(1).sum()):
+        note(figure, f"infinite at some steps of {infinite} of {len(runs)} runs")
     gone = sum(bool(absent(data, variable, run)[1]) for run in runs)
     if gone:
         note(figure, f"missing at some steps of {gone} of {len(runs)} runs")
     doubtful = sum(bool(doubts(data, variable, run)) for run in runs)
     if doubtful:
-        text = f"doubtful at some steps of {doubtful} of {len(runs)} runs"
-        note(figure, text, above=len(figure.layout.annotations))
+        note(figure, f"doubtful at some steps of {doubtful} of {len(runs)} runs")
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
 
@@ -276,17 +298,19 @@ def _several(
 def _quantiles(values: Array, at: Sequence[float]) -> Array:
     """Quantiles (Q, S) of values (R, S) along the first axis, as `np.nanquantile` finds them.
 
-    That takes a second for 30,000 steps; this sorts, which puts NaN last.
+    That takes a second for 30,000 steps; this sorts, which puts infinite ones at the ends and NaN
+    last. Of quantiles that are infinite there is NaN, which is not drawn.
     """
-    values = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)
-    counts = np.isfinite(values).sum(0)
+    values = np.sort(values, axis=0)
+    counts = (~np.isnan(values)).sum(0)
     places = np.array(at)[:, None] * (counts - 1)
     low = np.floor(places).astype(int)
     high = np.minimum(low + 1, counts - 1)
     columns = np.arange(values.shape[1])
-    first = values[low, columns]
-    found: Array = first + (values[high, columns] - first) * (places - low)
-    return found
+    first, second, share = values[low, columns], values[high, columns], places - low
+    with np.errstate(invalid="ignore"):
+        found: Array = np.where(share > 0, first + (second - first) * share, first)
+    return np.where(np.isfinite(found), found, np.nan)
 
 
 def _edge(data: xr.Dataset, variable: str) -> Array | None:

@@ -7,7 +7,7 @@ A measure is seen as the axes of its values suggest, or as it says itself, by
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import get_args
+from typing import Any, get_args
 
 import plotly.graph_objects as go
 import xarray as xr
@@ -56,11 +56,11 @@ def figures(data: xr.Dataset) -> list[str]:
     """
     of_one = "run" not in data.dims
     names = [
-        str(variable.attrs.get("name", name))
-        for name, variable in data.data_vars.items()
+        name_of(data, name)
+        for name in data.data_vars
         if _is_seen(data, str(name)) and (of_one or view(data, str(name)) == "track")
     ]
-    found = {str(one.attrs.get("name", name)) for name, one in data.data_vars.items()}
+    found = {name_of(data, name) for name in data.data_vars}
     names += [f"{y}{AGAINST}{x}" for x, y in PORTRAITS if {x, y} <= found]
     return names + [FLATNESS] * (of_one and set(FLATNESS.split(AGAINST)) <= found)
 
@@ -97,9 +97,9 @@ def figure(
     """
     if theme not in get_args(Theme):
         raise ValueError(f"expected a theme of {get_args(Theme)}, got {theme!r}")
-    if name == FLATNESS:
-        return relations.variance_flatness(data, theme)
-    if AGAINST in name:
+    if is_pair(data, name):
+        if name == FLATNESS:
+            return relations.variance_flatness(data, theme)
         second, first = (variable_of(data, part) for part in name.split(AGAINST, 1))
         return relations.portrait(data, first, second, theme)
     variable = variable_of(data, name)
@@ -112,6 +112,11 @@ def figure(
             f"data.sel(run={str(data['run'].values[0])!r})"
         )
     return _DRAWN[kind](data, variable, theme)
+
+
+def is_pair(data: xr.Dataset, name: str) -> bool:
+    """Whether a name is of two quantities against each other."""
+    return AGAINST in name and name not in {name_of(data, one) for one in data.data_vars}
 
 
 def view(data: xr.Dataset, variable: str) -> View:
@@ -127,10 +132,19 @@ def view(data: xr.Dataset, variable: str) -> View:
     return "spectrum" if axes[0].endswith("mode") or axes[0] not in data.coords else "layers"
 
 
+def arrays(data: xr.Dataset) -> list[str]:
+    """What is seen of one of several runs alone, so that `figures` does not name it."""
+    seen = [str(name) for name in data.data_vars if _is_seen(data, str(name))]
+    names = [name_of(data, name) for name in seen if view(data, name) != "track"]
+    return names + [FLATNESS] * (set(FLATNESS.split(AGAINST)) <= set(names))
+
+
 def layers(data: xr.Dataset) -> list[str]:
-    """The names of all layers, or whatever else has names, that a trace of one run has maps of."""
+    """The names of all layers, or whatever else has names, that there are maps of."""
     axes = {
-        data[name].dims[1]: None for name in data.data_vars if view(data, str(name)) == "layers"
+        data[name].dims[-1]: None
+        for name in data.data_vars
+        if view(data, str(name)) == "layers" and not str(name).startswith("nettrace_")
     }
     return list(dict.fromkeys(str(name) for axis in axes for name in data[axis].values))
 
@@ -159,6 +173,11 @@ def _is_seen(data: xr.Dataset, name: str) -> bool:
         return False
     is_where = name.endswith("_at") and data[name].ndim > 1  # the values of an array are told
     return not (is_where and name.removesuffix("_at") in data)
+
+
+def name_of(data: xr.Dataset, variable: Any) -> str:
+    """The quantity of a variable."""
+    return str(data[variable].attrs.get("name", variable))
 
 
 def variable_of(data: xr.Dataset, name: str) -> str:

@@ -352,3 +352,107 @@ def test_legends_have_room_for_their_rows():
 def test_what_stays_the_same_is_seen_at_its_value():
     found = figure(trace(weights_temperature=((), np.full(12, 0.003), {})), "weights/temperature")
     np.testing.assert_allclose(found.layout.yaxis.range, (0.0015, 0.0045))
+
+
+def notes(found):
+    return [one.text for one in found.layout.annotations]
+
+
+def test_infinite_numbers_are_gaps_that_are_said():
+    value = np.arange(12.0)
+    value[4:6] = np.inf
+    found = figure(trace(loss_mean=((), value, {})), "loss/mean")
+    np.testing.assert_array_equal(found.data[0].y, np.where(np.isinf(value), np.nan, value))
+    assert len(found.layout.shapes) == 1
+    assert notes(found) == ["orange: infinite at 2 of 12 steps"]
+    whole = figure(trace(loss_mean=((), np.full(12, np.inf), {})), "loss/mean")
+    assert notes(whole) == ["infinite at all steps"]
+    spectrum = np.ones((12, 3)) * [4, 2, 1]
+    spectrum[3, 1] = np.inf
+    found = figure(trace(ntk_spectrum=(("mode",), spectrum, {})), "ntk/spectrum")
+    assert notes(found) == ["some are infinite at 1 of 12 steps, and left out"]
+
+
+def test_medians_count_runs_that_diverge_and_say_how_many_are_left():
+    value = np.arange(9.0)[:, None] * np.ones(20)
+    value[0, 5:] = np.inf
+    value[1:5, 10:] = np.nan
+    data = xr.Dataset(
+        {"loss_mean": (("run", "step"), value, {"name": "loss/mean"})},
+        {"run": [f"r{n}" for n in range(9)], "step": np.arange(20)},
+    )
+    found = figure(data, "loss/mean")
+    median = scatters(found)["median, 10 to 90 % of 9 runs"].y
+    np.testing.assert_array_equal(median[[0, 7, 12]], [4, 5, 7])
+    assert notes(found) == [
+        "at some steps up to 4 of these runs have no value",
+        "infinite at some steps of 1 of 9 runs",
+    ]
+
+
+def test_two_runs_of_a_group_have_one_place_in_the_legend():
+    data = xr.Dataset(
+        {"loss_mean": (("run", "step"), np.ones((2, 4)), {"name": "loss/mean"})},
+        {"run": ["a", "b"], "step": np.arange(4)},
+    )
+    found = figure(data, "loss/mean", groups={"a": "eta=1", "b": "eta=1"})
+    assert [(one.name, one.showlegend) for one in found.data] == [("eta=1", True), ("eta=1", False)]
+
+
+def test_complex_numbers_are_seen_by_their_parts():
+    value = np.arange(12) * (1 - 2j)
+    data = trace(a_b=((), np.ones(12), {}))
+    data["a_b"] = ("step", value, data["a_b"].attrs)
+    found = scatters(figure(data, "a/b"))
+    np.testing.assert_array_equal(found["real part"].y, np.arange(12))
+    np.testing.assert_array_equal(found["imaginary part"].y, -2 * np.arange(12))
+    several = figure(data.expand_dims(run=["x"]), "a/b")
+    np.testing.assert_allclose(several.data[0].y, np.abs(value))
+    assert several.layout.yaxis.title.text == "modulus of a/b"
+    several.to_json()
+
+
+@pytest.mark.parametrize("size", [1e308, 5e-324])
+@pytest.mark.parametrize("dims", [(), ("mode",)])
+def test_numbers_that_no_browser_draws_are_said(size, dims):
+    data = trace(a_b=(dims, np.full((12, 3)[: 1 + len(dims)], size), {}))
+    (note,) = notes(figure(data, "a/b"))
+    assert "cannot be drawn" in note
+
+
+def test_rounding_is_not_seen():
+    value = 26214.4 * (1 + 1e-13 * np.random.default_rng(0).normal(size=12))
+    found = figure(trace(a_b=((), value, {})), "a/b")
+    np.testing.assert_allclose(found.layout.yaxis.range, (13107.2, 39321.6))
+    below = figure(trace(a_b=((), -value, {})), "a/b")
+    np.testing.assert_allclose(below.layout.yaxis.range, (-39321.6, -13107.2))
+
+
+def test_an_array_of_four_axes_is_a_matrix():
+    value = np.random.default_rng(0).normal(size=(12, 3, 4, 5, 2))
+    found = figure(trace(a_b=(("p", "q", "r", "s"), value, {})), "a/b")
+    np.testing.assert_allclose(found.data[-1].z, value[-1].reshape(12, 10), rtol=1e-6)
+    assert found.data[-1].y[1] == "1 2"
+    assert (found.layout.yaxis.title.text, found.layout.xaxis.title.text) == ("p, q", "r, s")
+
+
+def test_a_name_may_hold_against():
+    data = trace(a_b=((), np.ones(12), {"name": "a/b against c/d"}))
+    assert figures(data) == ["a/b against c/d"]
+    assert len(figure(data, "a/b against c/d").data) == 1
+
+
+def test_long_labels_are_shortened_where_they_begin():
+    names = ["encoder." * 9 + str(n) for n in range(80)]
+    data = trace(a_b=(("layer",), np.ones((12, 80)), {})).assign_coords(layer=names)
+    axis = figure(data, "a/b").layout.yaxis
+    assert len(axis.ticktext) <= 36
+    assert max(map(len, axis.ticktext)) == 34
+    assert all(
+        full.endswith(short[3:]) for full, short in zip(axis.tickvals, axis.ticktext, strict=True)
+    )
+
+
+def test_text_cannot_turn_what_follows():
+    found = figure(trace(a_b=((), np.ones(12), {"name": "a/\u202egpj"})), "a/\u202egpj")
+    assert found.layout.title.text == "a/\\u202egpj"

@@ -185,9 +185,9 @@ def test_paths_lead_nowhere(ask, path):
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("/figure?name=" + "x" * 20_000, 414),
+        ("/figure?name=" + "x" * 62_000, 414),
         ("/figure?name=" + "x" * 1_001, 400),
-        ("/figures?" + "&".join(f"run={i}" for i in range(300)), 400),
+        ("/figures?" + "&".join(f"run={i}" for i in range(2_100)), 400),
         ("/figure?" + "&".join(f"name=x{i}" for i in range(20)), 400),
         ("/figure?name=ntk/gram&at=1&at=2&at=3", 400),
         ("/figure?name=loss/mean&from=" + "9" * 50, 400),
@@ -365,6 +365,31 @@ def test_runs_are_grouped_and_layers_chosen(serve, tmp_path):
         "&lt;img src=x onerror=alert(1)&gt;",
         "out",
     ]
+
+
+def test_arrays_are_those_of_the_first_run_that_has_them(serve, tmp_path):
+    make_run(tmp_path / "b")
+    writer = TraceWriter(tmp_path / "a")
+    for number in range(3):
+        writer.write([nt.Record("loss/mean", number, np.asarray(1.0))], {})
+    ask = serve(tmp_path)
+    names = [one["name"] for one in ask.json("/figures", of="a")["figures"]]
+    assert {"ntk/gram", "ntk/spectrum", "loss/mean"} == set(names)
+    found = ask.json("/figure", name="ntk/gram", of="a")["figure"]
+    assert found == json.loads(figure(nt.open(tmp_path / "b"), "ntk/gram").to_json())
+
+
+def test_hundreds_of_runs_may_be_chosen(serve, tmp_path):
+    ask = serve(tmp_path)
+    assert ask("/figures?" + "&".join(f"run=run-{i}" for i in range(700))).status == 200
+
+
+def test_connections_that_say_nothing_are_closed(ask):
+    silent = [socket.create_connection(("127.0.0.1", ask.server.server_port)) for _ in range(70)]
+    time.sleep(5.5)
+    assert ask("/state").status == 200
+    for one in silent:
+        one.close()
 
 
 def test_runs_that_come_later_appear(serve, tmp_path):

@@ -188,6 +188,33 @@ def test_runs_measures_slider_brush_and_export(chromium, tmp_path):
             assert got.value.suggested_filename == f"loss-mean.{kind.lower()}"
 
 
+def test_what_is_typed_and_focused_is_left_while_a_run_trains(chromium, tmp_path):
+    writer = make_run(tmp_path / "a")
+    make_run(tmp_path / "b", 1)
+    with opened(chromium, tmp_path) as page:
+        drawn(page, "loss/mean")
+        page.get_by_label("a", exact=True).focus()
+        step(writer, 200)
+        page.wait_for_function(
+            "() => document.getElementById('status').textContent.includes('200')"
+        )
+        assert page.evaluate("document.activeElement.closest('li').dataset.label") == "a"
+        page.fill("#from", "10")
+        page.fill("#to", "20")
+        page.keyboard.press("Tab")
+        page.fill("#from", "30")  # both are to change
+        page.keyboard.press("Tab")
+        assert page.input_value("#to") == "20"
+        assert page.locator("#from[aria-invalid]").count() == 1
+        page.fill("#to", "40")
+        page.keyboard.press("Tab")
+        page.wait_for_function("() => location.hash.includes('from=30&to=40')")
+        page.get_by_label("a", exact=True).uncheck()
+        page.get_by_label("b", exact=True).click()
+        assert page.get_by_label("b", exact=True).is_checked()
+        assert "one run at least" in page.inner_text("#status")
+
+
 def test_groups_and_layers(chromium, tmp_path):
     layer = {"layer": ["first", "second"]}
     for seed in range(6):

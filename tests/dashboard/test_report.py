@@ -113,7 +113,9 @@ def test_runs_are_compared_and_grouped(tmp_path):
     (one,) = (one for one in page.figures if one["name"] == "ntk/trace")
     assert "eta=1: median, 10 to 90 % of 3 runs" in [curve["name"] for curve in one["data"]]
     assert sum(one["name"] == "ntk/spectrum" for one in page.figures) == 4  # of the first runs
-    assert "4.5 to 8.5" in page.texts
+    assert "4.5 to 8.5" in Page(report(data)).texts
+    assert "eta=0: median of 3" in page.texts
+    assert {"6", "7"} <= set(page.texts)  # 4 + the medians of 0, 2, 4 and of 1, 3, 5
     with pytest.raises(KeyError, match="no run says what its 'depth' is"):
         report(data, group="depth")
 
@@ -131,6 +133,31 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch):
     page = Page((tmp_path / "x.html").read_text())
     assert [one["name"] for one in page.figures] == ["ntk/trace"]
     assert "x.html" in capsys.readouterr().out
+    for wrong in (["-o", "x.svg"], ["-o", "x.png", "--format", "html"]):
+        assert main(["report", "x", *wrong]) == 1
+        assert "end it in" in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.html"]
+
+
+def test_empty_folders_among_others_are_left_out(tmp_path, capsys, logged):
+    for name in ("a", "b"):
+        written(tmp_path / name)
+    (tmp_path / "c").mkdir()
+    page = tmp_path / "x.html"
+    assert main(["report", *(str(tmp_path / n) for n in "abc"), "-o", str(page)]) == 0
+    said = " ".join([capsys.readouterr().err, *logged]).split()  # once, wherever that goes
+    assert "it is left out" in " ".join(said)
+    logged.clear()
+    assert "2 runs: a, b" in page.read_text()
+
+
+def test_complex_numbers_do_not_keep_the_page_away(tmp_path):
+    writer = TraceWriter(tmp_path)
+    for step in range(3):
+        writer.write([nt.Record("own/z", step, np.asarray(1 + step * 2j))], {})
+    page = Page(report(nt.open(tmp_path)))
+    assert [curve["name"] for curve in page.figures[0]["data"]] == ["real part", "imaginary part"]
+    assert "1 + 4i" in page.texts
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -4,6 +4,7 @@
 
 const FIRST = ["loss/mean", "ntk/trace", "loss/accuracy", "ntk/entropy", "ntk/spectrum", "ntk/gram"];
 const MOST = 48; // figures at a time
+const PATIENCE = 20000; // milliseconds to wait for an answer
 const $ = (id) => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = matchMedia("(max-width: 760px)");
@@ -22,7 +23,10 @@ const drawing = new Promise((done) => (window.Plotly ? done() : $("plotly").addE
 
 // ---- the address -------------------------------------------------------------------------------
 
-const whole = (text) => (/^-?\d{1,15}$/.test(String(text).trim().replaceAll(",", "")) ? Number(String(text).replaceAll(",", "")) : null);
+const whole = (text) => {
+  const digits = String(text).trim().replaceAll(",", "");
+  return /^-?\d{1,16}$/.test(digits) && Number.isSafeInteger(Number(digits)) ? Number(digits) : null;
+};
 
 function readAddress() {
   const said = new URLSearchParams(location.hash.slice(1));
@@ -66,7 +70,8 @@ function writeAddress() {
 // ---- what the server says ----------------------------------------------------------------------
 
 async function ask(path, parameters) {
-  const answer = await fetch(path + "?" + parameters, { credentials: "same-origin", cache: "no-store" });
+  const signal = AbortSignal.timeout(PATIENCE);
+  const answer = await fetch(path + "?" + parameters, { credentials: "same-origin", cache: "no-store", signal });
   if (answer.status === 204) return null;
   if (!answer.ok) return { problem: (await answer.text()).trim(), digest: "" };
   return answer.json();
@@ -155,11 +160,13 @@ function showStatus() {
 }
 
 function showRuns() {
+  const focused = document.activeElement?.closest("#runs li")?.dataset.label;
   $("runs").replaceChildren(
     ...[...server.runs].sort((a, b) => a.label.localeCompare(b.label, "en", { numeric: true })).map((run) => {
       const box = make("input", { type: "checkbox", checked: isChosen(run), disabled: !run.readable });
       box.addEventListener("change", () => pickRun(run.label, box.checked));
       const row = make("li", { title: run.folder }, make("label", {}, box, make("span", { textContent: run.label })));
+      row.dataset.label = run.label;
       if (run.readable) {
         row.append(make("small", { textContent: `${run.records.toLocaleString("en")} records, to step ${run.last.toLocaleString("en")}` }));
       }
@@ -167,8 +174,13 @@ function showRuns() {
       return row;
     }),
   );
+  if (focused !== undefined) [...$("runs").children].find((row) => row.dataset.label === focused)?.querySelector("input").focus();
   const there = readable().filter(isChosen);
-  $("of").replaceChildren(...there.map((run) => make("option", { value: run.label, textContent: run.label, selected: run.label === chosen.of })));
+  const labels = JSON.stringify([chosen.of, ...there.map((run) => run.label)]);
+  if ($("of").dataset.labels !== labels) { // or else an open list would close
+    $("of").dataset.labels = labels;
+    $("of").replaceChildren(...there.map((run) => make("option", { value: run.label, textContent: run.label, selected: run.label === chosen.of })));
+  }
   $("of-label").hidden = there.length < 2;
   showStatus();
 }
@@ -199,6 +211,11 @@ function pickLayers(names) {
 function pickRun(label, on) {
   const now = readable().filter(isChosen).map((run) => run.label);
   const next = on ? [...now, label] : now.filter((one) => one !== label);
+  if (!next.length) {
+    showRuns();
+    say("one run at least is shown", true);
+    return;
+  }
   chosen.runs = next.length === readable().length ? [] : next;
   again();
 }
@@ -305,6 +322,7 @@ function newCard(name) {
     input.addEventListener("change", () => {
       const step = whole(input.value);
       if (step !== null && chosen.pairs[name]) chosen.pairs[name][number] = step;
+      input.blur(); // keys act again, and the field shows what is drawn
       writeAddress();
       refresh(card);
     });
@@ -492,6 +510,7 @@ function setRange(from, to) {
 function showRange() {
   $("from").value = chosen.from ?? "";
   $("to").value = chosen.to ?? "";
+  for (const id of ["from", "to"]) $(id).removeAttribute("aria-invalid");
 }
 
 // ---- stages, theme, keys -----------------------------------------------------------------------
@@ -590,9 +609,11 @@ $("runs-all").addEventListener("click", () => {
 });
 $("range").addEventListener("submit", (event) => event.preventDefault());
 $("range").addEventListener("change", () => {
-  const [from, to] = [whole($("from").value), whole($("to").value)];
-  if (from !== null && to !== null && from > to) setRange(to, from);
-  else setRange(from, to);
+  const [from, to] = ["from", "to"].map((id) => whole($(id).value));
+  const wrong = ["from", "to"].filter((id) => $(id).value.trim() && whole($(id).value) === null);
+  if (from !== null && to !== null && from > to) wrong.push("from", "to"); // until both are typed
+  for (const id of ["from", "to"]) $(id).toggleAttribute("aria-invalid", wrong.includes(id));
+  if (!wrong.length) setRange(from, to);
 });
 $("whole").addEventListener("click", () => setRange(null, null));
 $("theme").addEventListener("click", toggleTheme);
@@ -602,6 +623,7 @@ $("stage-form").addEventListener("submit", (event) => {
   if (event.submitter?.value === "close") return;
   event.preventDefault();
   const step = whole($("stage-step").value);
+  $("stage-step").toggleAttribute("aria-invalid", step === null);
   if (step === null || chosen.stages.length >= 40) return;
   chosen.stages.push({ step, name: $("stage-name").value.trim().slice(0, 40) });
   writeAddress();
