@@ -79,6 +79,8 @@ class Tracer(Observer):
             default one is made where such a measure is asked for; it sees the weights whenever the
             tracer is called, which is then to be after every update, or `watch`. It is not saved by
             `state_dict`: in a run that is resumed, it fills anew.
+        hyperparameters: of the run, such as {"learning_rate": 0.1}, which are kept with the trace;
+            reports and live pages group runs by them.
 
     Raises:
         ValueError: if a measure is unknown, the schedule never fires, or a limit is not positive.
@@ -105,6 +107,7 @@ class Tracer(Observer):
         budget: float | None = None,
         seed: int = 0,
         window: WeightWindow | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
         check_probes(probe)
         self.measures = chosen(measures, probe)
@@ -132,7 +135,9 @@ class Tracer(Observer):
                     "budget": budget,
                     "seed": seed,
                     "window": None if window is None else settings(window),
-                }
+                    "hyperparameters": dict(hyperparameters or {}),
+                },
+                default=str,
             )
         self._several = None if isinstance(probe, Probe) else Several(self, probe)
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 import nettrace as nt
 from nettrace.cli import main
@@ -149,6 +150,20 @@ def test_empty_folders_among_others_are_left_out(tmp_path, capsys, logged):
     assert "it is left out" in " ".join(said)
     logged.clear()
     assert "2 runs: a, b" in page.read_text()
+
+
+def test_runs_of_own_loops_are_grouped_by_what_they_say(tmp_path):
+    for n in range(4):
+        probe = nt.Probe(torch.ones(4, 3))
+        about = {"learning_rate": 0.1 * (n % 2), "schedule": ["cosine", n]}
+        tracer = nt.Tracer(probe, "ntk/trace", to=tmp_path / str(n), hyperparameters=about)
+        tracer(torch.nn.Linear(3, 2), 0)
+    data = nt.open(str(tmp_path / "*"))
+    assert differing(data) == ["learning_rate"]
+    assert list(grouped(data, "learning_rate").values())[::2] == [
+        "learning_rate=0.0",
+        "learning_rate=0.1",
+    ]
 
 
 def test_complex_numbers_do_not_keep_the_page_away(tmp_path):
