@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 #: What differs between runs without saying how they were made.
-_OWN = {"created", "folder", "attempt"}
+_OWN = {"attempts", "created", "folder"}
 
 
 def grouped(data: xr.Dataset, key: str) -> dict[str, str]:
