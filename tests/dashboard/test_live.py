@@ -76,6 +76,8 @@ def serve():
         server = live.LiveServer([str(path) for path in paths])
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        while server.following.is_reading:
+            time.sleep(0.02)
         return Client(server)
 
     yield start
