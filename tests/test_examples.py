@@ -196,6 +196,7 @@ def test_representations_example(tmp_path):
     assert (tmp_path / "out" / "representations.png").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_landscape_example(tmp_path):
     printed = example("landscape.py", tmp_path, "--weights", "9", "--seconds", "1", "--out", "out")
     assert re.search(r"entropies of two runs differ by [\d.]+ nats", printed)

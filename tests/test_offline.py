@@ -116,7 +116,7 @@ def analyze(checkpoints, names=COMPARING, **options):
     ("make", "probe"),
     [
         pytest.param(build, PROBE, id="build"),
-        pytest.param(smooth, SEVERAL, id="smooth, several"),
+        pytest.param(smooth, SEVERAL, id="smooth, several", marks=pytest.mark.slow),
         pytest.param(smooth, PROBE, id="smooth", marks=pytest.mark.slow),
         pytest.param(build, SEVERAL, id="build, several", marks=pytest.mark.slow),
     ],

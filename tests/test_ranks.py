@@ -38,17 +38,18 @@ def run(folder: Path, processes: int, *arguments: str) -> list[Any]:
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "how", "processes"),
     [
         ("classifier", "ddp", 2),
-        pytest.param("classifier", "fsdp", 3, marks=pytest.mark.slow),
-        pytest.param("classifier", "ddp", 3, marks=pytest.mark.slow),
-        pytest.param("classifier", "fsdp", 2, marks=pytest.mark.slow),
-        pytest.param("images", "ddp", 3, marks=pytest.mark.slow),
-        pytest.param("images", "fsdp", 2, marks=pytest.mark.slow),
-        pytest.param("texts", "fsdp", 2, marks=pytest.mark.slow),
-        pytest.param("experts", "ddp", 3, marks=pytest.mark.slow),
+        ("classifier", "fsdp", 3),
+        ("classifier", "ddp", 3),
+        ("classifier", "fsdp", 2),
+        ("images", "ddp", 3),
+        ("images", "fsdp", 2),
+        ("texts", "fsdp", 2),
+        ("experts", "ddp", 3),
     ],
 )
 def test_every_measure_is_that_of_one_process(
