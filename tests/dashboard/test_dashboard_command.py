@@ -1,5 +1,6 @@
 """`nettrace dashboard`: where it serves, what it prints, how it ends."""
 
+import functools
 import json
 import signal
 import socket
@@ -77,10 +78,15 @@ def test_plotly_is_named_where_it_is_missing(folder, monkeypatch, capsys):
 def test_a_process_serves_and_ends_by_ctrl_c(folder):
     command = [sys.executable, "-m", "nettrace.cli", "dashboard", str(folder), "--no-browser"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        address = process.stdout.readline().strip()
-        with urllib.request.urlopen(address.replace("/?", "/state?"), timeout=30) as answer:
-            assert json.load(answer)["runs"][0]["records"] == 1
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        assert process.stderr.read().strip() == ""
+    # What runs in the background, as CI may, ignores the signal, and so does what it starts.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, preexec_fn=heeds, **pipes) as process:
+        try:
+            address = process.stdout.readline().strip()
+            with urllib.request.urlopen(address.replace("/?", "/state?"), timeout=30) as answer:
+                assert json.load(answer)["runs"][0]["records"] == 1
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert process.stderr.read().strip() == ""
+        finally:
+            process.kill()
