@@ -6,6 +6,7 @@ import base64
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -153,7 +154,7 @@ class Figures:
             )
             return {}
         from nettrace.dashboard import figure
-        from nettrace.dashboard.views import is_pair, view
+        from nettrace.dashboard.views import kind_of
 
         found: dict[str, go.Figure] = {}
         left, until = _NUMBERS, time.monotonic() + _SECONDS
@@ -161,7 +162,7 @@ class Figures:
             if len(found) == _MOST or time.monotonic() > until:
                 break
             seen = data
-            if not is_pair(data, name) and view(data, _variable(data, name)) == "matrix":
+            if kind_of(data, name) == "matrix":
                 places = np.linspace(0, data.sizes["step"] - 1, _MATRICES).round().astype(int)
                 seen = data.isel(step=np.unique(places))
             with self._noted("cannot make a figure"):
@@ -232,8 +233,8 @@ def _is_recent() -> bool:
 
     0.18 does so offline too, for minutes. 0.31 was tried.
     """
-    major, minor = (int(part) for part in version("wandb").split(".")[:2])
-    if (major, minor) >= (0, 31):
+    found = re.match(r"(\d+)\.(\d+)", version("wandb")) if find_spec("wandb") else None
+    if found and (int(found[1]), int(found[2])) >= (0, 31):
         return True
     _say_once("W&B gets no figures: pip install 'wandb>=0.31', as older ones wait for its server")
     return False
@@ -249,7 +250,7 @@ def _in_order(data: xr.Dataset) -> list[str]:
 
     Of a kind, those in the conventions of other packages come last, as they repeat others.
     """
-    from nettrace.dashboard.views import figures, is_pair, view
+    from nettrace.dashboard.views import figures, kind_of
 
     kinds: dict[str, list[str]] = {}
 
@@ -257,15 +258,10 @@ def _in_order(data: xr.Dataset) -> list[str]:
         return 2 * name.startswith(("collective/", "nettrace/")) - name.startswith(_TELLING)
 
     for name in sorted(figures(data), key=rank):
-        kind = "pair" if is_pair(data, name) else view(data, _variable(data, name))
+        kind = kind_of(data, name)
         if kind != "track":
             kinds.setdefault(kind, []).append(name)
     return [name for several in zip_longest(*kinds.values()) for name in several if name]
-
-
-def _variable(data: xr.Dataset, name: str) -> str:
-    """The variable of a quantity."""
-    return next(str(n) for n, one in data.data_vars.items() if one.attrs.get("name", n) == name)
 
 
 def _listed(figure: go.Figure) -> go.Figure:

@@ -187,8 +187,8 @@ class LandscapeProbe(Callback):
         if self._figures is None:
             self._figures = Figures(trainer.loggers, "")
         if self._figures.wanted:
-            self._last[name] = joined({step: found})
             with self._spared("cannot make figures"):
+                self._last[name] = joined({step: found})
                 data = _as_trace({name: self._last[name]})
                 self._note(self._figures.show(data, step, loggers_step(trainer) + begun))
 

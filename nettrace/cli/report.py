@@ -71,12 +71,11 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output or f"{_name(options.traces)}.{form}")
     try:
         from nettrace.dashboard import printing, report
+        from nettrace.dashboard.landscape_folders import opened
     except ImportError as error:
         need = "a report needs Plotly: pip install 'nettrace[dashboard]'"
         raise UsageError(f"{need} ({error})") from error
     try:
-        from nettrace.dashboard.landscape_folders import opened
-
         data, landscapes = opened(options.traces, split(options.names))
         page = report.report(data, title=options.title, group=options.group, landscapes=landscapes)
         if form == "html":

@@ -34,16 +34,7 @@ from nettrace.dashboard.following import Following
 from nettrace.dashboard.runs import differing, grouped
 from nettrace.dashboard.style import STEPS, Theme
 from nettrace.dashboard.tables import table
-from nettrace.dashboard.views import (
-    arrays,
-    by_layer,
-    figure,
-    figures,
-    is_pair,
-    layers,
-    variable_of,
-    view,
-)
+from nettrace.dashboard.views import arrays, by_layer, figure, figures, is_pair, kind_of, layers
 
 HOST = "127.0.0.1"
 #: What a request may have, at most: characters, parameters, and characters in each of these.
@@ -166,7 +157,7 @@ class LiveServer(ThreadingHTTPServer):
         """
         data = self.following.data(asked.get("run", ()))
         names = [*figures(data), *(arrays(data) if "run" in data.dims else ())]
-        found = {name: _kind(data, name) for name in names}
+        found = {name: kind_of(data, name) for name in names}
         named = [
             {"name": name, "kind": kind, "compared": kind in COMPARED}
             for name, kind in sorted(found.items(), key=lambda one: (one[1] == "pair", one[0]))
@@ -229,10 +220,6 @@ class LiveServer(ThreadingHTTPServer):
                     self.following.look()
         finally:
             self._prepared.set()
-
-
-def _kind(data: xr.Dataset, name: str) -> str:
-    return "pair" if is_pair(data, name) else view(data, variable_of(data, name))
 
 
 def _whole(text: str) -> int:

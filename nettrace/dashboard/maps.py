@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -112,23 +113,17 @@ def matrix(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     said = doubts(data, variable)
     logarithmic = is_logarithmic(values)
     shown = np.log10(values) if logarithmic else values
-    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    signed = low < 0 < high and not logarithmic
-    bound = max(-low, high)
+    scale_of_colours = colours(shown, logarithmic)
     for stop in stops:
         figure.add_heatmap(
             z=compact(shown[stop]),
             x=columns,
             y=rows,
-            zmin=-bound if signed else low,
-            zmax=bound if signed else high,
-            colorscale=DIVERGING if signed else SEQUENTIAL,
-            colorbar=colorbar(low, high, logarithmic),
+            **scale_of_colours,
             visible=bool(stop == stops[-1]),
             hovertemplate="%{y}, %{x}: "
             + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
             + "<extra></extra>",
-            meta=LOGARITHMIC if logarithmic else None,
         )
     figure.update_layout(
         height=470,
@@ -209,18 +204,11 @@ def _add_map(
             shown = np.log10(np.where(values > least, values, np.nan))
     else:
         shown = values
-    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
-    signed = low < 0 < high and not logarithmic
-    bound = max(-low, high)
     figure.add_heatmap(
         z=compact(shown.T),
         x=places,
         y=rows,
-        zmin=-bound if signed else low,
-        zmax=bound if signed else high,
-        colorscale=DIVERGING if signed else SEQUENTIAL,
-        colorbar=colorbar(low, high, logarithmic),
-        meta=LOGARITHMIC if logarithmic else None,
+        **colours(shown, logarithmic),
         hovertemplate=("step + 1 = " if steps.logarithmic else "step ")
         + "%{x:,.0f}, %{y}: "
         + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
@@ -229,7 +217,21 @@ def _add_map(
     figure.update_layout(xaxis=steps.axis)
 
 
-def colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
+def colours(shown: Array, logarithmic: bool) -> dict[str, Any]:
+    """By which colours a map shows some numbers, or their logarithms to base 10."""
+    low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
+    signed = low < 0 < high and not logarithmic
+    bound = max(-low, high)
+    return {
+        "zmin": -bound if signed else low,
+        "zmax": bound if signed else high,
+        "colorscale": DIVERGING if signed else SEQUENTIAL,
+        "colorbar": _colorbar(low, high, logarithmic),
+        "meta": LOGARITHMIC if logarithmic else None,
+    }
+
+
+def _colorbar(low: float, high: float, logarithmic: bool) -> dict[str, object]:
     """The scale beside a map of values from one to another, or of their logarithms to base 10."""
     found: dict[str, object] = {"thickness": 12, "outlinewidth": 0, "tickfont": {"size": 10}}
     if logarithmic:

@@ -6,11 +6,9 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from nettrace.dashboard.maps import LOGARITHMIC, axis_name, colorbar
+from nettrace.dashboard.maps import axis_name, colours
 from nettrace.dashboard.style import (
     COLOURS,
-    DIVERGING,
-    SEQUENTIAL,
     Array,
     Theme,
     compact,
@@ -40,8 +38,7 @@ def plane(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     logarithmic = is_logarithmic(values[stops])
     shown = np.log10(values) if logarithmic else values
     low, high = float(np.nanmin(shown[stops])), float(np.nanmax(shown[stops]))
-    signed = low < 0 < high and not logarithmic
-    bound = max(-low, high)
+    scale_of_colours = colours(shown[stops], logarithmic)
     gap = _round((high - low) / _CONTOURS)
     said = doubts(data, variable)
     names, visible = [], []
@@ -53,10 +50,7 @@ def plane(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             z=compact(shown[stop].T),
             x=x,
             y=y,
-            zmin=-bound if signed else low,
-            zmax=bound if signed else high,
-            colorscale=DIVERGING if signed else SEQUENTIAL,
-            colorbar=colorbar(low, high, logarithmic),
+            **scale_of_colours,
             autocontour=False,
             contours={"start": np.ceil(low / gap) * gap, "end": high, "size": gap},
             line={"width": 0.5, "color": "rgba(255,255,255,0.45)"},
@@ -64,7 +58,6 @@ def plane(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
             hovertemplate="%{x:.4g}, %{y:.4g}: "
             + ("10^%{z:.3f}" if logarithmic else "%{z:.4g}")
             + "<extra></extra>",
-            meta=LOGARITHMIC if logarithmic else None,
         )
         names.append(step_name(step, said))
         visible.append(stop)

@@ -80,10 +80,7 @@ def eigenvalues(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         curve(figure, steps, edge[at], "2 / eta", None)
     mark_absent(figure, steps, gone, why)
     say_doubts(figure, steps.steps[~gone], doubts(data, variable))
-    figure.update_layout(xaxis=steps.axis)
-    show_legend(figure)
-    scale(figure, data, variable, values)
-    return figure
+    return _with_axes(figure, data, variable, steps, values)
 
 
 def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
@@ -102,10 +99,7 @@ def lines(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
         curve(figure, steps, values[:, number], escape(name), number)
     mark_absent(figure, steps, gone, why)
     say_doubts(figure, steps.steps[~gone], doubts(data, variable))
-    figure.update_layout(xaxis=steps.axis)
-    show_legend(figure)
-    scale(figure, data, variable, values)
-    return figure
+    return _with_axes(figure, data, variable, steps, values)
 
 
 def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
@@ -123,9 +117,16 @@ def distribution(data: xr.Dataset, variable: str, theme: Theme) -> go.Figure:
     curve(figure, steps, quantiles[2], "median", 0)
     mark_absent(figure, steps, gone, why)
     mark_doubtful(figure, steps, quantiles[2], doubts(data, variable))
+    return _with_axes(figure, data, variable, steps, quantiles)
+
+
+def _with_axes(
+    figure: go.Figure, data: xr.Dataset, variable: str, steps: Steps, values: Array
+) -> go.Figure:
+    """The figure of several curves with its axes and legend."""
     figure.update_layout(xaxis=steps.axis)
     show_legend(figure)
-    scale(figure, data, variable, quantiles)
+    scale(figure, data, variable, values)
     return figure
 
 
@@ -251,7 +252,7 @@ def _several(
         return
     kept = np.isfinite(values).any(0)
     steps = Steps.of(data["step"].values[kept])
-    having = [(n, run) for n, run in enumerate(runs) if np.isfinite(values[n]).any()]
+    having = [(n, run) for n, run in enumerate(runs) if not np.isnan(values[n]).all()]
     if groups is None and len(having) > _FEW:
         groups = dict.fromkeys(runs, "")
     members: dict[str, list[int]] = {

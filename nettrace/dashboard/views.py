@@ -119,6 +119,11 @@ def is_pair(data: xr.Dataset, name: str) -> bool:
     return AGAINST in name and name not in {name_of(data, one) for one in data.data_vars}
 
 
+def kind_of(data: xr.Dataset, name: str) -> str:
+    """How a figure is seen: its quantity's view, or "pair" of two."""
+    return "pair" if is_pair(data, name) else view(data, variable_of(data, name))
+
+
 def view(data: xr.Dataset, variable: str) -> View:
     """How a variable is best seen."""
     for known in get_args(View):

@@ -375,7 +375,7 @@ def test_infinite_numbers_are_gaps_that_are_said():
 
 def test_medians_count_runs_that_diverge_and_say_how_many_are_left():
     value = np.arange(9.0)[:, None] * np.ones(20)
-    value[0, 5:] = np.inf
+    value[0] = np.inf  # from the beginning
     value[1:5, 10:] = np.nan
     data = xr.Dataset(
         {"loss_mean": (("run", "step"), value, {"name": "loss/mean"})},
@@ -383,7 +383,7 @@ def test_medians_count_runs_that_diverge_and_say_how_many_are_left():
     )
     found = figure(data, "loss/mean")
     median = scatters(found)["median, 10 to 90 % of 9 runs"].y
-    np.testing.assert_array_equal(median[[0, 7, 12]], [4, 5, 7])
+    np.testing.assert_array_equal(median[[0, 7, 12]], [5, 5, 7])
     assert notes(found) == [
         "at some steps up to 4 of these runs have no value",
         "infinite at some steps of 1 of 9 runs",
