@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import training
+import xarray as xr
 
 import nettrace as nt
 from nettrace.callbacks import GradientStatistics, LandscapeProbe, NTKTrace, Trace
@@ -301,6 +302,16 @@ def lightning_wandb() -> Any:
     return WandbLogger()
 
 
+@pytest.mark.parametrize(
+    ("version", "takes"), [("0.31", True), ("1.0.dev1", True), ("0.30.9", False), ("odd", False)]
+)
+def test_only_recent_versions_of_wandb_get_figures(
+    version: str, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "version", lambda name: version)
+    assert Figures([wandb_logger()], "").wanted == takes
+
+
 def test_training_is_bitwise_the_same_with_figures() -> None:
     plain, measured = lightning_wandb(), lightning_wandb()
     without = outcome(lambda: [], plain)
@@ -323,9 +334,12 @@ def test_results_of_landscape_probes_are_shown(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("nettrace.dashboard.images.images", images)
     logger, plain = lightning_wandb(), lightning_wandb()
     board = type("TensorBoardLogger", (type(logger),), {})()
-    callback = LandscapeProbe({"line": slice_1d, "broken": broken}, every=3)
+    callback = LandscapeProbe({"odd": odd, "line": slice_1d, "broken": broken}, every=3)
     without = outcome(lambda: [], plain)
-    with pytest.warns(nt.MissingMeasureWarning, match="broken is missing"):
+    with (
+        pytest.warns(nt.MissingMeasureWarning, match="broken is missing"),
+        pytest.warns(nt.MissingMeasureWarning, match="cannot make figures"),
+    ):
         with_ = outcome(lambda: [callback], [logger, board])
     for one in (without, with_):
         one["logged"] = None  # of fakes
@@ -337,6 +351,11 @@ def test_results_of_landscape_probes_are_shown(monkeypatch: pytest.MonkeyPatch) 
     assert curve["name"] == "step 0"
     (titles,) = drawn  # at the end, of the last
     assert any("line/loss" in title for title in titles)
+
+
+def odd(model: Any, probe: Any, *, seconds: Any, progress: Any, to: Any) -> xr.Dataset:
+    """A result that has a dimension of the name under which steps are joined."""
+    return xr.Dataset({"a": ("step", np.ones(3))})
 
 
 def broken(model: Any, probe: Any, *, seconds: Any, progress: Any, to: Any) -> Any:
