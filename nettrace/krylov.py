@@ -32,6 +32,9 @@ Times: TypeAlias = Callable[[Tensor], Tensor]
 _ROOM = 24
 #: How many numbers are summed in the vectors' own precision.
 _BLOCK = 1024
+#: How far a matrix may be from symmetric, over its norm and the root of the precision: where large
+#: second derivatives cancel, as in networks that are saturated, rounding is above that root.
+_ASYMMETRY = 30
 #: How many steps the course of the process is judged by.
 _LATELY = 4
 
@@ -52,6 +55,7 @@ class Krylov:
     Attributes:
         products: how many were made.
         norm: the largest |A q| so far, at most the largest eigenvalue in modulus.
+        asymmetry: the largest difference of a . A b and b . A a so far, of unit vectors.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class Krylov:
         #: Of the last steps, q . A q and the norm of what is new in A q.
         self._course: deque[tuple[float, float]] = deque(maxlen=_LATELY)
         self.products = 0
-        self.norm = 0.0
+        self.norm = self.asymmetry = 0.0
 
     def __len__(self) -> int:
         """How many columns Q has."""
@@ -133,7 +137,8 @@ class Krylov:
         found, rest = self._orthogonal(product, self.norm, near)
         self._projected, self._links = projected, others
         deviation = float((found[:n] - expected).norm())
-        if deviation > self.epsilon**0.5 * self.norm:
+        self.asymmetry = max(self.asymmetry, deviation)
+        if deviation > _ASYMMETRY * self.epsilon**0.5 * self.norm:
             raise NotSymmetricError(
                 f"the matrix is not symmetric: a . A b and b . A a differ by {deviation:.3g} for "
                 f"unit vectors, at a norm of {self.norm:.3g}; give a product of which the "
@@ -164,7 +169,7 @@ class Krylov:
         """
         n, further = len(self), steps if self.ahead else 0
         whole = torch.zeros(n + further, n + further, dtype=torch.float64)
-        whole[:n, :n] = self._projected
+        whole[:n, :n] = (self._projected + self._projected.T) / 2
         if further:
             own, new = torch.tensor(list(self._course), dtype=torch.float64).mean(0)
             whole[n:, n:] = torch.diag(own.expand(further))

@@ -299,6 +299,7 @@ class CurvatureOperator(Flattening):
         tolerance: float | None = None,
         start: Tensor | None = None,
         hint: Tensor | None = None,
+        spare: int = 0,
         seed: int = 0,
         memory: int = 2**31,
     ) -> tuple[Eigenpairs, Eigenpairs]:
@@ -313,6 +314,7 @@ class CurvatureOperator(Flattening):
             tolerance=tolerance,
             start=start,
             hint=hint,
+            spare=spare,
             seed=seed,
             memory=memory,
         )

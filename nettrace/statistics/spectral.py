@@ -29,6 +29,10 @@ _NAMES: dict[Matrix, str] = {
 }
 
 
+#: What is kept for the next look.
+FOLLOWED = "(P, 1 or 2) the first eigenvectors, as long as their eigenvalues"
+
+
 def statistic(what: str, matrix: Matrix, words: str) -> Any:
     """A statistic of one of the matrices, found once."""
 
@@ -48,7 +52,9 @@ class SpectralStatistics(CurvatureStatistics):
     eigenvectors, for the second to be there when it overtakes the first. At the edge of stability,
     where both are held at the same value, one alone is wrong by up to 2 % at one look in seven. The
     first look begins with the gradient, which mostly lies in the top eigenspace (Gur-Ari, Roberts
-    and Dyer 2018, arXiv:1812.04754), and a random vector as long: for a third fewer products.
+    and Dyer 2018, arXiv:1812.04754), and a random vector as long: for a third fewer products. So
+    does one at which the eigenvalue has fallen below half: of a network that diverges, the old
+    vectors may say nothing any more.
     """
 
     #: How many eigenvalues are found at the upper end, and at the lower.
@@ -76,11 +82,9 @@ class SpectralStatistics(CurvatureStatistics):
     gauss_newton_density = statistic("density", "gauss_newton", "The density of eigenvalues")
     fisher_density = statistic("density", "fisher", "The density of eigenvalues")
     # What the next look begins with.
-    hessian_eigenvector = statistic("eigenvector", "hessian", "(P, 1 or 2) the first eigenvectors")
-    gauss_newton_eigenvector = statistic(
-        "eigenvector", "gauss_newton", "(P, 1 or 2) the first eigenvectors"
-    )
-    fisher_eigenvector = statistic("eigenvector", "fisher", "(P, 1 or 2) the first eigenvectors")
+    hessian_eigenvector = statistic("eigenvector", "hessian", FOLLOWED)
+    gauss_newton_eigenvector = statistic("eigenvector", "gauss_newton", FOLLOWED)
+    fisher_eigenvector = statistic("eigenvector", "fisher", FOLLOWED)
 
     @cached_property
     def hessian_layer_tops(self) -> dict[str, Eigenpairs]:
@@ -176,15 +180,18 @@ class SpectralStatistics(CurvatureStatistics):
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         reference = ("previous", f"{matrix}_eigenvector")
         before = self._past.before(reference, self.step) if upper + lower == 1 else None
-        start = hint = None
+        ends, spare = None, int(upper == 1)
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
-            upper *= 2
-        elif (upper, lower) == (1, 0):
-            hint = operator.flat(self.mean_gradient)
-        ends = self._extremes(operator, upper, lower, start, hint)
+            ends = self._extremes(operator, upper, lower, start=start, spare=spare)
+            if ends[0].values[0] < start[:, 0].norm() / 2:
+                ends = None
+        if ends is None:
+            hint = operator.flat(self.mean_gradient) if (upper, lower) == (1, 0) else None
+            ends = self._extremes(operator, upper, lower, hint=hint, spare=spare)
         if upper:
-            self._found[matrix, "eigenvector"] = ends[0].vectors[:, :2]
+            followed = ends[0].vectors * ends[0].values.to(ends[0].vectors)
+            self._found[matrix, "eigenvector"] = followed[:, :2]
             self._past.keep(self, {reference})
         return ends
 
@@ -194,20 +201,11 @@ class SpectralStatistics(CurvatureStatistics):
         return found
 
     def _extremes(
-        self,
-        operator: CurvatureOperator,
-        upper: int,
-        lower: int,
-        start: Tensor | None = None,
-        hint: Tensor | None = None,
+        self, operator: CurvatureOperator, upper: int, lower: int, **options: Any
     ) -> Ends:
+        tolerance = self.tolerances[operator.dtype == torch.float64]
         return operator.eigenpairs(
-            *(upper, lower),
-            tolerance=self.tolerances[operator.dtype == torch.float64],
-            start=start,
-            hint=hint,
-            seed=self._seed,
-            memory=self._memory,
+            *(upper, lower), tolerance=tolerance, seed=self._seed, memory=self._memory, **options
         )
 
     def _estimated(self, matrix: Matrix) -> Probed:

@@ -12,7 +12,7 @@ from nettrace.gathered import original
 from nettrace.second_order import CurvatureOperator
 from nettrace.statistics.look import Inapplicable, Unavailable
 from nettrace.statistics.preconditioned import PreconditionedStatistics, inverse_roots
-from nettrace.statistics.spectral import SpectralStatistics, statistic
+from nettrace.statistics.spectral import FOLLOWED, SpectralStatistics, statistic
 
 
 class StabilityStatistics(SpectralStatistics, PreconditionedStatistics):
@@ -23,9 +23,7 @@ class StabilityStatistics(SpectralStatistics, PreconditionedStatistics):
     """
 
     stability_top = statistic("top", "stability", "The largest eigenvalue")
-    stability_eigenvector = statistic(
-        "eigenvector", "stability", "(P, 1 or 2) the first eigenvectors"
-    )
+    stability_eigenvector = statistic("eigenvector", "stability", FOLLOWED)
 
     @cached_property
     def stability_operator(self) -> CurvatureOperator:
