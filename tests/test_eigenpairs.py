@@ -102,6 +102,40 @@ def test_from_two_start_vectors_the_largest_of_a_close_pair_is_found(gap):
         assert float(top.values[0]) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_top_far_smaller_than_the_lowest_is_found(seed):
+    """As in networks that diverge; the error is relative to it, not to the lowest."""
+    spectrum = -network_like(2000, outliers=5, seed=seed).abs()
+    spectrum[10:14] = torch.tensor([0.02, 0.015, 0.01, 0.005])
+    top, *_ = ends_of_diagonal(spectrum, seed=seed, tolerance=1e-3)
+    assert float(top.values) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_rounding_is_no_asymmetry_and_counts_as_residual():
+    """Where second derivatives cancel, single precision is symmetric to some 1e-3 of the norm."""
+    a = rotated(network_like(60)).float()
+    noise = torch.randn(60, 60, generator=torch.Generator().manual_seed(0))
+    top, _, _ = ends(a + 1e-4 * noise, 1, 0, tolerance=1e-3)
+    assert float(top.values) == pytest.approx(1, abs=1e-3)
+    assert 1e-4 < float(top.residuals) < 1e-2
+
+
+def test_spare_pairs_are_given_beyond_those_asked_for():
+    spectrum = network_like()
+    top, bottom, products = ends_of_diagonal(spectrum, bottom=1, tolerance=1e-3, spare=2)
+    assert top.values.shape == top.residuals.shape == (3,)
+    assert top.vectors.shape[1] == 3
+    assert bottom.values.shape == (1,)
+    alone, _, fewer = ends_of_diagonal(spectrum, bottom=1, tolerance=1e-3)
+    assert products == fewer
+    assert_same(top.first(1), alone)
+
+
+def assert_same(one, other):
+    assert torch.equal(one.values, other.values)
+    assert torch.equal(one.vectors, other.vectors)
+
+
 def test_values_close_together_are_not_taken_for_one():
     spectrum = network_like()
     spectrum[8] = 0.97
@@ -135,6 +169,15 @@ def test_a_warm_start_finds_what_has_come_up_elsewhere():
     for step in range(6):
         top, _, _ = ends_of_diagonal(spectrum, tolerance=1e-3, start=top.vectors, seed=step)
     assert float(top.values) == pytest.approx(2, rel=1e-3)
+
+
+def test_a_matrix_that_has_vanished_is_seen_to_be_zero():
+    top, _, products = ends_of_diagonal(
+        torch.zeros(500), tolerance=1e-3, start=torch.eye(500)[:2].T
+    )
+    assert float(top.values) == 0
+    assert top.converged
+    assert products <= 4
 
 
 @pytest.mark.parametrize("top", [1, 4])

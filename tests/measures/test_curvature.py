@@ -221,6 +221,35 @@ def test_following_a_run_is_right_at_every_record():
         optimizer.step()
 
 
+class Bowl(nn.Module):
+    """Outputs of which half the squared norm, as loss, has the Hessian diag(curvatures)."""
+
+    def __init__(self, curvatures):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(len(curvatures)))
+        self.curvatures = curvatures
+
+    def forward(self, x):
+        return x * self.curvatures.sqrt() * self.weight
+
+
+def test_old_eigenvectors_are_left_where_they_have_become_flat():
+    """As in a network that diverges: they are eigenvectors still, of small eigenvalues."""
+    curvatures = torch.zeros(50_000)
+    model = Bowl(curvatures)
+    probe = nt.Probe(
+        torch.ones(1, 50_000),
+        torch.zeros(1),
+        losses=lambda outputs, _: 0.5 * outputs.square().sum(1),
+    )
+    tracer = nt.Tracer(probe, ["hessian/lambda_max"], on_error="raise")
+    for step, (old, new) in enumerate([(1.0, 0.0), (1e-3, 5e-3), (1e-3, 8e-3)]):
+        curvatures[:2] = torch.tensor([old, 0.5 * old])
+        curvatures[2:4] = torch.tensor([new, 0.5 * new])
+        found = measured((), model, probe, step=step, tracer=tracer)["hessian/lambda_max"]
+        assert found.value == pytest.approx(max(old, new), rel=1e-3)
+
+
 def test_products_are_checked_at_the_records_number_1_2_4_and_where_parameters_change(monkeypatch):
     model, probe = network()
     steps, own = [], second_order.cross_check
