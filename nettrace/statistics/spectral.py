@@ -59,7 +59,8 @@ class SpectralStatistics(CurvatureStatistics):
 
     #: How many eigenvalues are found at the upper end, and at the lower.
     upper, lower = 10, 5
-    #: To what error eigenvalues are found, relative to the largest: in single and double precision.
+    #: To what error eigenvalues are found, relative to the outermost at their end of the spectrum,
+    #: in single and in double precision.
     tolerances = 1e-3, 1e-6
     #: How many test vectors traces are estimated from, at least; the relative standard error aimed
     #: at by more, and after how many products to be content.
