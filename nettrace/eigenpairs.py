@@ -8,9 +8,9 @@ theta v| bounds the error of theta, but very loosely. For the i-th of the larges
 
 mu the largest eigenvalue in the complement of the first j vectors (Mathias 1998, Quadratic residual
 bounds for the Hermitian eigenvalue problem), for which the largest of the other Ritz values is
-taken, with its residual on top. From near vectors, right before the matrix changed a
-little, that is enough at half of the tolerance: of 617 values along trainings of small networks, to
-1e-3, the worst was off by 4e-4. Guesses that are nearer to the error fail there, by up to 4e-2.
+taken, with its residual on top. From near vectors, right before the matrix changed a little, that
+is enough at half of the tolerance: of 617 values along trainings of small networks, to 1e-3, the
+worst was off by 4e-4. Guesses that are nearer to the error fail there, by up to 4e-2.
 
 From random vectors, an eigenvalue of which nothing is seen yet may be larger: where two lie close
 together, the space first finds a mixture of their vectors, of which the residual stays at their
@@ -46,7 +46,7 @@ _LITTLE = 0.03
 #: The norm of the random part that is added to the last vector of a warm start.
 _MIXED = 0.1
 #: What errors are relative to at one end of the spectrum, at least, over the largest in modulus.
-_FLOOR = 0.01
+_FLOOR = 0.1
 #: From how many steps on the space is continued in thought, and by how many.
 _FEWEST, _FURTHER = 4, 40
 
@@ -100,7 +100,7 @@ def eigenpairs(
         dtype: of the vectors that are multiplied.
         device: of the vectors that are multiplied.
         tolerance: for the error of each value, relative to the outermost at its end of the
-            spectrum, or to a hundredth of the other where that is more; the square root of the
+            spectrum, or to a tenth of the other where that is more; the square root of the
             dtype's precision unless told.
         start: (P, m) vectors near the wanted ones, such as those found before the matrix changed
             a little. A random part of 10 % is added to the last, so that an eigenvalue that comes

@@ -271,7 +271,7 @@ def _products(pieces: Pieces, matrix: str, count: int, vectors: int) -> Work:
 
 
 #: How many products each statistic of a matrix takes, or about so many.
-_COUNTS = {"top": 12, "leading": 40, "bottom": 50, "lowest": 110, "estimates": 60, "density": 120}
+_COUNTS = {"top": 12, "leading": 40, "bottom": 50, "lowest": 120, "estimates": 60, "density": 120}
 
 
 def _priced(matrix: str, what: str) -> None:

@@ -9,7 +9,7 @@ parameters, as cross-entropy and half the squared error are.
 All are found by products with vectors, in single precision or wider, on a tape without fused
 attention: eigenvalues by Lanczos' process with full reorthogonalisation, to an estimated error of
 1e-3 in single and 1e-6 in double precision, relative to the outermost at their end of the spectrum
-(to a hundredth of the other where that is more); traces by XTrace. A largest eigenvalue that is
+(to a tenth of the other where that is more); traces by XTrace. A largest eigenvalue that is
 looked at alone may at first be off by its distance from the second where that is below one per
 cent; asked for together with `hessian/eigenvalues` it is not.
 

@@ -30,7 +30,7 @@ _NAMES: dict[Matrix, str] = {
 
 
 #: What is kept for the next look.
-FOLLOWED = "(P, 1 or 2) the first eigenvectors, as long as their eigenvalues"
+FOLLOWED = "(P, 1 or 2) the first eigenvectors, the very first as long as its eigenvalue"
 
 
 def statistic(what: str, matrix: Matrix, words: str) -> Any:
@@ -180,19 +180,22 @@ class SpectralStatistics(CurvatureStatistics):
         """
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         reference = ("previous", f"{matrix}_eigenvector")
-        before = self._past.before(reference, self.step) if upper + lower == 1 else None
+        before = self._past.before(reference, self.step) if (upper, lower) == (1, 0) else None
         ends, spare = None, int(upper == 1)
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
-            ends = self._extremes(operator, upper, lower, start=start, spare=spare)
-            if ends[0].values[0] < start[:, 0].norm() / 2:
-                ends = None
+            length = start[:, 0].norm()
+            if length > 0:
+                ends = self._extremes(operator, upper, lower, start=start, spare=spare)
+                if ends[0].values[0] < length / 2:
+                    ends = None
         if ends is None:
             hint = operator.flat(self.mean_gradient) if (upper, lower) == (1, 0) else None
             ends = self._extremes(operator, upper, lower, hint=hint, spare=spare)
         if upper:
-            followed = ends[0].vectors * ends[0].values.to(ends[0].vectors)
-            self._found[matrix, "eigenvector"] = followed[:, :2]
+            followed = ends[0].vectors[:, :2].clone()
+            followed[:, 0] *= float(ends[0].values[0])
+            self._found[matrix, "eigenvector"] = followed
             self._past.keep(self, {reference})
         return ends
 
