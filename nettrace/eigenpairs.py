@@ -47,7 +47,7 @@ _LITTLE = 0.03
 _MIXED = 0.1
 #: What errors are relative to at one end of the spectrum, at least, over the largest in modulus.
 _FLOOR = 0.1
-#: From how many steps on the space is continued in thought, and by how many.
+#: From how many steps on the space is continued in thought, by the course of so many, and how far.
 _FEWEST, _FURTHER = 4, 40
 
 
@@ -204,9 +204,7 @@ class _Search:
         space = self._space
         if len(space) == space.size:
             return True
-        if self._deeper or self._calm < (
-            1 if self._is_warm or self._width == 1 else 1 + self._width
-        ):
+        if self._deeper or not self._calm or self._calm < self._patience():
             return False
         if self._width >= max(self._counts) or self._coincident() < self._width:
             return True
@@ -216,6 +214,16 @@ class _Search:
         self._width += 1
         self._deeper = depth
         return False
+
+    def _patience(self) -> int:
+        """For how many steps all is to be right: one end shows late where the other is far out."""
+        if self._is_warm:
+            return 1
+        if self._width > 1:
+            return 1 + self._width
+        ends = self._ritz[0][[-1, 0]].abs()
+        asked = ends[[count > 0 for count in self._counts]]
+        return _FEWEST if asked.min() < _FLOOR * ends.max() else 1
 
     def restart(self, keep: int) -> None:
         """Forgets all but the outermost Ritz vectors."""

@@ -104,7 +104,7 @@ def test_from_two_start_vectors_the_largest_of_a_close_pair_is_found(gap):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_an_end_far_smaller_than_the_other_is_found(seed):
-    """As the lowest eigenvalues of networks; errors are relative to a tenth of the other at most."""
+    """As the lowest eigenvalues of networks: to a tolerance of a tenth of the other."""
     spectrum = 1e-4 * torch.rand(2000, generator=torch.Generator().manual_seed(seed))
     spectrum[:5] = torch.tensor([1.0, 0.6, 0.3, -2e-3, -3e-3])
     _, bottom, _ = ends_of_diagonal(spectrum, 0, 1, seed=seed, tolerance=1e-3)
