@@ -233,4 +233,7 @@ def _length(vector: Tensor) -> float:
     """The norm: that of a million numbers summed in single precision is off by 1e-4."""
     whole = len(vector) - len(vector) % _BLOCK
     parts = [vector[:whole].view(-1, _BLOCK).norm(dim=1), vector[whole:].norm()[None]]
-    return float(torch.cat(parts).double().norm())
+    found = float(torch.cat(parts).double().norm())
+    if 1e-12 < found < 1e12:
+        return found
+    return float(vector.double().norm())  # squares may be beyond the range of single precision

@@ -171,6 +171,14 @@ def test_a_warm_start_finds_what_has_come_up_elsewhere():
     assert float(top.values) == pytest.approx(2, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_squares_may_be_beyond_single_precision(scale):
+    spectrum = scale * torch.linspace(-0.5, 1, 200).square().neg()
+    top, bottom, _ = ends_of_diagonal(spectrum, bottom=1, tolerance=1e-3)
+    assert float(top.values) == pytest.approx(0, abs=1e-4 * scale)
+    assert float(bottom.values) == pytest.approx(-scale, rel=1e-3)
+
+
 def test_a_matrix_that_has_vanished_is_seen_to_be_zero():
     top, _, products = ends_of_diagonal(
         torch.zeros(500), tolerance=1e-3, start=torch.eye(500)[:2].T
