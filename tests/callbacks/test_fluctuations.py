@@ -129,11 +129,12 @@ def test_the_window_is_of_the_last_updates_and_there_is_no_record_until_it_is_fu
     check(tmp_path, course, 4, expected, options.get("stride", 1))
 
 
-@pytest.mark.parametrize("network", [None, Manual], ids=["automatic", "manual"])
-@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize(
+    ("network", "accumulated"),
+    [(None, 1), (None, 3), (Manual, 1)],
+    ids=["automatic", "accumulated", "manual"],
+)
 def test_every_update_is_seen_once(network: Any, accumulated: int, tmp_path: Path) -> None:
-    if network is not None and accumulated > 1:
-        pytest.skip("is for the user to do")
     course, sees = Course(), []
     see = WeightWindow.see
 
