@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from nettrace.estimators import generator
-from nettrace.krylov import Krylov, Times
+from nettrace.krylov import LATELY, Krylov, Times
 
 #: What of the tolerance the bound on the error may be, and from several random vectors.
 _MARGIN, _SLOW_MARGIN = 0.5, 0.1
@@ -47,8 +47,8 @@ _LITTLE = 0.03
 _MIXED = 0.1
 #: What errors are relative to at one end of the spectrum, at least, over the largest in modulus.
 _FLOOR = 0.1
-#: From how many steps on the space is continued in thought, by the course of so many, and how far.
-_FEWEST, _FURTHER = 4, 40
+#: How many steps the space is continued by, in thought.
+_FURTHER = 40
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class _Search:
             return 1 + self._width
         ends = self._ritz[0][[-1, 0]].abs()
         asked = ends[[count > 0 for count in self._counts]]
-        return _FEWEST if asked.min() < _FLOOR * ends.max() else 1
+        return LATELY if asked.min() < _FLOOR * ends.max() else 1
 
     def restart(self, keep: int) -> None:
         """Forgets all but the outermost Ritz vectors."""
@@ -271,7 +271,7 @@ class _Search:
             ahead = self._space.continued(_FURTHER)
             gains = float(ahead[-1] - values[-1]), float(values[0] - ahead[0])
             for e, count in enumerate(self._counts):
-                is_little = gains[e] <= _LITTLE * bounds[e] and len(values) >= _FEWEST
+                is_little = gains[e] <= _LITTLE * bounds[e] and len(values) >= LATELY
                 self._is_right[e] &= is_little or not count
         self._calm = self._calm + 1 if all(self._is_right) else 0
 

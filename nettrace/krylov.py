@@ -36,7 +36,7 @@ _BLOCK = 1024
 #: second derivatives cancel, as in networks that are saturated, rounding is above that root.
 _ASYMMETRY = 30
 #: How many steps the course of the process is judged by.
-_LATELY = 4
+LATELY = 4
 
 
 class NotSymmetricError(ValueError):
@@ -67,7 +67,7 @@ class Krylov:
         self._projected = torch.zeros(0, 0, dtype=torch.float64)
         self._links = torch.zeros(0, 0, dtype=torch.float64)
         #: Of the last steps, q . A q and the norm of what is new in A q.
-        self._course: deque[tuple[float, float]] = deque(maxlen=_LATELY)
+        self._course: deque[tuple[float, float]] = deque(maxlen=LATELY)
         self.products = 0
         self.norm = self.asymmetry = 0.0
 

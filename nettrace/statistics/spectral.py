@@ -180,7 +180,8 @@ class SpectralStatistics(CurvatureStatistics):
         """
         operator: CurvatureOperator = getattr(self, f"{matrix}_operator")
         reference = ("previous", f"{matrix}_eigenvector")
-        before = self._past.before(reference, self.step) if (upper, lower) == (1, 0) else None
+        is_alone = (upper, lower) == (1, 0)
+        before = self._past.before(reference, self.step) if is_alone else None
         ends, spare = None, int(upper == 1)
         if before is not None and len(before[reference[1]]) == operator.size:
             start = before[reference[1]].to(operator.device, operator.dtype)
@@ -190,7 +191,7 @@ class SpectralStatistics(CurvatureStatistics):
                 if ends[0].values[0] < length / 2:
                     ends = None
         if ends is None:
-            hint = operator.flat(self.mean_gradient) if (upper, lower) == (1, 0) else None
+            hint = operator.flat(self.mean_gradient) if is_alone else None
             ends = self._extremes(operator, upper, lower, hint=hint, spare=spare)
         if upper:
             followed = ends[0].vectors[:, :2].clone()
